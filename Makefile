@@ -1,0 +1,174 @@
+# rkv is one header and needs no building. These targets show it, test it, time it, install it.
+# A C compiler is enough; what else a target can use, it names when that is missing.
+
+CC           ?= cc
+OPT          ?= -O2
+BUILD        ?= build
+PREFIX       ?= /usr/local
+PYTHON       ?= python3
+FUZZ_SECONDS ?= 60
+RUNNER       ?=
+
+# No -march anywhere: the header chooses its code path at run time.
+WARNINGS = -Wall -Wextra -Wconversion -Wshadow -Werror
+C_FLAGS  = -I. -Itests -std=c99 -pedantic $(OPT) $(WARNINGS) $(CFLAGS)
+LIBS     = -lm -pthread $(LDFLAGS)
+VERSION  = $(shell awk '/define RKV_VERSION_M|define RKV_VERSION_P/ { v = v s $$3; s = "." } \
+                        END { print v }' rkv.h)
+
+.PHONY: help
+help:
+	@echo 'rkv $(VERSION): R-KV key/value cache compression in one header'
+	@echo
+	@echo '  make demo           see it work'
+	@echo '  make test           every test, on every code path that this CPU has'
+	@echo '                      (EXPECT="scalar avx2" fails if one of these did not run)'
+	@echo '  make bench          timings beside the limits of this machine; CSV in $(BUILD)/'
+	@echo '                      (BENCH=--full: the worst case in every type and length)'
+	@echo '  make check          README, licence, version and symbols agree with the header'
+	@echo '  make lint           clang-format, cppcheck, clang-tidy'
+	@echo '  make format         lets clang-format rewrite the sources'
+	@echo '  make fuzz           libFuzzer, or its target on random bytes (FUZZ_SECONDS=60)'
+	@echo '  make test-std       the header as C99, C11, C++11, C++17, with gcc and clang'
+	@echo '  make test-sanitize  the tests under the address and undefined behaviour sanitizers'
+	@echo '  make test-valgrind  the tests under valgrind'
+	@echo '  make test-qemu      the tests on AArch64 (NEON) and s390x (big-endian), emulated'
+	@echo '  make test-cuda      the tests on a GPU'
+	@echo '  make bench-cuda     the timings on a GPU'
+	@echo '  make install        header and pkg-config file (PREFIX=$(PREFIX), DESTDIR=)'
+	@echo '  make clean'
+
+# ---- Programs -----------------------------------------------------------------------------------
+
+TESTS       = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/test_*.c)))
+TEST_SHARED = $(patsubst %,$(BUILD)/obj/tests/%.o,harness oracle rkv_impl)
+
+# tests/cuda.mk may add programs to EXTRA_TESTS and targets to EXTRA_CHECKS.
+-include tests/cuda.mk
+-include examples/examples.mk
+-include $(wildcard $(BUILD)/obj/*/*.d)
+
+.SECONDARY: # keep the objects
+
+$(BUILD)/obj/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(C_FLAGS) -MMD -MP -c $< -o $@
+
+# With a RUNNER (an emulator, valgrind) the program becomes a script that starts it there, so that
+# nobody who runs it needs to know.
+define link
+@mkdir -p $(@D)
+$(CC) $(C_FLAGS) $^ -o $@$(if $(RUNNER),.bin) $(LIBS)
+$(if $(RUNNER),@printf '#!/bin/sh\nexec %s "$$0.bin" "$$@"\n' '$(RUNNER)' >$@ && chmod +x $@)
+endef
+
+$(BUILD)/tests/test_%: $(BUILD)/obj/tests/test_%.o $(TEST_SHARED)
+	$(link)
+
+$(BUILD)/examples/hello: $(BUILD)/obj/examples/hello.o
+	$(link)
+
+$(BUILD)/obj/bench/bench.o: C_FLAGS += -DBENCH_FLAGS='"$(OPT) $(CFLAGS)"'
+$(BUILD)/bench/bench: LIBS += -ldl
+$(BUILD)/bench/bench: $(patsubst %,$(BUILD)/obj/%.o, \
+        bench/bench bench/job bench/machine tests/harness tests/rkv_impl)
+	$(link)
+
+$(BUILD)/bench/libpeer.so: bench/peer.c bench/job.c tests/harness.c tests/rkv_impl.c rkv.h \
+        bench/job.h tests/harness.h
+	@mkdir -p $(@D)
+	$(CC) $(C_FLAGS) -shared -fPIC $(filter %.c,$^) -o $@ $(LIBS)
+
+# ---- Show, test, time ---------------------------------------------------------------------------
+
+ifeq ($(wildcard examples/examples.mk),)
+.PHONY: demo
+demo: $(BUILD)/examples/hello
+	$<
+endif
+
+.PHONY: test
+test: $(TESTS) $(EXTRA_TESTS) $(EXTRA_CHECKS) $(BUILD)/examples/hello
+	@sh tests/run.sh $(TESTS) $(EXTRA_TESTS)
+
+.PHONY: bench bench-smoke
+bench: $(BUILD)/bench/bench $(BUILD)/bench/libpeer.so
+	$< $(BENCH) --csv $(BUILD)/bench.csv
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	    $(PYTHON) bench/peer_torch.py $(BUILD)/bench/libpeer.so --csv $(BUILD)/peer_torch.csv; \
+	else echo '# PyTorch formulation: not run, $(PYTHON) has no torch'; fi
+
+bench-smoke: $(BUILD)/bench/bench
+	$< --smoke
+
+# ---- The same tests, built or run in other ways -------------------------------------------------
+
+# $(call suite,programs that must be there,directory,variables)
+define suite
+@for program in $(1); do \
+    command -v $$program >/dev/null || { echo "skip  $@: no $$program"; exit 0; }; \
+done; $(MAKE) --no-print-directory test BUILD=$(BUILD)/$(2) EXTRA_TESTS= EXTRA_CHECKS= $(3)
+endef
+
+SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+
+.PHONY: test-sanitize test-sanitize-gcc test-sanitize-clang
+test-sanitize: test-sanitize-gcc test-sanitize-clang
+test-sanitize-gcc test-sanitize-clang: test-sanitize-%:
+	$(call suite,$*,sanitize-$*,CC=$* OPT='$(SANITIZE)')
+
+.PHONY: test-valgrind
+test-valgrind:
+	$(call suite,valgrind,valgrind,OPT='-O1 -g' \
+	    RUNNER='valgrind -q --leak-check=full --error-exitcode=99')
+
+.PHONY: test-qemu test-qemu-aarch64 test-qemu-s390x
+test-qemu: test-qemu-aarch64 test-qemu-s390x
+test-qemu-aarch64 test-qemu-s390x: test-qemu-%:
+	$(call suite,$*-linux-gnu-gcc qemu-$*,$*,CC=$*-linux-gnu-gcc LDFLAGS=-static RUNNER=qemu-$*)
+
+.PHONY: test-std check lint format
+test-std:
+	@BUILD=$(BUILD) sh .ci/std.sh
+check:
+	@BUILD=$(BUILD) CC='$(CC)' sh .ci/check.sh
+lint:
+	@BUILD=$(BUILD) sh .ci/lint.sh
+format:
+	clang-format -i $(wildcard *.h */*.c */*.h)
+
+# ---- Fuzzing ------------------------------------------------------------------------------------
+
+# libFuzzer where clang brings it; otherwise the same target under a main() that makes the bytes.
+.PHONY: fuzz
+fuzz: $(BUILD)/fuzz/fuzz_compress
+	@mkdir -p $(BUILD)/fuzz/corpus
+	@if [ -e $<.standalone ]; then $< $(FUZZ_SECONDS); else \
+	    $< -max_total_time=$(FUZZ_SECONDS) -max_len=512 -timeout=20 -verbosity=0 \
+	        -print_final_stats=1 -artifact_prefix=$(BUILD)/fuzz/ $(BUILD)/fuzz/corpus; fi
+
+$(BUILD)/fuzz/fuzz_compress: tests/fuzz_compress.c tests/rkv_impl.c rkv.h Makefile
+	@mkdir -p $(@D)
+	@rm -f $@.standalone
+	clang $(C_FLAGS) -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	    $(filter %.c,$^) -o $@ $(LIBS) 2>/dev/null || { touch $@.standalone && \
+	$(CC) $(C_FLAGS) -g -DFUZZ_STANDALONE $(filter %.c,$^) -o $@ $(LIBS); }
+
+# ---- Install ------------------------------------------------------------------------------------
+
+.PHONY: install uninstall clean
+install:
+	mkdir -p $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/pkgconfig \
+	    $(DESTDIR)$(PREFIX)/share/doc/rkv
+	cp rkv.h $(wildcard rkv_cuda.cu) $(DESTDIR)$(PREFIX)/include/
+	cp LICENSE README.md CHANGELOG.md $(DESTDIR)$(PREFIX)/share/doc/rkv/
+	printf '%s\n' 'prefix=$(PREFIX)' 'Name: rkv' 'Version: $(VERSION)' \
+	    'Description: R-KV key/value cache compression in one header' \
+	    'Cflags: -I$${prefix}/include' 'Libs: -lm' \
+	    >$(DESTDIR)$(PREFIX)/share/pkgconfig/rkv.pc
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/include/rkv.h $(DESTDIR)$(PREFIX)/include/rkv_cuda.cu \
+	    $(DESTDIR)$(PREFIX)/share/pkgconfig/rkv.pc
+	rm -rf $(DESTDIR)$(PREFIX)/share/doc/rkv
+clean:
+	rm -rf $(BUILD)

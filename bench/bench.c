@@ -1,0 +1,457 @@
+/* Times rkv on this machine, beside what the machine can do at most and the scalar definition.
+ * make bench      or:  build/bench [--full | --smoke] [--csv FILE] */
+#define _POSIX_C_SOURCE 200809L
+#include "bench/job.h"
+#include "bench/machine.h"
+#include <dlfcn.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef BENCH_FLAGS
+#define BENCH_FLAGS ""
+#endif
+#ifdef __clang__
+#define COMPILER __VERSION__ " "
+#else
+#define COMPILER "gcc " __VERSION__ " "
+#endif
+
+enum { KV_HEADS = 8, GROUP = 4, HEAD_DIM = 128 };
+
+typedef struct bench {
+    const rkv_backend *best, *scalar;
+    bench_machine machine; /* of one thread                                                  */
+    double seconds;        /* for each timing                                                */
+    int smoke, full;
+    FILE *csv;
+    int failures;
+} bench;
+
+/* ==== The roof ==============================================================================
+ * The least time the machine needs for what the method has to do: per stage the larger of
+ * operations / peak and bytes / bandwidth, and the stages one after another. The bandwidth is the
+ * higher of copying between blocks and moving within one, both beyond the caches. */
+
+typedef struct roof {
+    double fma_us, copy_us; /* as far as each is what bounds its stage                        */
+} roof;
+
+static const char *roof_bound(roof r)
+{
+    return r.fma_us >= r.copy_us ? "fma" : "copy";
+}
+
+static void add_stage(roof *r, const bench_machine *machine, double flops, double bytes)
+{
+    const double fma_us = 1e6 * flops / machine->flops;
+    const double copy_us = 1e6 * bytes / fmax(machine->copy, machine->move);
+    if (fma_us >= copy_us)
+        r->fma_us += fma_us;
+    else
+        r->copy_us += copy_us;
+}
+
+/* Rows that change their place, of all heads. */
+static double rows_moved(const bench_job *job)
+{
+    const bench_shape *s = &job->shape;
+    const rkv_layer *layer = job->layers;
+    double moved = 0;
+    for (int h = 0; h < s->kv_heads; h++)
+        for (int i = 0; i < layer->n_kept; i++)
+            moved += layer->kept[(size_t)h * (size_t)s->budget + (size_t)i] != i;
+    return moved;
+}
+
+/* Importance: a dot product for each query and candidate. Redundancy: norm, sum and the product
+ * with the sum, three multiply-adds an element, and a dot product for each pair to look at.
+ * Keys are read once. Selection has no roof: it is all decisions. */
+static roof roof_of(const bench_machine *machine, const bench_job *job, bench_stage stage)
+{
+    const bench_shape *s = &job->shape;
+    const double n = s->n_tokens, heads = s->kv_heads, dim = s->head_dim;
+    const double window = job->config.window;
+    const double row_bytes = dim * (s->dtype == RKV_F32 ? 4 : 2);
+    const double importance = 2 * window * s->group * (n - window) * dim;
+    roof r = { 0, 0 };
+    if (stage == BENCH_SCORE || stage == BENCH_COMPRESS)
+        add_stage(&r, machine, heads * (importance + 6 * n * dim) + 2 * job->pairs * dim,
+                  heads * n * row_bytes);
+    if (stage == BENCH_COMPACT || stage == BENCH_COMPRESS)
+        add_stage(&r, machine, 0, rows_moved(job) * row_bytes * 2 /* K and V */ * 2 /* r, w */);
+    return r;
+}
+
+/* ==== Lines ================================================================================= */
+
+static const char *const stage_names[] = { "score", "select", "compact", "compress" };
+
+/* A full scalar run of an all-pairs case takes minutes beyond this. */
+static int scalar_is_affordable(const bench_shape *s)
+{
+    const double n = s->n_tokens;
+    return s->keys != BENCH_DISTINCT || n * n * s->kv_heads * s->head_dim < 5e9;
+}
+
+/* The backend that results are compared with: scalar, or, where that takes too long, any other
+ * than the one under test. */
+static const rkv_backend *reference_for(const bench *b, const rkv_backend *backend,
+                                        const bench_shape *shape)
+{
+    const rkv_backend *other;
+    if (scalar_is_affordable(shape)) return b->scalar;
+    for (int i = 0; (other = rkv_backend_at(i)) != NULL; i++)
+        if (other != backend && other != b->scalar) return other;
+    return NULL;
+}
+
+static void print_columns(const char *title)
+{
+    printf("\n# %s\n# %-12s %-8s %-8s %-5s %6s %4s %12s %10s   %s\n", title, "keys", "stage",
+           "backend", "dtype", "n", "d", "us", "x scalar", "% of roof (bound)");
+}
+
+static void csv_line(bench *b, const bench_shape *s, const char *stage, const char *backend,
+                     int threads, double us, double scalar_us, double roof_us)
+{
+    if (!b->csv) return;
+    fprintf(b->csv, "%s,%s,%s,%s,%d,%d,%d,%d,%d,%d,%.2f,%.2f,%.2f\n", bench_keys_name(s->keys),
+            stage, backend, bench_dtype_name(s->dtype), s->kv_heads, s->group, s->head_dim,
+            s->n_tokens, s->budget, threads, us, scalar_us, roof_us);
+}
+
+static void print_line(bench *b, const bench_job *job, const rkv_backend *backend,
+                       bench_stage stage, double us, double scalar_us)
+{
+    const bench_shape *s = &job->shape;
+    const roof r = roof_of(&b->machine, job, stage);
+    const double roof_us = r.fma_us + r.copy_us;
+    char speedup[32] = "-", share[32] = "-";
+    if (scalar_us > 0) snprintf(speedup, sizeof speedup, "%.1f", scalar_us / us);
+    if (roof_us > 0) snprintf(share, sizeof share, "%.0f (%s)", 100 * roof_us / us, roof_bound(r));
+    printf("  %-12s %-8s %-8s %-5s %6d %4d %12.1f %10s   %s\n", bench_keys_name(s->keys),
+           stage_names[stage], backend->name, bench_dtype_name(s->dtype), s->n_tokens, s->head_dim,
+           us, speedup, share);
+    fflush(stdout);
+    csv_line(b, s, stage_names[stage], backend->name, 1, us, scalar_us, roof_us);
+}
+
+static int check(bench *b, bench_job *job, const rkv_backend *backend)
+{
+    const bench_shape *s = &job->shape;
+    const rkv_backend *reference = reference_for(b, backend, s);
+    if (!reference || reference == backend || bench_job_check(job, backend, reference)) return 1;
+    printf("FAIL  %s differs from %s: %s, %s, n %d\n", backend->name, reference->name,
+           bench_keys_name(s->keys), bench_dtype_name(s->dtype), s->n_tokens);
+    b->failures++;
+    return 0;
+}
+
+static bench_shape shape_of(bench_keys keys, rkv_dtype dtype, int n_tokens)
+{
+    const bench_shape shape = { keys, dtype, n_tokens, n_tokens - 128, KV_HEADS, GROUP, HEAD_DIM };
+    return shape;
+}
+
+/* Checks, then times `backend` and scalar on the stages [first, last]. */
+static void bench_stages(bench *b, bench_keys keys, rkv_dtype dtype, int n_tokens,
+                         const rkv_backend *backend, bench_stage first, bench_stage last)
+{
+    const bench_shape shape = shape_of(keys, dtype, n_tokens);
+    bench_job job;
+    bench_job_make(&job, &shape);
+    if (check(b, &job, backend)) {
+        bench_machine_measure(&b->machine, b->best->name, 1);
+        for (int stage = (int)first; stage <= (int)last; stage++) {
+            const bench_stage at = (bench_stage)stage;
+            const double us = bench_job_time(&job, backend, at, b->seconds);
+            const double scalar_us = scalar_is_affordable(&shape)
+                                         ? bench_job_time(&job, b->scalar, at, 0.2 * b->seconds)
+                                         : 0;
+            print_line(b, &job, backend, at, us, scalar_us);
+        }
+    }
+    bench_job_free(&job);
+}
+
+/* ==== Tables ================================================================================ */
+
+static const rkv_dtype dtypes[] = { RKV_F32, RKV_F16, RKV_BF16 };
+enum { N_DTYPES = sizeof dtypes / sizeof *dtypes };
+
+static void table_stages(bench *b)
+{
+    print_columns("one layer, 1152 -> 1024 tokens, stage by stage and as one call");
+    for (int t = 0; t < N_DTYPES; t++)
+        bench_stages(b, BENCH_COSINE_07, dtypes[t], 1152, b->best, BENCH_SCORE, BENCH_COMPRESS);
+}
+
+static void table_backends(bench *b)
+{
+    const rkv_backend *backend;
+    print_columns("every CPU path");
+    for (int i = 0; (backend = rkv_backend_at(i)) != NULL; i++)
+        bench_stages(b, BENCH_COSINE_07, RKV_F32, 1152, backend, BENCH_COMPRESS, BENCH_COMPRESS);
+}
+
+static void table_keys(bench *b)
+{
+    print_columns("what the keys are like");
+    for (int k = 0; k < BENCH_KEYS_COUNT; k++)
+        for (int t = 0; t < N_DTYPES; t++)
+            bench_stages(b, (bench_keys)k, dtypes[t], 1152, b->best, BENCH_COMPRESS,
+                         BENCH_COMPRESS);
+}
+
+static void table_growth(bench *b)
+{
+    static const int lengths[] = { 640, 1152, 2176, 4224, 16384, 65536 };
+    static const bench_keys keys[] = { BENCH_COSINE_07, BENCH_COSINE_04, BENCH_DISTINCT };
+    const int n_lengths = b->smoke ? 2 : 6;
+    print_columns("growth with n; 128 tokens are evicted");
+    for (int k = 0; k < 3; k++)
+        for (int t = 0; t < N_DTYPES; t++)
+            for (int i = 0; i < n_lengths; i++) {
+                const int worst = keys[k] == BENCH_DISTINCT;
+                if (worst && !b->full && (t > 0 || lengths[i] > 16384)) continue;
+                bench_stages(b, keys[k], dtypes[t], lengths[i], b->best, BENCH_COMPRESS,
+                             BENCH_COMPRESS);
+            }
+}
+
+/* A layer that is never read: addresses enough apart to be told from one another. */
+static void describe(rkv_layer *layer, const bench_shape *s, int window, int index)
+{
+    const size_t apart = (size_t)s->kv_heads * (size_t)s->n_tokens * (size_t)s->head_dim * 4;
+    const uintptr_t base = (uintptr_t)(3 * index + 1) * apart;
+    layer->keys = rkv_tensor_make((void *)base, s->dtype, s->kv_heads, s->n_tokens, s->head_dim);
+    layer->values =
+        rkv_tensor_make((void *)(base + apart), s->dtype, s->kv_heads, s->n_tokens, s->head_dim);
+    layer->queries = rkv_tensor_make((void *)(base + 2 * apart), s->dtype, s->kv_heads * s->group,
+                                     window, s->head_dim);
+    layer->n_tokens = s->n_tokens;
+}
+
+static void table_workspace(bench *b)
+{
+    static const int lengths[] = { 640, 1152, 2176, 4224, 16384, 65536 };
+    printf("\n# workspace of one call, 8 kv heads, 1 thread: bytes\n"
+           "# %6s %12s %12s %16s\n",
+           "n", "1 layer", "32 layers", "per head, token");
+    for (int i = 0; i < 6; i++) {
+        const bench_shape s = shape_of(BENCH_COSINE_07, RKV_F32, lengths[i]);
+        const rkv_config config = rkv_config_default(s.budget);
+        rkv_layer layers[32];
+        size_t one = 0, many = 0;
+        memset(layers, 0, sizeof layers);
+        for (int l = 0; l < 32; l++) describe(layers + l, &s, config.window, l);
+        if (rkv_workspace_size(NULL, &config, layers, 1, &one) != RKV_OK ||
+            rkv_workspace_size(NULL, &config, layers, 32, &many) != RKV_OK) {
+            printf("FAIL  workspace size of n %d\n", s.n_tokens);
+            b->failures++;
+            continue;
+        }
+        printf("  %6d %12zu %12zu %16.2f\n", s.n_tokens, one, many,
+               (double)many / (32.0 * KV_HEADS * s.n_tokens));
+    }
+}
+
+/* One and two threads take turns, so that both see the same neighbours. What two threads gain on
+ * plain multiply-adds and copies, in the same minute, is what this machine has to give. */
+static void table_threads(bench *b)
+{
+    static const bench_keys keys[] = { BENCH_COSINE_07, BENCH_COSINE_04, BENCH_DISTINCT };
+    static const int lengths[] = { 1152, 4224 };
+    bench_machine one = { 0, 0, 0, 0 }, two = one;
+    rkv_threads *pool = NULL;
+    if (rkv_threads_create(&pool, 2) != RKV_OK) {
+        printf("# threads: none to be had\n");
+        return;
+    }
+    printf("\n# threads, f32, one layer of %d kv heads\n# %-12s %6s %12s %12s %8s\n", KV_HEADS,
+           "keys", "n", "us, 1", "us, 2", "x");
+    for (int k = 0; k < 3; k++)
+        for (int i = 0; i < (b->smoke ? 1 : 2); i++) {
+            const bench_shape shape = shape_of(keys[k], RKV_F32, lengths[i]);
+            double us[2] = { HUGE_VAL, HUGE_VAL };
+            bench_job job;
+            bench_job_make(&job, &shape);
+            const rkv_config alone = job.config;
+            for (int turn = 0; turn < 8; turn++) {
+                job.config = alone;
+                if (turn % 2) rkv_threads_use(pool, &job.config);
+                us[turn % 2] = fmin(
+                    us[turn % 2], bench_job_time(&job, b->best, BENCH_COMPRESS, 0.25 * b->seconds));
+            }
+            bench_job_free(&job);
+            printf("  %-12s %6d %12.1f %12.1f %8.2f\n", bench_keys_name(shape.keys), lengths[i],
+                   us[0], us[1], us[0] / us[1]);
+            fflush(stdout);
+            csv_line(b, &shape, "compress", b->best->name, 2, us[1], 0, 0);
+            bench_machine_measure(&one, b->best->name, 1);
+            bench_machine_measure(&two, b->best->name, 2);
+        }
+    printf("# the machine itself: fma x %.2f, move x %.2f\n", two.flops / one.flops,
+           two.move / one.move);
+    rkv_threads_destroy(pool);
+}
+
+/* ==== OpenBLAS, where there is one ========================================================== */
+
+typedef void (*cblas_sgemm_function)(int order, int trans_a, int trans_b, int m, int n, int k,
+                                     float alpha, const float *a, int lda, const float *b, int ldb,
+                                     float beta, float *c, int ldc);
+
+/* dlsym returns a data pointer; POSIX has it hold a function, C has no cast for that. */
+static void *symbol(void *library, const char *name, void *function)
+{
+    void *address = dlsym(library, name);
+    memcpy(function, &address, sizeof address);
+    return address;
+}
+
+static double gram_time(const bench_job *job, cblas_sgemm_function sgemm, float *gram)
+{
+    enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
+    const bench_shape *s = &job->shape;
+    const int n = s->n_tokens, d = s->head_dim;
+    const double before = bench_seconds();
+    for (int h = 0; h < s->kv_heads; h++) {
+        const float *keys = (const float *)job->pristine + (size_t)h * (size_t)n * (size_t)d;
+        sgemm(ROW_MAJOR, NO_TRANS, TRANS, n, n, d, 1.0f, keys, d, keys, d, 0.0f, gram, n);
+    }
+    return (bench_seconds() - before) * 1e6;
+}
+
+/* An OpenBLAS older than the CPU takes SSE kernels; it is told the registers that rkv found. */
+static void *open_blas(const char *isa)
+{
+    if (!strcmp(isa, "avx512")) setenv("OPENBLAS_CORETYPE", "SkylakeX", 0);
+    if (!strcmp(isa, "avx2")) setenv("OPENBLAS_CORETYPE", "Haswell", 0);
+    return dlopen("libopenblas.so.0", RTLD_NOW);
+}
+
+static void table_blas(bench *b)
+{
+    static const int lengths[] = { 1152, 2176, 4224 };
+    void *library = open_blas(b->best->name);
+    cblas_sgemm_function sgemm;
+    void (*set_threads)(int);
+    char *(*core_name)(void);
+    if (!library || !symbol(library, "cblas_sgemm", &sgemm) ||
+        !symbol(library, "openblas_get_corename", &core_name) ||
+        !symbol(library, "openblas_set_num_threads", &set_threads)) {
+        printf("\n# sgemm of the Gram matrix: not run, there is no libopenblas.so.0\n");
+        return;
+    }
+    set_threads(1);
+    printf("\n# worst case, no two keys alike, f32, beside OpenBLAS's sgemm (%s) of the n x n\n"
+           "# Gram matrix alone, 1 thread, in turns; the whole of rkv_compress against only that\n"
+           "# %6s %14s %14s %12s\n",
+           core_name(), "n", "rkv us", "sgemm us", "sgemm / rkv");
+    for (int i = 0; i < (b->smoke ? 1 : 3); i++) {
+        const bench_shape shape = shape_of(BENCH_DISTINCT, RKV_F32, lengths[i]);
+        double rkv_us = HUGE_VAL, sgemm_us = HUGE_VAL;
+        bench_job job;
+        float *gram = (float *)malloc((size_t)lengths[i] * (size_t)lengths[i] * sizeof *gram);
+        if (!gram) break;
+        bench_job_make(&job, &shape);
+        for (int turn = 0; turn < 6; turn++) {
+            rkv_us = fmin(rkv_us, bench_job_time(&job, b->best, BENCH_COMPRESS, 0.2 * b->seconds));
+            sgemm_us = fmin(sgemm_us, gram_time(&job, sgemm, gram));
+        }
+        bench_job_free(&job);
+        free(gram);
+        printf("  %6d %14.1f %14.1f %12.2f\n", lengths[i], rkv_us, sgemm_us, sgemm_us / rkv_us);
+        fflush(stdout);
+        csv_line(b, &shape, "gram", "openblas", 1, sgemm_us, 0, 0);
+    }
+}
+
+/* ==== Program =============================================================================== */
+
+static void cpu_name(char *out, size_t bytes)
+{
+    char line[256];
+    FILE *file = fopen("/proc/cpuinfo", "r");
+    snprintf(out, bytes, "unnamed CPU");
+    while (file && fgets(line, sizeof line, file)) {
+        if (strncmp(line, "model name", 10) != 0 || !strchr(line, ':')) continue;
+        snprintf(out, bytes, "%.*s", (int)strcspn(strchr(line, ':') + 2, "\n"),
+                 strchr(line, ':') + 2);
+        break;
+    }
+    if (file) fclose(file);
+}
+
+static void print_machine(const bench *b, const char *when)
+{
+    printf("# %s: fma %.1f GFLOP/s (%s); 64 MiB copied %.1f GB/s, moved down by 50 KB %.1f GB/s;\n"
+           "#   256 KiB copied %.1f GB/s; 1 thread, bytes read + written\n",
+           when, b->machine.flops * 1e-9, b->best->name, b->machine.copy * 1e-9,
+           b->machine.move * 1e-9, b->machine.cache * 1e-9);
+}
+
+static int usage(void)
+{
+    fprintf(stderr, "usage: bench [--full | --smoke] [--csv FILE]\n"
+                    "  --full   the worst case also in f16 and bf16 and at n 65536 (minutes)\n"
+                    "  --smoke  only that everything runs: short lengths, short timings\n");
+    return 2;
+}
+
+int main(int argc, char **argv)
+{
+    bench b = { 0 };
+    const char *csv = NULL;
+    char cpu[128];
+    b.seconds = 0.5;
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--full"))
+            b.full = 1;
+        else if (!strcmp(argv[i], "--smoke"))
+            b.smoke = 1, b.seconds = 0.01;
+        else if (!strcmp(argv[i], "--csv") && i + 1 < argc)
+            csv = argv[++i];
+        else
+            return usage();
+    }
+    if (csv && !(b.csv = fopen(csv, "w"))) {
+        fprintf(stderr, "bench: cannot write %s\n", csv);
+        return 1;
+    }
+    b.best = rkv_backend_find(NULL);
+    b.scalar = rkv_backend_find("scalar");
+    bench_machine_measure(&b.machine, b.best->name, 1);
+    cpu_name(cpu, sizeof cpu);
+    printf("# rkv %d.%d.%d  " COMPILER BENCH_FLAGS "  %s\n", RKV_VERSION_MAJOR, RKV_VERSION_MINOR,
+           RKV_VERSION_PATCH, cpu);
+    print_machine(&b, "this machine");
+    printf(
+        "# %d kv heads, %d query heads, head dim %d, window 8; 1 thread unless said otherwise\n"
+        "# us: least of the runs that fit in %.2g s, over copies of the layer of 64 MiB in all\n"
+        "# roof: per stage the larger of flops / peak and bytes / bandwidth, added up;\n"
+        "#   score    (2 window group (n - window) + 6 n + 2 pairs) d flops a head; keys read once;\n"
+        "#            pairs: those that a scan from the newest key back to the first look-alike\n"
+        "#            of each key meets, each once\n"
+        "#   compact  rows that move, K and V, read and written\n"
+        "# before it is timed each case is compared with scalar (the all-pairs case at large n\n"
+        "# with another path): scores to the bit, kept sets, moved rows\n",
+        KV_HEADS, KV_HEADS * GROUP, HEAD_DIM, b.seconds);
+    if (b.csv)
+        fprintf(b.csv, "keys,stage,backend,dtype,kv_heads,group,head_dim,n,budget,threads,us,"
+                       "scalar_us,roof_us\n");
+    table_stages(&b);
+    table_backends(&b);
+    table_keys(&b);
+    table_threads(&b);
+    table_blas(&b);
+    table_workspace(&b);
+    table_growth(&b);
+    print_machine(&b, "highest seen");
+    if (b.csv) fclose(b.csv);
+    if (b.failures) printf("# %d cases FAILED\n", b.failures);
+    return b.failures ? 1 : 0;
+}

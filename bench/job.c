@@ -1,0 +1,303 @@
+/* One attention layer to be compressed: its keys made to order, its runs checked and timed.
+ * Part of bench/bench.c and of the library that bench/peer_torch.py loads; built by: make bench */
+#define _POSIX_C_SOURCE 200809L
+#include "bench/job.h"
+#include "tests/harness.h"
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define COLD_BYTES ((size_t)64 << 20) /* beyond any private cache */
+#define PHRASE     96                 /* tokens, BENCH_REPEATS */
+
+double bench_seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+const char *bench_keys_name(bench_keys keys)
+{
+    static const char *const names[BENCH_KEYS_COUNT] = { "cosine 0.7", "cosine 0.4", "12% outliers",
+                                                         "repeats",    "identical",  "all zero",
+                                                         "distinct" };
+    return names[keys];
+}
+
+const char *bench_dtype_name(rkv_dtype dtype)
+{
+    return dtype == RKV_F32 ? "f32" : dtype == RKV_F16 ? "f16" : "bf16";
+}
+
+static void require(rkv_status status, const char *what)
+{
+    if (status == RKV_OK) return;
+    fprintf(stderr, "bench: %s: %s\n", what, rkv_status_string(status));
+    exit(1);
+}
+
+/* ==== Data ================================================================================== */
+
+static void store(void *out, rkv_dtype dtype, size_t index, float value)
+{
+    const uint16_t half = dtype == RKV_F16 ? f16_from_float(value) : bf16_from_float(value);
+    if (dtype == RKV_F32)
+        memcpy((char *)out + index * sizeof value, &value, sizeof value);
+    else
+        memcpy((char *)out + index * sizeof half, &half, sizeof half);
+}
+
+/* Cosine of two different keys of the case, which is the share of their common direction. */
+static float common_share(bench_keys keys, int outlier)
+{
+    if (keys == BENCH_COSINE_07) return 0.7f;
+    if (keys == BENCH_COSINE_04) return 0.4f;
+    if (keys == BENCH_OUTLIERS && !outlier) return 0.52f; /* 0.88 * 0.88 * 0.52 = 0.4 */
+    return 0.0f;
+}
+
+/* The seed of a row's own direction: rows with equal seeds are equal. */
+static uint64_t row_seed(bench_keys keys, int head, int token)
+{
+    if (keys == BENCH_REPEATS) token %= PHRASE;
+    if (keys == BENCH_IDENTICAL) token = 0;
+    return (uint64_t)head << 32 | (uint64_t)token;
+}
+
+void bench_fill_keys(void *out, const bench_shape *s)
+{
+    const size_t dim = (size_t)s->head_dim;
+    float *common = (float *)alloc_checked(dim * sizeof *common);
+    size_t at = 0;
+    for (int h = 0; h < s->kv_heads; h++) {
+        rng direction = rng_seed(~(uint64_t)h); /* a row never has it */
+        for (size_t i = 0; i < dim; i++) common[i] = (float)rng_normal(&direction);
+        for (int j = 0; j < s->n_tokens; j++) {
+            rng own = rng_seed(row_seed(s->keys, h, j));
+            const float share = common_share(s->keys, rng_below(&own, 100) < 12);
+            const float a = sqrtf(share), b = sqrtf(1.0f - share);
+            for (size_t i = 0; i < dim; i++, at++) {
+                const float x = a * common[i] + b * (float)rng_normal(&own);
+                store(out, s->dtype, at, s->keys == BENCH_ZERO ? 0.0f : x);
+            }
+        }
+    }
+    free(common);
+}
+
+void bench_fill_queries(void *out, const bench_shape *s, int window)
+{
+    const size_t count =
+        (size_t)s->kv_heads * (size_t)s->group * (size_t)window * (size_t)s->head_dim;
+    rng random = rng_seed(12345);
+    for (size_t i = 0; i < count; i++) store(out, s->dtype, i, (float)rng_normal(&random));
+}
+
+/* ==== How far the scan has to go ============================================================= */
+
+/* A key divided by its norm; zero when it is zero. */
+static void unit_row(const bench_job *run, int head, int token, float *unit)
+{
+    const bench_shape *s = &run->shape;
+    const size_t dim = (size_t)s->head_dim;
+    const size_t at = ((size_t)head * (size_t)s->n_tokens + (size_t)token) * dim;
+    const uint16_t *half = (const uint16_t *)run->pristine + at;
+    float norm = 0;
+    for (size_t i = 0; i < dim; i++) {
+        unit[i] = s->dtype == RKV_F32   ? ((const float *)run->pristine)[at + i]
+                  : s->dtype == RKV_F16 ? f16_to_float(half[i])
+                                        : bf16_to_float(half[i]);
+        norm += unit[i] * unit[i];
+    }
+    norm = norm > 0 ? 1.0f / sqrtf(norm) : 0;
+    for (size_t i = 0; i < dim; i++) unit[i] *= norm;
+}
+
+/* Rows from the newest back to the first that looks like row `token`. */
+static int steps_back(const bench_job *run, int head, int token, float *own, float *other)
+{
+    int j = run->shape.n_tokens - 1;
+    unit_row(run, head, token, own);
+    for (; j >= 0; j--) {
+        float cosine = 0;
+        if (j == token) continue;
+        unit_row(run, head, j, other);
+        for (int i = 0; i < run->shape.head_dim; i++) cosine += own[i] * other[i];
+        if (cosine > run->config.threshold) break;
+    }
+    return run->shape.n_tokens - (j < 0 ? 0 : j);
+}
+
+/* Estimated from every 16th row. */
+static double pairs_to_look_at(const bench_job *run)
+{
+    enum { SAMPLE = 16 };
+    const bench_shape *s = &run->shape;
+    const double all = (double)s->kv_heads * s->n_tokens * (s->n_tokens - 1) / 2;
+    double pairs = 0;
+    if (s->keys == BENCH_ZERO) return 0; /* a zero key has no look-alike, and needs no search */
+    if (s->keys == BENCH_DISTINCT) return all;
+    float *rows = (float *)alloc_checked(2 * (size_t)s->head_dim * sizeof *rows);
+    for (int h = 0; h < s->kv_heads; h++)
+        for (int i = 0; i < s->n_tokens; i += SAMPLE)
+            pairs += SAMPLE * steps_back(run, h, i, rows, rows + s->head_dim);
+    free(rows);
+    return fmin(pairs, all);
+}
+
+/* ==== The layer and its copies ============================================================== */
+
+static rkv_layer make_layer(const bench_job *run, void *queries)
+{
+    const bench_shape *s = &run->shape;
+    const size_t sets = (size_t)s->kv_heads;
+    rkv_layer layer = RKV_INIT;
+    layer.keys = rkv_tensor_make(alloc_checked(run->key_bytes), s->dtype, s->kv_heads, s->n_tokens,
+                                 s->head_dim);
+    layer.values = rkv_tensor_make(alloc_checked(run->key_bytes), s->dtype, s->kv_heads,
+                                   s->n_tokens, s->head_dim);
+    layer.queries =
+        rkv_tensor_make(queries, s->dtype, s->kv_heads * s->group, run->config.window, s->head_dim);
+    memcpy(layer.keys.data, run->pristine, run->key_bytes);
+    memcpy(layer.values.data, run->pristine, run->key_bytes);
+    layer.n_tokens = s->n_tokens;
+    layer.kept = (int32_t *)alloc_checked(sets * (size_t)s->budget * sizeof *layer.kept);
+    layer.scores = (float *)alloc_checked(sets * (size_t)s->n_tokens * sizeof *layer.scores);
+    return layer;
+}
+
+void bench_job_make(bench_job *run, const bench_shape *s)
+{
+    const size_t row = (size_t)s->head_dim * dtype_bytes(s->dtype);
+    memset(run, 0, sizeof *run);
+    run->shape = *s;
+    run->config = rkv_config_default(s->budget);
+    /* Of 65536 unrelated keys of dim 128 a few pairs pass cosine 0.5 by chance, none 0.65. */
+    if (s->keys == BENCH_DISTINCT) run->config.threshold = 0.65f;
+    run->key_bytes = (size_t)s->kv_heads * (size_t)s->n_tokens * row;
+    run->pristine = alloc_checked(run->key_bytes);
+    bench_fill_keys(run->pristine, s);
+
+    const size_t window = (size_t)run->config.window;
+    void *queries = alloc_checked((size_t)s->kv_heads * (size_t)s->group * window * row);
+    bench_fill_queries(queries, s, run->config.window);
+
+    run->n_copies = (int)(COLD_BYTES / (2 * run->key_bytes)) + 1;
+    run->layers = (rkv_layer *)alloc_checked((size_t)run->n_copies * sizeof *run->layers);
+    for (int c = 0; c < run->n_copies; c++) run->layers[c] = make_layer(run, queries);
+    run->pairs = pairs_to_look_at(run);
+}
+
+void bench_job_free(bench_job *run)
+{
+    free(run->layers[0].queries.data); /* shared by all copies */
+    for (int c = 0; c < run->n_copies; c++) {
+        free(run->layers[c].keys.data);
+        free(run->layers[c].values.data);
+        free(run->layers[c].kept);
+        free(run->layers[c].scores);
+    }
+    free(run->layers);
+    free(run->pristine);
+    free(run->workspace);
+}
+
+static void reserve_workspace(bench_job *run, const rkv_backend *backend)
+{
+    size_t bytes = 0;
+    run->layers[0].n_tokens = run->shape.n_tokens;
+    require(rkv_workspace_size(backend, &run->config, run->layers, 1, &bytes), "workspace size");
+    if (bytes > run->workspace_bytes) {
+        free(run->workspace);
+        run->workspace = alloc_checked(bytes);
+        memset(run->workspace, 0, bytes); /* page faults are not what is timed */
+        run->workspace_bytes = bytes;
+    }
+}
+
+void bench_job_run(bench_job *run, const rkv_backend *backend, bench_stage stage, int copy)
+{
+    static rkv_status (*const stages[])(const rkv_backend *, const rkv_config *, rkv_layer *, int,
+                                        void *, size_t) = { rkv_score, rkv_select, rkv_compact,
+                                                            rkv_compress };
+    rkv_layer *layer = run->layers + copy;
+    layer->n_tokens = run->shape.n_tokens;
+    require(stages[stage](backend, &run->config, layer, 1, run->workspace, run->workspace_bytes),
+            "rkv");
+}
+
+/* Puts the keys back that a compaction moved; which values lie where changes no time. */
+static void restore(bench_job *run, int copy)
+{
+    memcpy(run->layers[copy].keys.data, run->pristine, run->key_bytes);
+}
+
+/* ==== Check and time ======================================================================== */
+
+/* Do the first rows of each head hold the pristine rows that the kept set names? */
+static int rows_are_kept(const bench_job *run, const rkv_layer *layer)
+{
+    const bench_shape *s = &run->shape;
+    const size_t row = (size_t)s->head_dim * dtype_bytes(s->dtype);
+    for (int h = 0; h < s->kv_heads; h++) {
+        const size_t head = (size_t)h * (size_t)s->n_tokens * row;
+        const char *now = (const char *)layer->keys.data + head;
+        const char *before = (const char *)run->pristine + head;
+        const int32_t *kept = layer->kept + (size_t)h * (size_t)s->budget;
+        for (int i = 0; i < layer->n_kept; i++)
+            if (memcmp(now + (size_t)i * row, before + (size_t)kept[i] * row, row)) return 0;
+    }
+    return 1;
+}
+
+int bench_job_check(bench_job *run, const rkv_backend *backend, const rkv_backend *reference)
+{
+    const bench_shape *s = &run->shape;
+    const size_t sets = (size_t)s->kv_heads;
+    const size_t score_bytes = sets * (size_t)(s->n_tokens - run->config.window) * sizeof(float);
+    const size_t kept_bytes = sets * (size_t)s->budget * sizeof(int32_t);
+    rkv_layer *layer = run->layers;
+    float *scores = (float *)alloc_checked(score_bytes);
+    int32_t *kept = (int32_t *)alloc_checked(kept_bytes);
+    int equal;
+
+    reserve_workspace(run, reference);
+    bench_job_run(run, reference, BENCH_SCORE, 0);
+    bench_job_run(run, reference, BENCH_SELECT, 0);
+    memcpy(scores, layer->scores, score_bytes);
+    memcpy(kept, layer->kept, kept_bytes);
+
+    reserve_workspace(run, backend);
+    bench_job_run(run, backend, BENCH_COMPRESS, 0);
+    equal = !memcmp(scores, layer->scores, score_bytes) && !memcmp(kept, layer->kept, kept_bytes) &&
+            rows_are_kept(run, layer);
+    restore(run, 0);
+    free(scores);
+    free(kept);
+    return equal;
+}
+
+double bench_job_time(bench_job *run, const rkv_backend *backend, bench_stage stage, double seconds)
+{
+    const double start = bench_seconds();
+    double best = HUGE_VAL;
+    reserve_workspace(run, backend);
+    for (int c = 0; c < run->n_copies && stage != BENCH_SCORE && stage != BENCH_COMPRESS; c++) {
+        bench_job_run(run, backend, BENCH_SCORE, c); /* what the stage under test reads */
+        bench_job_run(run, backend, BENCH_SELECT, c);
+    }
+    do {
+        for (int c = 0; c < run->n_copies && stage == BENCH_COMPRESS; c++) restore(run, c);
+        for (int c = 0; c < run->n_copies; c++) {
+            const double before = bench_seconds();
+            bench_job_run(run, backend, stage, c);
+            best = fmin(best, bench_seconds() - before);
+            if (bench_seconds() - start > seconds) break;
+        }
+    } while (bench_seconds() - start < seconds);
+    for (int c = 0; c < run->n_copies; c++) restore(run, c);
+    return best * 1e6;
+}

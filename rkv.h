@@ -1,0 +1,4960 @@
+/* rkv.h - v0.1.0 - R-KV key/value cache compression for decoding, in one header.
+ * Keeps the cached tokens that are attended to and say something new; evicts the rest.
+ * SPDX-License-Identifier: MIT OR Unlicense          (both texts are at the end of this file)
+ */
+#ifndef RKV_H
+#define RKV_H
+
+/* ==== 2. Usage ==============================================================================
+ * R-KV (arXiv 2505.24133): while a reasoning model decodes, every cached token gets a score,
+ *
+ *     score = lambda * importance - (1 - lambda) * redundancy
+ *
+ * where importance is the attention it receives from the newest `window` queries and redundancy
+ * says how similar its key is to the other cached keys. The `budget` best tokens of every kv head
+ * stay, the window always among them; their rows move to the front of the cache, in place.
+ *
+ * In exactly one C or C++ file:            In any other file that calls it:
+ *     #define RKV_IMPLEMENTATION               #include "rkv.h"
+ *     #include "rkv.h"
+ *
+ * The smallest whole program (examples/hello.c, the same text as in README.md) goes, in short:
+ *
+ *     rkv_config config = rkv_config_default(1024);        budget: 1024 tokens per kv head
+ *     rkv_layer layer = RKV_INIT;                          one attention layer of one sequence
+ *     layer.keys    = rkv_tensor_make(k, RKV_F16, kv_heads, capacity, head_dim);
+ *     layer.values  = rkv_tensor_make(v, RKV_F16, kv_heads, capacity, head_dim);
+ *     layer.queries = rkv_tensor_make(q, RKV_F16, query_heads, 8, head_dim);
+ *     layer.n_tokens = 1152;                               rows in use
+ *     rkv_workspace_size(NULL, &config, &layer, 1, &bytes);
+ *     rkv_compress(NULL, &config, &layer, 1, malloc(bytes), bytes);     layer.n_tokens is 1024
+ *
+ * Three numbers that must not be mixed up: `n_tokens` is the physical length, the rows in use;
+ * the logical length, the tokens the sequence has had, goes on growing and is what the next
+ * token's rotary embedding needs; `positions` maps one to the other, row by row.
+ *
+ * Memory     The caller's. rkv_compress and its stages allocate nothing; only rkv_cache does,
+ *            through the backend's allocator. No buffer is ever owned or kept.
+ * Threads    Calls on distinct data may run at the same time. A call itself uses the threads that
+ *            rkv_config.parallel_for lends it, none otherwise. Register backends before that.
+ * Errors     Every fallible call returns rkv_status. On any error no caller buffer has changed
+ *            (the workspace and *config->fault excepted). rkv_check says in words what is wrong.
+ * Precision  Keys and queries are read as f32, f16 or bf16 and computed in f32. Scores and kept
+ *            sets are bit-identical on every CPU backend and for any number of threads.
+ *
+ * What you must know before you ship it:
+ *  - Compress confirmed tokens only: an evicted token does not come back when a speculative
+ *    draft is rejected.
+ *  - Rows that another sequence shares (a prefix cache) must be `pinned` or not compressed:
+ *    compaction writes in place.
+ *  - Hand rotary embedding the true position of a new token, never its row number.
+ *  - The queries must be those of the newest `window` tokens, all of them, rotary embedding
+ *    applied, in any order of the tokens (a ring buffer is fine).
+ *  - At tight budgets let the buffer (tokens between two compressions) be about as large as the
+ *    budget: the published ports report 65 % on GSM8K with budget 128 and buffer 16, 90 % with
+ *    buffer 256, 91 % for the full cache.
+ *
+ * What it does not do: it does not run attention, store quantised keys, re-rotate keys, or split
+ * one kv head over several threads.
+ */
+
+/* ==== 3. Config macros ======================================================================
+ * RKV_IMPLEMENTATION  this file gets the code; define it in one file only.
+ * RKV_STATIC          all functions are static to the implementing file. Seen by that file.
+ * RKV_NO_AVX2, RKV_NO_AVX512, RKV_NO_NEON   leave a code path out. Seen by the implementing file.
+ * RKV_NO_CACHE        leaves the managed cache out, and with it malloc and free. All files.
+ * RKV_PTHREADS        adds a small thread pool on POSIX threads, for those who have none
+ *                     (rkv_threads). All files; link with -pthread.
+ */
+#include <stddef.h>
+#include <stdint.h>
+
+#define RKV_VERSION_MAJOR 0
+#define RKV_VERSION_MINOR 1
+#define RKV_VERSION_PATCH 0
+
+#ifdef RKV_STATIC
+#define RKV_API static
+#else
+#define RKV_API extern
+#endif
+
+/* clang-format off */
+/* rkv_layer layer = RKV_INIT;  every field zero, in C and in C++ */
+#ifdef __cplusplus
+#define RKV_INIT {}
+extern "C" {
+#else
+#define RKV_INIT {0}
+#endif
+
+/* ==== 4. Types ============================================================================== */
+
+typedef enum rkv_status {
+    RKV_OK = 0,
+    RKV_ERROR_ARGUMENT,    /* a field is out of range or inconsistent; rkv_check tells which   */
+    RKV_ERROR_WORKSPACE,   /* the workspace is NULL or smaller than rkv_workspace_size asks    */
+    RKV_ERROR_NONFINITE,   /* a key or query is NaN, infinite or of a norm above 1e18;
+                              rkv_config.fault names the place                                 */
+    RKV_ERROR_UNSUPPORTED, /* this backend does not have this option                           */
+    RKV_ERROR_MEMORY,      /* an allocation failed (rkv_cache, rkv_threads)                    */
+    RKV_ERROR_DEVICE       /* the device refused a launch or a copy                            */
+} rkv_status;
+
+typedef enum rkv_dtype { RKV_F32 = 0, RKV_F16 = 1, RKV_BF16 = 2 } rkv_dtype;
+
+/* Which tokens the heads of a layer keep. Spec: the published code keeps a set per head; the
+ * paper's Algorithm 1 averages over the heads of a layer. */
+typedef enum rkv_scope {
+    RKV_PER_HEAD = 0, /* every kv head its own set                                             */
+    RKV_PER_LAYER,    /* one set per layer, from the mean of its heads' scores                 */
+    RKV_PER_SEQUENCE  /* one set for several layers, from the sum of their per-layer means     */
+} rkv_scope;
+
+typedef enum rkv_pooling {
+    RKV_POOL_AFTER_MEAN = 0, /* max over neighbours of the mean over queries (published code)  */
+    RKV_POOL_BEFORE_MEAN     /* mean over queries of the max over neighbours (paper, Eq. 4)    */
+} rkv_pooling;
+
+typedef enum rkv_grouping {
+    RKV_GROUP_MAX = 0, /* logit of a group = max over its query heads (published code, paper)  */
+    RKV_GROUP_MEAN     /* ... = mean                                                           */
+} rkv_grouping;
+
+typedef enum rkv_redundancy {
+    RKV_REDUNDANCY_ROW = 0, /* column means; every row exempts the entries of its `recent` most
+                               recent look-alikes (published code)                             */
+    RKV_REDUNDANCY_OWN      /* a token's own mean leaves out its `recent` most recent
+                               look-alikes (paper)                                             */
+} rkv_redundancy;
+
+typedef enum rkv_span {
+    RKV_SPAN_ALL = 0,   /* redundancy over all n_tokens keys (published code)                  */
+    RKV_SPAN_CANDIDATES /* over the keys outside the window only (paper, Algorithm 1)          */
+} rkv_span;
+
+typedef enum rkv_column0 {
+    RKV_COLUMN0_EXEMPT = 0, /* row form: a row without any look-alike exempts its entry for the
+                               first token (published code)                                    */
+    RKV_COLUMN0_PLAIN       /* no such clause                                                  */
+} rkv_column0;
+
+typedef enum rkv_order {
+    RKV_BY_POSITION = 0, /* kept rows stay in cache order (ascending)                          */
+    RKV_BY_SCORE         /* best score first, then the window: the order in which the published
+                            code leaves its cache. Later rounds then see another "most recent" */
+} rkv_order;
+
+/* Where a key or query that is not finite was found; -1 = not known. On a GPU backend this lies
+ * in memory that the device can write, and is read after the stream has been synchronised. */
+typedef struct rkv_fault {
+    int32_t status; /* RKV_OK, or RKV_ERROR_NONFINITE                                         */
+    int32_t layer;  /* index into the call's layers                                           */
+    int32_t head;   /* kv head; for a query, the query head                                   */
+    int32_t token;  /* row of the key; for a query, its row in the queries view               */
+    int32_t query;  /* 1 = the fault is in a query, 0 = in a key                              */
+} rkv_fault;
+
+/* Runs task(arg, i) once for every i in [0, n_tasks), on any threads, in any order, and returns
+ * when all are done. */
+typedef void (*rkv_parallel_for)(void *pool, int n_tasks, void (*task)(void *arg, int index),
+                                 void *arg);
+
+/* What to do. Start from rkv_config_default(budget) or another preset below; a zeroed field
+ * means what its comment says. */
+typedef struct rkv_config {
+    int budget;      /* B: tokens kept per kv head, window and pinned included; required       */
+    int window;      /* w (the paper's alpha): newest tokens: never evicted, and they vote;
+                        0 means 8                                                              */
+    int pool;        /* importance is max-pooled over [j - pool/2, j + (pool-1)/2]; 0 means 7,
+                        1 is no pooling                                                        */
+    int recent;      /* beta: most recent look-alikes exempted; 0 means 1                      */
+    int pinned;      /* first tokens, always kept, neither moved nor written                   */
+    float lambda;    /* weight of importance, in [0, 1]; 0 is redundancy alone                 */
+    float threshold; /* T: cosine above which two keys are look-alikes, in [-1, 1]             */
+    rkv_scope scope;
+    rkv_pooling pooling;
+    rkv_grouping grouping;
+    rkv_redundancy redundancy;
+    rkv_span span;
+    rkv_column0 column0;
+    rkv_order order;
+    int n_threads;                 /* tasks at a time to give to parallel_for; 0 means 1       */
+    rkv_parallel_for parallel_for; /* the caller's threads; NULL means none                    */
+    void *pool_handle;             /* handed to parallel_for                                   */
+    rkv_fault *fault;              /* out, optional; written by every scoring call             */
+} rkv_config;
+
+/* A strided view of a cache, never owned. Element [head][token][i] lies at
+ *     data + head * head_stride + token * token_stride + i * dim_stride             elements
+ * or, with a block table, at
+ *     data + table[token / block_tokens] * block_stride + (token % block_tokens) * token_stride
+ *          + head * head_stride + i * dim_stride.
+ * Strides are in elements; 0 means contiguous: dim_stride 1, token_stride dim, head_stride
+ * tokens * dim (block_tokens * dim with a table), block_stride heads * block_tokens * dim.
+ * [token][head][dim] is token_stride = heads * dim, head_stride = dim. A table with one token
+ * per block is a list of row numbers. Pages of a vLLM-like pool are NHD: token_stride =
+ * heads * dim, head_stride = dim; or HND: the defaults.
+ * Keys and queries need dim_stride 1. Values are only moved: they may have any width, any
+ * element size, and lie transposed (token_stride 1, dim_stride = row capacity). Data need not be
+ * aligned. */
+typedef struct rkv_tensor {
+    void *data;
+    rkv_dtype dtype;
+    int element_bytes; /* values of another element size (quantised blocks, say); 0 = dtype's  */
+    int heads;         /* kv heads of keys and values, query heads of queries                  */
+    int tokens;        /* rows the view can hold, >= n_tokens; the window for queries          */
+    int dim;           /* head dim, in elements                                                */
+    int64_t head_stride, token_stride, dim_stride;
+    const int32_t *block_table; /* optional; block of the view's first, second, ... tokens;
+                                   every block once                                            */
+    int block_tokens;
+    int64_t block_stride;
+} rkv_tensor;
+
+/* One job: one attention layer of one sequence. Give as many as you like to one call.
+ * "Sets" below: the kept sets of this layer, kv_heads of them with RKV_PER_HEAD, else 1.
+ * With RKV_PER_SEQUENCE, adjacent layers with the same `sequence` number share one set; kept,
+ * positions and shared_scores are then given in the first of them only, NULL in the others. */
+typedef struct rkv_layer {
+    rkv_tensor keys;      /* in/out [kv_heads][tokens][head_dim], rotary embedding applied      */
+    rkv_tensor values;    /* in/out [kv_heads][tokens][any]; data NULL: the caller moves them   */
+    rkv_tensor queries;   /* in [kv_heads * group][window][head_dim], rotary embedding applied;
+                            query head h * group + g reads kv head h. Not read when nothing is
+                            to be chosen or lambda is 0                                        */
+    int n_tokens;         /* in/out: rows in use, the physical length; n_kept after compaction  */
+    int sequence;         /* RKV_PER_SEQUENCE: which layers belong together                     */
+    float scale;          /* logit scale; 0 means 1 / sqrt(head_dim)                            */
+    float softcap;        /* > 0: logits become softcap * tanh(logit / softcap)                 */
+    int32_t *kept;        /* out [sets][budget]: rows kept, ascending (unless RKV_BY_SCORE);
+                            optional in rkv_compress, n_kept entries of each set are written   */
+    int n_kept;           /* out: rows kept = min(n_tokens, budget)                             */
+    int n_evicted;        /* out: rows dropped = n_tokens before - n_kept                       */
+    int32_t *positions;   /* in/out, optional [sets][position_stride]: true position of each
+                            row; moves with the rows                                           */
+    int position_stride;  /* 0 means keys.tokens                                                */
+    float *scores;        /* out [kv_heads][n_tokens - window]; optional in rkv_compress        */
+    float *shared_scores; /* scope other than RKV_PER_HEAD: out of rkv_score, in of rkv_select
+                            [n_tokens - window]: the set's summed per-layer means. Under tensor
+                            parallelism all-reduce (sum) it between the two. Optional in
+                            rkv_compress                                                       */
+} rkv_layer;
+
+/* The function table: one implementation of the method. Functions get arguments that have passed
+ * rkv_check and a config whose zeros are filled in. The CPU's tables are built in; rkv_cuda.cu
+ * registers another. `context` is the backend's own. */
+typedef struct rkv_backend rkv_backend;
+typedef rkv_status (*rkv_stage)(const rkv_backend *self, const rkv_config *config,
+                                rkv_layer *layers, int n_layers, void *workspace, size_t bytes);
+struct rkv_backend {
+    const char *name;
+    const void *context;
+    rkv_status (*workspace_size)(const rkv_backend *self, const rkv_config *config,
+                                 const rkv_layer *layers, int n_layers, size_t *bytes);
+    rkv_stage score, select, compact, compress;
+    /* Memory the views lie in, for rkv_cache. copy_rows copies rows [src_token, + n_tokens) of
+     * src, all heads, to [dst_token, ...) of dst, same heads, dim and element size.
+     * fill_positions writes first, first + 1, ... to n entries at positions[s * stride + row]
+     * of each of n_sets sets. NULL in all: the backend cannot hold a cache. */
+    void *(*alloc)(const rkv_backend *self, size_t bytes);
+    void (*free)(const rkv_backend *self, void *memory);
+    rkv_status (*copy_in)(const rkv_backend *self, void *dst, const void *host_src, size_t bytes);
+    rkv_status (*copy_out)(const rkv_backend *self, void *host_dst, const void *src, size_t bytes);
+    rkv_status (*copy_rows)(const rkv_backend *self, const rkv_tensor *dst, int dst_token,
+                            const rkv_tensor *src, int src_token, int n_tokens);
+    rkv_status (*fill_positions)(const rkv_backend *self, int32_t *positions, int n_sets,
+                                 int stride, int row, int first, int n);
+    rkv_status (*synchronize)(const rkv_backend *self);
+};
+
+/* clang-format on */
+
+/* ==== 5. Functions ========================================================================== */
+
+RKV_API const char *rkv_status_string(rkv_status status); /* static text, never NULL           */
+
+/* Presets. All keep `budget` tokens per kv head, window included; every field may be changed.
+ *   default      the published code: window 8, pool 7, recent 1, lambda 0.1, threshold 0.5,
+ *                a set per head, row form, all tokens
+ *   paper        the paper's equations: Eq. 4 pooling, own form, candidates only, one set per
+ *                layer (Algorithm 1); beta and threshold, which it leaves open, as default
+ *   snapkv       attention alone (lambda 1), window and pooling as default
+ *   h2o          attention alone, of the newest token, unpooled (window 1)
+ *   streaming    the first 4 tokens and the newest budget - 4; no scores, no queries needed  */
+RKV_API rkv_config rkv_config_default(int budget);
+RKV_API rkv_config rkv_config_paper(int budget);
+RKV_API rkv_config rkv_config_snapkv(int budget);
+RKV_API rkv_config rkv_config_h2o(int budget);
+RKV_API rkv_config rkv_config_streaming(int budget);
+
+/* A contiguous [heads][tokens][dim] view; change its strides for any other layout. */
+RKV_API rkv_tensor rkv_tensor_make(void *data, rkv_dtype dtype, int heads, int tokens, int dim);
+
+/* rkv_backend_find: a function table by name: "scalar", "avx2", "avx512", "neon", or a registered
+ * one ("cuda"). NULL asks for the best CPU path of this machine. Returns NULL when there is none
+ * of that name, when it is compiled out, or when this CPU or OS cannot run it.
+ * rkv_backend_at: the index-th usable table, NULL behind the last.
+ * rkv_backend_register: adds a table, which must outlive its use; one of the same name is
+ * replaced. Not thread-safe: call it at start-up. RKV_ERROR_ARGUMENT: a nameless or built-in
+ * name, or a missing stage; RKV_ERROR_MEMORY: 16 are registered already. */
+RKV_API const rkv_backend *rkv_backend_find(const char *name);
+RKV_API const rkv_backend *rkv_backend_at(int index);
+RKV_API rkv_status rkv_backend_register(const rkv_backend *backend);
+
+/* rkv_check: what rkv_compress checks before it starts. *why (may be NULL) gets a static text
+ * that names the field and the rule, NULL when all is well. The other functions return the same
+ * status without the text. */
+RKV_API rkv_status rkv_check(const rkv_config *config, const rkv_layer *layers, int n_layers,
+                             const char **why);
+
+/* rkv_workspace_size: bytes that rkv_compress and each of its stages need for these layers.
+ * Data pointers may still be NULL.
+ * Never shrinks when n_tokens, n_layers or n_threads grows: size once for the largest round.
+ * Linear in n_tokens: 4 bytes per token and kv head, and a scratch per worker for one kv head.
+ * backend NULL means rkv_backend_find(NULL), here and below. */
+RKV_API rkv_status rkv_workspace_size(const rkv_backend *backend, const rkv_config *config,
+                                      const rkv_layer *layers, int n_layers, size_t *bytes);
+
+/* rkv_compress: score, select and compact all layers, all or nothing.
+ *
+ *   layers     in/out [n_layers]   see rkv_layer; a layer with n_tokens <= budget is left as it
+ *                                  is and keeps every row
+ *   workspace  tmp                 rkv_workspace_size bytes, any alignment, garbage afterwards;
+ *                                  device memory for a device backend
+ *
+ * Equations: R-KV (arXiv 2505.24133) Eq. 4 and Algorithm 1, or the published code where they
+ * differ; rkv_config says which, and the default is the code's behaviour.
+ * Ties: of two tokens with equal scores the more recent stays, on every backend.
+ * Threads: parallel_for's, over the (layer, kv head) pairs.
+ * Cost: O(n_tokens * head_dim * (window * group + a few)) on typical keys; at worst, no two keys
+ * alike, n_tokens^2 / 2 more dot products.
+ * Returns RKV_OK, RKV_ERROR_ARGUMENT, _WORKSPACE, _NONFINITE, _UNSUPPORTED or _DEVICE. A device
+ * backend returns before it has seen the data: a fault then leaves the rows as they were, and
+ * shows in *config->fault. */
+RKV_API rkv_status rkv_compress(const rkv_backend *backend, const rkv_config *config,
+                                rkv_layer *layers, int n_layers, void *workspace, size_t bytes);
+
+/* The same in three steps, for engines that reduce, select or move by themselves.
+ *   rkv_score    reads keys and queries; writes scores (required) and, with a shared scope,
+ *                shared_scores (required). Layers with n_tokens <= budget get none.
+ *   rkv_select   reads scores or shared_scores; writes kept (required), n_kept, n_evicted.
+ *   rkv_compact  reads kept (n_kept entries per set); moves rows of keys, values and positions,
+ *                sets n_tokens to n_kept. A list that is not unique and in range, or not
+ *                ascending when the order is RKV_BY_POSITION, that drops a pinned row or lists
+ *                it elsewhere than in its place: RKV_ERROR_ARGUMENT.
+ * Each is all or nothing. Errors as rkv_compress. */
+RKV_API rkv_status rkv_score(const rkv_backend *backend, const rkv_config *config,
+                             rkv_layer *layers, int n_layers, void *workspace, size_t bytes);
+RKV_API rkv_status rkv_select(const rkv_backend *backend, const rkv_config *config,
+                              rkv_layer *layers, int n_layers, void *workspace, size_t bytes);
+RKV_API rkv_status rkv_compact(const rkv_backend *backend, const rkv_config *config,
+                               rkv_layer *layers, int n_layers, void *workspace, size_t bytes);
+
+/* For engines with copy kernels of their own: the moves that a kept list (ascending, host memory)
+ * stands for, as runs of adjacent rows; dst <= src, to be carried out in order. Rows that stay in
+ * place are not listed. Returns the number of runs; writes at most max_moves of them. */
+typedef struct rkv_move {
+    int32_t dst, src, count;
+} rkv_move;
+RKV_API int rkv_moves(const int32_t *kept, int n_kept, rkv_move *moves, int max_moves);
+
+/* For engines that free cells instead of moving rows: the evicted positions as runs [begin, end).
+ * positions: true position of each of the n_tokens rows before compaction, ascending; NULL means
+ * the row number. Two evicted rows are in one run when no kept row lies between them. Returns the
+ * number of runs; writes at most max_runs of them. */
+typedef struct rkv_run {
+    int32_t begin, end;
+} rkv_run;
+RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
+                             const int32_t *positions, rkv_run *runs, int max_runs);
+
+#ifdef RKV_PTHREADS
+/* A fixed pool of POSIX threads, the caller being one of n_threads. rkv_threads_use points a
+ * config at it (NULL: at none); the pool must outlive every config and cache that uses it. Calls
+ * from several threads take turns; none may come from inside a task.
+ * create: RKV_ERROR_ARGUMENT or RKV_ERROR_MEMORY, *out is then NULL. destroy takes NULL. */
+typedef struct rkv_threads rkv_threads;
+RKV_API rkv_status rkv_threads_create(rkv_threads **out, int n_threads);
+RKV_API void rkv_threads_destroy(rkv_threads *threads);
+RKV_API void rkv_threads_use(rkv_threads *threads, rkv_config *config);
+#endif
+
+#ifndef RKV_NO_CACHE
+/* The managed cache, for engines that have none: budget + buffer rows per layer and kv head, that
+ * is all it will ever hold. Per decode step: append each layer's new key, value and query, run
+ * attention over rkv_cache_keys / _values, and after the last layer call rkv_cache_step. */
+typedef struct rkv_cache rkv_cache;
+
+/* clang-format off */
+typedef struct rkv_cache_config {
+    rkv_config compress;        /* budget and options                                          */
+    const rkv_backend *backend; /* where the memory lies; NULL: rkv_backend_find(NULL)         */
+    int n_layers, kv_heads, query_heads, head_dim; /* required                                 */
+    int value_dim;              /* 0 means head_dim                                            */
+    rkv_dtype dtype;            /* of keys, values and queries                                 */
+    int buffer;                 /* rows beyond the budget = tokens between compressions;
+                                   0 means 128                                                 */
+    int capacity;               /* rows reserved, for prompts longer than budget + buffer;
+                                   0 means budget + buffer                                     */
+    float scale, softcap;       /* as in rkv_layer                                             */
+    void *(*alloc)(void *user, size_t bytes); /* host memory of the cache's own records; both  */
+    void (*free)(void *user, void *memory);   /* NULL: malloc and free. Rows: the backend's    */
+    void *user;
+} rkv_cache_config;
+/* clang-format on */
+
+/* RKV_ERROR_ARGUMENT, RKV_ERROR_MEMORY or RKV_ERROR_UNSUPPORTED (a backend without memory
+ * functions); *out is NULL on an error. All memory is taken here, none later. The config is
+ * copied; its backend, thread pool and fault record must outlive the cache. destroy takes NULL.
+ * fork makes an equal, independent cache, with memory of its own from the same allocators. */
+RKV_API rkv_status rkv_cache_create(rkv_cache **out, const rkv_cache_config *config);
+RKV_API void rkv_cache_destroy(rkv_cache *cache);
+RKV_API rkv_status rkv_cache_fork(const rkv_cache *cache, rkv_cache **out);
+
+/* rkv_cache_append: n_tokens new tokens of one layer, in order. keys and values are views with
+ * kv_heads heads, queries one with query_heads heads, each with `tokens` >= n_tokens rows of
+ * which the first n_tokens are read; in the backend's memory. Rotary embedding applied, with
+ * positions rkv_cache_position(cache, layer), + 1, ... Queries are never read, and may be NULL,
+ * when lambda is 0 or pinned and window fill the budget (rkv_config_streaming).
+ * More tokens than rkv_cache_room: RKV_ERROR_ARGUMENT. On any error nothing is appended. */
+RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
+                                    const rkv_tensor *keys, const rkv_tensor *values,
+                                    const rkv_tensor *queries);
+
+/* rkv_cache_step: compresses all layers in one call when it is due, that is when they hold
+ * budget + buffer rows or more. *n_evicted (may be NULL) gets the rows dropped per kv head, 0
+ * when nothing was due.
+ * rkv_cache_compress: the same, due or not, when there are more rows than the budget: call it
+ * after a prompt longer than the budget.
+ * Layers that have not been appended to equally: RKV_ERROR_ARGUMENT. A round needs the queries of
+ * all of the last `window` tokens. After rkv_cache_truncate some are missing until as many tokens
+ * as it took have been appended again; until then compress returns RKV_ERROR_ARGUMENT and step
+ * puts the round off (for which there is always room). Other errors as rkv_compress; on any error
+ * the cache is as it was. A backend that finds a fault later than it returns (see rkv_compress)
+ * leaves the oldest `budget` rows: reset the cache, or load it. */
+RKV_API rkv_status rkv_cache_step(rkv_cache *cache, int *n_evicted);
+RKV_API rkv_status rkv_cache_compress(rkv_cache *cache, int *n_evicted);
+
+/* Views for attention, in the backend's memory; `data` and strides never change, `tokens` are the
+ * rows in use, the same for all heads. data is NULL when there is no such layer. */
+RKV_API rkv_tensor rkv_cache_keys(const rkv_cache *cache, int layer);
+RKV_API rkv_tensor rkv_cache_values(const rkv_cache *cache, int layer);
+/* Physical length; how many tokens append takes just now; logical length, which is the position of
+ * the next token; and the true positions of the rows, [rkv_cache_rows], in the backend's memory. */
+RKV_API int rkv_cache_rows(const rkv_cache *cache, int layer);
+RKV_API int rkv_cache_room(const rkv_cache *cache, int layer);
+RKV_API int rkv_cache_position(const rkv_cache *cache, int layer);
+RKV_API const int32_t *rkv_cache_positions(const rkv_cache *cache, int layer, int head);
+
+/* rkv_cache_truncate: forgets every token at `position` and after, to take back unconfirmed ones.
+ * Reaches back to the start until the first compression, then over the tokens appended since the
+ * last one and the window before them; further: RKV_ERROR_ARGUMENT, nothing changed. Also the way
+ * out of a token that has been appended to some layers only. Costs nothing: counters change.
+ * rkv_cache_reset: empty, as created. */
+RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position);
+RKV_API void rkv_cache_reset(rkv_cache *cache);
+
+/* clang-format off */
+typedef struct rkv_cache_stats {
+    size_t bytes_held;  /* rows reserved, of keys, values and queries, all layers; not counted:
+                           4 bytes a row for its position, and the workspace                   */
+    size_t bytes_full;  /* keys and values of a cache that had kept every token                */
+    int64_t rounds;     /* compressions so far                                                 */
+    int64_t n_evicted;  /* rows dropped so far, per kv head and layer                          */
+} rkv_cache_stats;
+/* clang-format on */
+RKV_API rkv_cache_stats rkv_cache_get_stats(const rkv_cache *cache);
+
+/* A snapshot: little-endian, versioned, with a checksum; the rows in use only. save writes
+ * rkv_cache_save_size bytes, fewer given: RKV_ERROR_ARGUMENT. Equal caches make equal snapshots.
+ * load wants exactly these bytes, and a cache that was created with the same shapes, dtype,
+ * budget, window, pinned, scope and order, and with room for the rows (capacity, buffer and the
+ * other options may differ). Another shape or version, or damage: RKV_ERROR_ARGUMENT, the cache
+ * as it was. RKV_ERROR_DEVICE: a copy failed half way, the cache is empty.
+ * `memory` is host memory, any alignment. The checksum finds accidents, not forgers. */
+RKV_API size_t rkv_cache_save_size(const rkv_cache *cache);
+RKV_API rkv_status rkv_cache_save(const rkv_cache *cache, void *memory, size_t bytes);
+RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t bytes);
+#endif /* RKV_NO_CACHE */
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* RKV_H */
+
+#ifdef RKV_IMPLEMENTATION
+#ifndef RKV_IMPLEMENTED
+#define RKV_IMPLEMENTED
+
+/* ==== 6. Portability ========================================================================
+ * The only room in which a compiler, a CPU or an OS is named. */
+#ifdef __FAST_MATH__
+#error "rkv.h needs IEEE arithmetic: compile the implementing file without -ffast-math"
+#endif
+
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <string.h>
+#ifndef RKV_NO_CACHE
+#include <stdlib.h>
+#endif
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#define RKVI_INLINE static __forceinline
+#define RKVI_TARGET(isa)
+#define RKVI_UNROLL
+#elif defined(__clang__)
+#define RKVI_INLINE      static __inline__ __attribute__((always_inline))
+#define RKVI_TARGET(isa) __attribute__((target(isa)))
+#define RKVI_UNROLL      _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define RKVI_INLINE      static __inline__ __attribute__((always_inline))
+#define RKVI_TARGET(isa) __attribute__((target(isa)))
+#define RKVI_UNROLL      _Pragma("GCC unroll 16")
+#else
+#define RKVI_INLINE static
+#define RKVI_TARGET(isa)
+#define RKVI_UNROLL
+#endif
+
+/* Brings a cache line close; a hint only. */
+#if defined(__GNUC__)
+#define RKVI_PREFETCH(address) __builtin_prefetch(address, 0, 2)
+#elif defined(_MSC_VER) && defined(_M_X64)
+#define RKVI_PREFETCH(address) _mm_prefetch((const char *)(address), _MM_HINT_T1)
+#else
+#define RKVI_PREFETCH(address) (void)(address)
+#endif
+#define RKVI_CACHE_LINE 64
+
+#if defined(__x86_64__) || (defined(_M_X64) && !defined(_M_ARM64EC))
+#if !defined(RKV_NO_AVX2) || !defined(RKV_NO_AVX512)
+#define RKVI_X86
+#include <immintrin.h>
+#ifdef _MSC_VER
+#include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
+#endif
+#elif (defined(__aarch64__) && !defined(__AARCH64EB__)) || defined(_M_ARM64)
+#ifndef RKV_NO_NEON
+#define RKVI_NEON
+#include <arm_neon.h>
+#endif
+#endif
+
+#ifdef RKVI_X86
+static void rkvi_cpuid(unsigned leaf, unsigned out[4])
+{
+#ifdef _MSC_VER
+    int regs[4];
+    __cpuidex(regs, (int)leaf, 0);
+    memcpy(out, regs, sizeof regs);
+#else
+    out[0] = out[1] = out[2] = out[3] = 0;
+    (void)__get_cpuid_count(leaf, 0, &out[0], &out[1], &out[2], &out[3]);
+#endif
+}
+
+/* The register state that the OS saves, XCR0: bits 1, 2 = xmm, ymm; 5 to 7 = the zmm state. */
+static unsigned rkvi_os_saves(void)
+{
+#ifdef _MSC_VER
+    return (unsigned)_xgetbv(0);
+#else
+    unsigned low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+#endif
+}
+
+static int rkvi_usable_avx2(void)
+{
+    const unsigned osxsave_avx_f16c_fma = 1u << 27 | 1u << 28 | 1u << 29 | 1u << 12;
+    unsigned max[4], one[4], seven[4];
+    rkvi_cpuid(0, max);
+    if (max[0] < 7) return 0;
+    rkvi_cpuid(1, one);
+    rkvi_cpuid(7, seven);
+    return (one[2] & osxsave_avx_f16c_fma) == osxsave_avx_f16c_fma && (seven[1] >> 5 & 1) &&
+           (rkvi_os_saves() & 0x06) == 0x06;
+}
+#ifndef RKV_NO_AVX512
+static int rkvi_usable_avx512(void)
+{
+    unsigned seven[4];
+    if (!rkvi_usable_avx2()) return 0;
+    rkvi_cpuid(7, seven);
+    return (seven[1] >> 16 & 1) && (rkvi_os_saves() & 0xe6) == 0xe6;
+}
+#endif
+#define RKVI_TARGET_AVX2   RKVI_TARGET("avx2,fma,f16c")
+#define RKVI_TARGET_AVX512 RKVI_TARGET("avx512f,avx2,fma,f16c")
+#endif
+
+static int rkvi_usable_scalar(void)
+{
+    return 1;
+}
+#ifdef RKVI_NEON
+static int rkvi_usable_neon(void) /* part of every AArch64 CPU */
+{
+    return 1;
+}
+#endif
+
+/* ==== 7. Helpers ============================================================================
+ * Overflow-checked sizes, the carving of a workspace, half floats, and views as bytes. */
+
+static int rkvi_mul_size(size_t a, size_t b, size_t *out)
+{
+    if (b && a > SIZE_MAX / b) return 0;
+    *out = a * b;
+    return 1;
+}
+
+static int rkvi_add_size(size_t a, size_t b, size_t *out)
+{
+    if (a > SIZE_MAX - b) return 0;
+    *out = a + b;
+    return 1;
+}
+
+static int rkvi_min(int a, int b)
+{
+    return a < b ? a : b;
+}
+
+static size_t rkvi_round_up(size_t n, size_t multiple)
+{
+    return (n + multiple - 1) / multiple * multiple;
+}
+
+#define RKVI_ALIGN 64u /* a cache line and an AVX-512 register */
+
+/* Hands out pieces of a workspace. The same code measures it, with base NULL. */
+typedef struct rkvi_arena {
+    unsigned char *base;
+    size_t used;
+    int overflow;
+} rkvi_arena;
+
+static void *rkvi_take(rkvi_arena *arena, size_t count, size_t size)
+{
+    void *piece = arena->base ? arena->base + arena->used : NULL;
+    size_t bytes;
+    if (!rkvi_mul_size(count, size, &bytes) || bytes > PTRDIFF_MAX - RKVI_ALIGN ||
+        !rkvi_add_size(arena->used, rkvi_round_up(bytes, RKVI_ALIGN), &arena->used) ||
+        arena->used > PTRDIFF_MAX)
+        arena->overflow = 1;
+    return arena->overflow ? NULL : piece;
+}
+
+static float *rkvi_take_floats(rkvi_arena *arena, size_t count)
+{
+    return (float *)rkvi_take(arena, count, sizeof(float));
+}
+
+static float rkvi_float_from_bits(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static uint32_t rkvi_bits_from_float(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static float rkvi_float_from_f16(uint16_t half)
+{
+    uint32_t sign = (uint32_t)(half & 0x8000u) << 16;
+    uint32_t magnitude = half & 0x7fffu;
+    if (magnitude >= 0x7c00u) /* infinity, NaN */
+        return rkvi_float_from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    if (magnitude >= 0x0400u) return rkvi_float_from_bits(sign | ((magnitude << 13) + 0x38000000u));
+    {
+        float subnormal = (float)magnitude * (1.0f / 16777216.0f); /* 2^-24, exact */
+        return sign ? -subnormal : subnormal;
+    }
+}
+
+static size_t rkvi_dtype_bytes(rkv_dtype dtype)
+{
+    return dtype == RKV_F32 ? 4 : 2;
+}
+
+/* An rkv_tensor with its defaults filled in and its strides in bytes. */
+typedef struct rkvi_view {
+    unsigned char *data;
+    const int32_t *table; /* NULL: not paged */
+    rkv_dtype dtype;
+    int dim, block_tokens;
+    size_t element, head_stride, token_stride, dim_stride, block_stride;
+} rkvi_view;
+
+static size_t rkvi_stride(int64_t given, size_t contiguous)
+{
+    return given ? (size_t)given : contiguous;
+}
+
+static size_t rkvi_element_bytes(const rkv_tensor *tensor)
+{
+    return tensor->element_bytes ? (size_t)tensor->element_bytes : rkvi_dtype_bytes(tensor->dtype);
+}
+
+/* Strides come out in elements here, in bytes from rkvi_view_of; rkv_check has made sure that
+ * neither overflows. */
+static rkvi_view rkvi_view_in_elements(const rkv_tensor *tensor)
+{
+    rkvi_view view;
+    size_t rows = (size_t)(tensor->block_table ? tensor->block_tokens : tensor->tokens);
+    view.data = (unsigned char *)tensor->data;
+    view.table = tensor->block_table;
+    view.dtype = tensor->dtype;
+    view.dim = tensor->dim;
+    view.block_tokens = tensor->block_tokens;
+    view.element = rkvi_element_bytes(tensor);
+    view.dim_stride = rkvi_stride(tensor->dim_stride, 1);
+    view.token_stride = rkvi_stride(tensor->token_stride, (size_t)tensor->dim);
+    view.head_stride = rkvi_stride(tensor->head_stride, rows * (size_t)tensor->dim);
+    view.block_stride =
+        rkvi_stride(tensor->block_stride, (size_t)tensor->heads * rows * (size_t)tensor->dim);
+    return view;
+}
+
+static rkvi_view rkvi_view_of(const rkv_tensor *tensor)
+{
+    rkvi_view view = rkvi_view_in_elements(tensor);
+    view.dim_stride *= view.element;
+    view.token_stride *= view.element;
+    view.head_stride *= view.element;
+    view.block_stride *= view.element;
+    return view;
+}
+
+static unsigned char *rkvi_row(const rkvi_view *view, int head, int token)
+{
+    size_t at = (size_t)head * view->head_stride;
+    if (!view->table) return view->data + at + (size_t)token * view->token_stride;
+    at += (size_t)view->table[token / view->block_tokens] * view->block_stride;
+    return view->data + at + (size_t)(token % view->block_tokens) * view->token_stride;
+}
+
+/* ==== 8. Scalar kernels =====================================================================
+ * The definition that every other kernel is held to, bit for bit. All arithmetic is IEEE single
+ * precision; every multiply-add is fused and spelled out, so no compiler flag changes a bit.
+ * Lengths are multiples of 16 floats (the callers pad with zeros), so no kernel has a tail.
+ * "Lanes": a dot product over i keeps 16 partial sums, i mod 16, each in ascending i, and adds
+ * them up in one fixed tree (rkvi_reduce_scalar): one AVX-512 register, two of AVX2, four of
+ * NEON. */
+
+#define RKVI_LANES      16
+#define RKVI_CHUNK      48 /* rows of K that are read, and summed, together        */
+#define RKVI_TILE_ROWS  12 /* rows of one query_tile                               */
+#define RKVI_FOLD_LANES 8  /* query lanes that fold_group transposes at a time     */
+
+#define RKVI_NORM_EPSILON 1e-8f /* k^ = k / (||k|| + 1e-8) */
+
+/* exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2)/2; the polynomial for exp(r) is that
+ * of the Cephes library (expf), whose error is below 2e-7. Below -86 the result is 0: no
+ * subnormal is ever made. */
+#define RKVI_EXP_LOWEST  (-86.0f)
+#define RKVI_LOG2E       1.44269504f
+#define RKVI_ROUND_MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer */
+#define RKVI_LN2_HIGH    0.693359375f
+#define RKVI_LN2_LOW     (-2.12194440e-4f)
+#define RKVI_EXP_C0      1.9875691500e-4f
+#define RKVI_EXP_C1      1.3981999507e-3f
+#define RKVI_EXP_C2      8.3334519073e-3f
+#define RKVI_EXP_C3      4.1665795894e-2f
+#define RKVI_EXP_C4      1.6666665459e-1f
+#define RKVI_EXP_C5      5.0000001201e-1f
+
+typedef struct rkvi_kernels {
+    int (*usable)(void);
+    /* dst[i] = src[i] for n elements of any count and alignment. */
+    void (*load_f16)(float *dst, const unsigned char *src, size_t n);
+    void (*load_bf16)(float *dst, const unsigned char *src, size_t n);
+    /* out[r] = dot(row r, row r), in lanes. */
+    void (*sum_squares)(const float *rows, size_t stride, int n_rows, size_t dim, float *out);
+    /* inverse[i] = 1 / (sqrt(square[i]) + 1e-8), self[i] = (sqrt(square[i]) * inverse[i])^2 */
+    void (*normalise)(const float *square, size_t n, float *inverse, float *self);
+    /* sum[i] += weights[r] * rows[r][i], r ascending. */
+    void (*add_rows)(float *sum, const float *rows, size_t stride, const float *weights, int n_rows,
+                     size_t n);
+    /* out[r][q] = dot(query q, row r) for RKVI_TILE_ROWS rows and n_queries = 16 or 32 queries,
+     * which lie interleaved, panel[i][q]. One chain over i, ascending: no lanes. */
+    void (*query_tile)(const float *panel, int n_queries, const float *rows, size_t stride,
+                       size_t dim, float *out, size_t out_stride);
+    /* Four rows a against n_b rows b (a multiple of 6), in lanes:
+     * out[b][a] = dot(a, b) * (inv_a[a] * inv_b[b]); bit a of above[b] says out > threshold. */
+    void (*cosine_tile)(const float *a, size_t a_stride, const float *inv_a, const float *b,
+                        size_t b_stride, const float *inv_b, int n_b, size_t dim, float threshold,
+                        float *out, unsigned char *above);
+    /* RKVI_CHUNK rows of tile[row][g * window + v] become out[v][row] = scale * the max (or the
+     * sum, g ascending) over the `group` values of g. Reads up to 7 floats behind a row. */
+    void (*fold_group)(const float *tile, size_t tile_stride, int group, int window, int mean,
+                       float scale, float *out, size_t out_stride);
+    /* x[i] = cap * tanh(x[i] * ratio) */
+    void (*softcap)(float *x, size_t n, float ratio, float cap);
+    /* x[i] = exp(x[i] - max), for x[i] <= max; returns their sum, in lanes. */
+    float (*exp_sum)(float *x, size_t n, float max);
+    float (*max)(const float *x, size_t n);
+    /* dst[i] = max(dst[i], src[i]), ascending; src may be dst + something. */
+    void (*max_into)(float *dst, const float *src, size_t n);
+} rkvi_kernels;
+
+static void rkvi_load_f16_scalar(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i < n; i++) {
+        uint16_t half;
+        memcpy(&half, src + 2 * i, sizeof half);
+        dst[i] = rkvi_float_from_f16(half);
+    }
+}
+
+static void rkvi_load_bf16_scalar(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i < n; i++) {
+        uint16_t half;
+        memcpy(&half, src + 2 * i, sizeof half);
+        dst[i] = rkvi_float_from_bits((uint32_t)half << 16);
+    }
+}
+
+static float rkvi_reduce_scalar(float *lanes)
+{
+    int half, l;
+    for (half = RKVI_LANES / 2; half > 0; half /= 2)
+        for (l = 0; l < half; l++) lanes[l] += lanes[l + half];
+    return lanes[0];
+}
+
+static float rkvi_dot_scalar(const float *a, const float *b, size_t dim)
+{
+    float lanes[RKVI_LANES] = { 0 };
+    size_t i;
+    for (i = 0; i < dim; i++) lanes[i % RKVI_LANES] = fmaf(a[i], b[i], lanes[i % RKVI_LANES]);
+    return rkvi_reduce_scalar(lanes);
+}
+
+static void rkvi_sum_squares_scalar(const float *rows, size_t stride, int n_rows, size_t dim,
+                                    float *out)
+{
+    int r;
+    for (r = 0; r < n_rows; r++, rows += stride) out[r] = rkvi_dot_scalar(rows, rows, dim);
+}
+
+static void rkvi_normalise_scalar(const float *square, size_t n, float *inverse, float *self)
+{
+    size_t i;
+    for (i = 0; i < n; i++) {
+        float norm = sqrtf(square[i]), length;
+        inverse[i] = 1.0f / (norm + RKVI_NORM_EPSILON);
+        length = norm * inverse[i];
+        self[i] = length * length;
+    }
+}
+
+static void rkvi_add_rows_scalar(float *sum, const float *rows, size_t stride, const float *weights,
+                                 int n_rows, size_t n)
+{
+    size_t i;
+    int r;
+    for (r = 0; r < n_rows; r++, rows += stride)
+        for (i = 0; i < n; i++) sum[i] = fmaf(weights[r], rows[i], sum[i]);
+}
+
+static void rkvi_query_tile_scalar(const float *panel, int n_queries, const float *rows,
+                                   size_t stride, size_t dim, float *out, size_t out_stride)
+{
+    size_t i;
+    int q, r;
+    for (r = 0; r < RKVI_TILE_ROWS; r++, rows += stride, out += out_stride)
+        for (q = 0; q < n_queries; q++) {
+            out[q] = 0;
+            for (i = 0; i < dim; i++)
+                out[q] = fmaf(panel[i * (size_t)n_queries + (size_t)q], rows[i], out[q]);
+        }
+}
+
+static void rkvi_cosine_tile_scalar(const float *a, size_t a_stride, const float *inv_a,
+                                    const float *b, size_t b_stride, const float *inv_b, int n_b,
+                                    size_t dim, float threshold, float *out, unsigned char *above)
+{
+    int i, j;
+    for (j = 0; j < n_b; j++, b += b_stride, out += 4) {
+        above[j] = 0;
+        for (i = 0; i < 4; i++) {
+            out[i] = rkvi_dot_scalar(a + (size_t)i * a_stride, b, dim) * (inv_a[i] * inv_b[j]);
+            if (out[i] > threshold) above[j] = (unsigned char)(above[j] | 1 << i);
+        }
+    }
+}
+
+static void rkvi_fold_group_scalar(const float *tile, size_t tile_stride, int group, int window,
+                                   int mean, float scale, float *out, size_t out_stride)
+{
+    int g, r, v;
+    for (r = 0; r < RKVI_CHUNK; r++, tile += tile_stride)
+        for (v = 0; v < window; v++) {
+            float best = tile[v];
+            for (g = 1; g < group; g++) {
+                float logit = tile[g * window + v];
+                best = mean ? best + logit : best > logit ? best : logit;
+            }
+            out[(size_t)v * out_stride + (size_t)r] = best * scale;
+        }
+}
+
+static float rkvi_exp_scalar(float x)
+{
+    float shifted = fmaf(x, RKVI_LOG2E, RKVI_ROUND_MAGIC);
+    float n = shifted - RKVI_ROUND_MAGIC;
+    float r = fmaf(n, -RKVI_LN2_LOW, fmaf(n, -RKVI_LN2_HIGH, x));
+    float y = fmaf(RKVI_EXP_C0, r, RKVI_EXP_C1);
+    y = fmaf(y, r, RKVI_EXP_C2);
+    y = fmaf(y, r, RKVI_EXP_C3);
+    y = fmaf(y, r, RKVI_EXP_C4);
+    y = fmaf(y, r, RKVI_EXP_C5);
+    y = fmaf(y, r * r, r) + 1.0f;
+    if (!(x >= RKVI_EXP_LOWEST)) return 0; /* -infinity too, which made y a NaN */
+    return rkvi_float_from_bits(rkvi_bits_from_float(y) + (rkvi_bits_from_float(shifted) << 23));
+}
+
+static void rkvi_softcap_scalar(float *x, size_t n, float ratio, float cap)
+{
+    size_t i;
+    for (i = 0; i < n; i++) {
+        float y = x[i] * ratio;
+        float e = rkvi_exp_scalar(-2.0f * fabsf(y)); /* tanh |y| = (1 - e) / (1 + e) */
+        float t = (1.0f - e) / (1.0f + e) * cap;
+        x[i] = y < 0 ? -t : t;
+    }
+}
+
+static float rkvi_exp_sum_scalar(float *x, size_t n, float max)
+{
+    float lanes[RKVI_LANES] = { 0 };
+    size_t i;
+    for (i = 0; i < n; i++) {
+        x[i] = rkvi_exp_scalar(x[i] - max);
+        lanes[i % RKVI_LANES] += x[i];
+    }
+    return rkvi_reduce_scalar(lanes);
+}
+
+static float rkvi_max_scalar(const float *x, size_t n)
+{
+    float max = x[0];
+    size_t i;
+    for (i = 1; i < n; i++) max = x[i] > max ? x[i] : max;
+    return max;
+}
+
+static void rkvi_max_into_scalar(float *dst, const float *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i < n; i++) dst[i] = src[i] > dst[i] ? src[i] : dst[i];
+}
+
+/* ==== 9. AVX2 kernels =======================================================================
+ * The same kernels, in the same order. Those that AVX-512 would not make faster serve both. */
+#ifdef RKVI_X86
+
+RKVI_TARGET_AVX2 static void rkvi_load_f16_avx2(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i + 8 <= n; i += 8) {
+        __m128i half_x8 = _mm_loadu_si128((const __m128i *)(const void *)(src + 2 * i));
+        _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(half_x8));
+    }
+    rkvi_load_f16_scalar(dst + i, src + 2 * i, n - i);
+}
+
+RKVI_TARGET_AVX2 static void rkvi_load_bf16_avx2(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i + 8 <= n; i += 8) {
+        __m128i half_x8 = _mm_loadu_si128((const __m128i *)(const void *)(src + 2 * i));
+        __m256i bits_x8 = _mm256_slli_epi32(_mm256_cvtepu16_epi32(half_x8), 16);
+        _mm256_storeu_ps(dst + i, _mm256_castsi256_ps(bits_x8));
+    }
+    rkvi_load_bf16_scalar(dst + i, src + 2 * i, n - i);
+}
+
+/* The last three levels of the tree, of eight sums. */
+RKVI_TARGET_AVX2 RKVI_INLINE float rkvi_reduce8_avx2(__m256 sums_x8)
+{
+    __m128 x4 = _mm_add_ps(_mm256_castps256_ps128(sums_x8), _mm256_extractf128_ps(sums_x8, 1));
+    __m128 x2 = _mm_add_ps(x4, _mm_movehl_ps(x4, x4));
+    return _mm_cvtss_f32(_mm_add_ss(x2, _mm_shuffle_ps(x2, x2, 1)));
+}
+
+/* fold_group: for eight rows at a time, fold the groups in registers, eight window queries wide,
+ * and transpose the 8 x 8 result. */
+RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_transpose8_avx2(__m256 row[8])
+{
+    __m256 pair[8], quad[8];
+    int i;
+    RKVI_UNROLL
+    for (i = 0; i < 8; i += 2) {
+        pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+        pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+    }
+    RKVI_UNROLL
+    for (i = 0; i < 8; i += 4) {
+        quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+        quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+        quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+        quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+    }
+    RKVI_UNROLL
+    for (i = 0; i < 4; i++) {
+        row[i] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
+        row[i + 4] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
+    }
+}
+
+RKVI_TARGET_AVX2 RKVI_INLINE __m256 rkvi_fold_row_avx2(const float *row, int group, int window,
+                                                       int mean)
+{
+    __m256 best_x8 = _mm256_loadu_ps(row);
+    int g;
+    for (g = 1; g < group; g++) {
+        __m256 logit_x8 = _mm256_loadu_ps(row + g * window);
+        best_x8 = mean ? _mm256_add_ps(best_x8, logit_x8) : _mm256_max_ps(best_x8, logit_x8);
+    }
+    return best_x8;
+}
+
+RKVI_TARGET_AVX2 static void rkvi_fold_group_avx2(const float *tile, size_t tile_stride, int group,
+                                                  int window, int mean, float scale, float *out,
+                                                  size_t out_stride)
+{
+    __m256 scale_x8 = _mm256_set1_ps(scale), row[8];
+    int v0, r0, i;
+    for (v0 = 0; v0 < window; v0 += RKVI_FOLD_LANES) {
+        int n_v = rkvi_min(window - v0, RKVI_FOLD_LANES);
+        for (r0 = 0; r0 < RKVI_CHUNK; r0 += 8) {
+            RKVI_UNROLL
+            for (i = 0; i < 8; i++)
+                row[i] = rkvi_fold_row_avx2(tile + (size_t)(r0 + i) * tile_stride + v0, group,
+                                            window, mean);
+            rkvi_transpose8_avx2(row);
+            for (i = 0; i < n_v; i++)
+                _mm256_storeu_ps(out + (size_t)(v0 + i) * out_stride + r0,
+                                 _mm256_mul_ps(row[i], scale_x8));
+        }
+    }
+}
+
+RKVI_TARGET_AVX2 static void rkvi_max_into_avx2(float *dst, const float *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i < n; i += 8) {
+        __m256 src_x8 = _mm256_loadu_ps(src + i), dst_x8 = _mm256_loadu_ps(dst + i);
+        _mm256_storeu_ps(dst + i, _mm256_max_ps(src_x8, dst_x8));
+    }
+}
+
+/* The scaling and the test at the end of cosine_tile, over the raw dot products in out. */
+RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_scale_cosines_avx2(const float *inv_a, const float *inv_b,
+                                                          int n_b, float threshold, float *out,
+                                                          unsigned char *above)
+{
+    __m128 inv_a_x4 = _mm_loadu_ps(inv_a), threshold_x4 = _mm_set1_ps(threshold);
+    int j;
+    for (j = 0; j < n_b; j++) {
+        __m128 weight_x4 = _mm_mul_ps(inv_a_x4, _mm_set1_ps(inv_b[j]));
+        __m128 cosine_x4 = _mm_mul_ps(_mm_loadu_ps(out + 4 * j), weight_x4);
+        _mm_storeu_ps(out + 4 * j, cosine_x4);
+        above[j] = (unsigned char)_mm_movemask_ps(_mm_cmpgt_ps(cosine_x4, threshold_x4));
+    }
+}
+
+#ifndef RKV_NO_AVX2
+RKVI_TARGET_AVX2 static void rkvi_sum_squares_avx2(const float *rows, size_t stride, int n_rows,
+                                                   size_t dim, float *out)
+{
+    size_t i;
+    int r;
+    for (r = 0; r < n_rows; r++, rows += stride) {
+        __m256 low_x8 = _mm256_setzero_ps(), high_x8 = _mm256_setzero_ps();
+        for (i = 0; i < dim; i += 16) {
+            __m256 a_x8 = _mm256_loadu_ps(rows + i), b_x8 = _mm256_loadu_ps(rows + i + 8);
+            low_x8 = _mm256_fmadd_ps(a_x8, a_x8, low_x8);
+            high_x8 = _mm256_fmadd_ps(b_x8, b_x8, high_x8);
+        }
+        out[r] = rkvi_reduce8_avx2(_mm256_add_ps(low_x8, high_x8));
+    }
+}
+
+RKVI_TARGET_AVX2 static void rkvi_normalise_avx2(const float *square, size_t n, float *inverse,
+                                                 float *self)
+{
+    size_t i;
+    for (i = 0; i < n; i += 8) {
+        __m256 norm_x8 = _mm256_sqrt_ps(_mm256_loadu_ps(square + i)), length_x8, inverse_x8;
+        inverse_x8 = _mm256_add_ps(norm_x8, _mm256_set1_ps(RKVI_NORM_EPSILON));
+        inverse_x8 = _mm256_div_ps(_mm256_set1_ps(1.0f), inverse_x8);
+        length_x8 = _mm256_mul_ps(norm_x8, inverse_x8);
+        _mm256_storeu_ps(inverse + i, inverse_x8);
+        _mm256_storeu_ps(self + i, _mm256_mul_ps(length_x8, length_x8));
+    }
+}
+
+/* `n_vectors` columns of eight, all rows: the sums stay in registers. */
+RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_add_columns_avx2(float *sum, const float *rows,
+                                                        size_t stride, const float *weights,
+                                                        int n_rows, int n_vectors)
+{
+    __m256 sum_x8[8];
+    int r, i;
+    RKVI_UNROLL
+    for (i = 0; i < n_vectors; i++) sum_x8[i] = _mm256_loadu_ps(sum + 8 * i);
+    for (r = 0; r < n_rows; r++, rows += stride) {
+        __m256 weight_x8 = _mm256_set1_ps(weights[r]);
+        RKVI_UNROLL
+        for (i = 0; i < n_vectors; i++)
+            sum_x8[i] = _mm256_fmadd_ps(weight_x8, _mm256_loadu_ps(rows + 8 * i), sum_x8[i]);
+    }
+    RKVI_UNROLL
+    for (i = 0; i < n_vectors; i++) _mm256_storeu_ps(sum + 8 * i, sum_x8[i]);
+}
+
+RKVI_TARGET_AVX2 static void rkvi_add_rows_avx2(float *sum, const float *rows, size_t stride,
+                                                const float *weights, int n_rows, size_t n)
+{
+    size_t i;
+    for (i = 0; i + 64 <= n; i += 64)
+        rkvi_add_columns_avx2(sum + i, rows + i, stride, weights, n_rows, 8);
+    for (; i < n; i += 16) rkvi_add_columns_avx2(sum + i, rows + i, stride, weights, n_rows, 2);
+}
+
+/* n_rows x n_vectors accumulators: 3 x 4 or 6 x 2, twelve of the sixteen registers. */
+RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_query_rows_avx2(const float *panel, int n_rows,
+                                                       int n_vectors, const float *rows,
+                                                       size_t stride, size_t dim, float *out,
+                                                       size_t out_stride)
+{
+    __m256 dot_x8[6][4];
+    size_t i;
+    int r, v;
+    RKVI_UNROLL
+    for (r = 0; r < n_rows; r++) {
+        RKVI_UNROLL
+        for (v = 0; v < n_vectors; v++) dot_x8[r][v] = _mm256_setzero_ps();
+    }
+    for (i = 0; i < dim; i++, panel += 8 * n_vectors) {
+        RKVI_UNROLL
+        for (r = 0; r < n_rows; r++) {
+            __m256 key_x8 = _mm256_broadcast_ss(rows + (size_t)r * stride + i);
+            RKVI_UNROLL
+            for (v = 0; v < n_vectors; v++)
+                dot_x8[r][v] =
+                    _mm256_fmadd_ps(_mm256_loadu_ps(panel + 8 * v), key_x8, dot_x8[r][v]);
+        }
+    }
+    RKVI_UNROLL
+    for (r = 0; r < n_rows; r++) {
+        RKVI_UNROLL
+        for (v = 0; v < n_vectors; v++)
+            _mm256_storeu_ps(out + (size_t)r * out_stride + 8 * v, dot_x8[r][v]);
+    }
+}
+
+RKVI_TARGET_AVX2 static void rkvi_query_tile_avx2(const float *panel, int n_queries,
+                                                  const float *rows, size_t stride, size_t dim,
+                                                  float *out, size_t out_stride)
+{
+    size_t r;
+    if (n_queries == 32)
+        for (r = 0; r < RKVI_TILE_ROWS; r += 3)
+            rkvi_query_rows_avx2(panel, 3, 4, rows + r * stride, stride, dim, out + r * out_stride,
+                                 out_stride);
+    else
+        for (r = 0; r < RKVI_TILE_ROWS; r += 6)
+            rkvi_query_rows_avx2(panel, 6, 2, rows + r * stride, stride, dim, out + r * out_stride,
+                                 out_stride);
+}
+
+/* Two rows a against three rows b: twelve accumulators. out gets raw dot products. */
+RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dots_2x3_avx2(const float *a, size_t a_stride,
+                                                     const float *b, size_t b_stride, size_t dim,
+                                                     float *out)
+{
+    __m256 dot_x8[2][3][2];
+    size_t i;
+    int r, j, h;
+    RKVI_UNROLL
+    for (r = 0; r < 2; r++) {
+        RKVI_UNROLL
+        for (j = 0; j < 3; j++) dot_x8[r][j][0] = dot_x8[r][j][1] = _mm256_setzero_ps();
+    }
+    for (i = 0; i < dim; i += 16) {
+        RKVI_UNROLL
+        for (h = 0; h < 2; h++) {
+            __m256 a0_x8 = _mm256_loadu_ps(a + i + 8 * h);
+            __m256 a1_x8 = _mm256_loadu_ps(a + a_stride + i + 8 * h);
+            RKVI_UNROLL
+            for (j = 0; j < 3; j++) {
+                __m256 b_x8 = _mm256_loadu_ps(b + (size_t)j * b_stride + i + 8 * h);
+                dot_x8[0][j][h] = _mm256_fmadd_ps(a0_x8, b_x8, dot_x8[0][j][h]);
+                dot_x8[1][j][h] = _mm256_fmadd_ps(a1_x8, b_x8, dot_x8[1][j][h]);
+            }
+        }
+    }
+    RKVI_UNROLL
+    for (j = 0; j < 3; j++) RKVI_UNROLL
+    for (r = 0; r < 2; r++)
+        out[4 * j + r] = rkvi_reduce8_avx2(_mm256_add_ps(dot_x8[r][j][0], dot_x8[r][j][1]));
+}
+
+RKVI_TARGET_AVX2 static void rkvi_cosine_tile_avx2(const float *a, size_t a_stride,
+                                                   const float *inv_a, const float *b,
+                                                   size_t b_stride, const float *inv_b, int n_b,
+                                                   size_t dim, float threshold, float *out,
+                                                   unsigned char *above)
+{
+    int j;
+    for (j = 0; j < n_b; j += 3) {
+        const float *b_rows = b + (size_t)j * b_stride;
+        rkvi_dots_2x3_avx2(a, a_stride, b_rows, b_stride, dim, out + 4 * j);
+        rkvi_dots_2x3_avx2(a + 2 * a_stride, a_stride, b_rows, b_stride, dim, out + 4 * j + 2);
+    }
+    rkvi_scale_cosines_avx2(inv_a, inv_b, n_b, threshold, out, above);
+}
+
+RKVI_TARGET_AVX2 RKVI_INLINE __m256 rkvi_exp_avx2(__m256 x_x8)
+{
+    __m256 magic_x8 = _mm256_set1_ps(RKVI_ROUND_MAGIC);
+    __m256 shifted_x8 = _mm256_fmadd_ps(x_x8, _mm256_set1_ps(RKVI_LOG2E), magic_x8);
+    __m256 n_x8 = _mm256_sub_ps(shifted_x8, magic_x8);
+    __m256 r_x8 = _mm256_fmadd_ps(n_x8, _mm256_set1_ps(-RKVI_LN2_HIGH), x_x8);
+    __m256 y_x8 = _mm256_set1_ps(RKVI_EXP_C0);
+    __m256 in_range_x8 = _mm256_cmp_ps(x_x8, _mm256_set1_ps(RKVI_EXP_LOWEST), _CMP_GE_OQ);
+    __m256i power_x8 = _mm256_slli_epi32(_mm256_castps_si256(shifted_x8), 23);
+    r_x8 = _mm256_fmadd_ps(n_x8, _mm256_set1_ps(-RKVI_LN2_LOW), r_x8);
+    y_x8 = _mm256_fmadd_ps(y_x8, r_x8, _mm256_set1_ps(RKVI_EXP_C1));
+    y_x8 = _mm256_fmadd_ps(y_x8, r_x8, _mm256_set1_ps(RKVI_EXP_C2));
+    y_x8 = _mm256_fmadd_ps(y_x8, r_x8, _mm256_set1_ps(RKVI_EXP_C3));
+    y_x8 = _mm256_fmadd_ps(y_x8, r_x8, _mm256_set1_ps(RKVI_EXP_C4));
+    y_x8 = _mm256_fmadd_ps(y_x8, r_x8, _mm256_set1_ps(RKVI_EXP_C5));
+    y_x8 = _mm256_fmadd_ps(y_x8, _mm256_mul_ps(r_x8, r_x8), r_x8);
+    y_x8 = _mm256_add_ps(y_x8, _mm256_set1_ps(1.0f));
+    y_x8 = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y_x8), power_x8));
+    return _mm256_and_ps(y_x8, in_range_x8);
+}
+
+RKVI_TARGET_AVX2 static void rkvi_softcap_avx2(float *x, size_t n, float ratio, float cap)
+{
+    __m256 sign_x8 = _mm256_set1_ps(-0.0f), one_x8 = _mm256_set1_ps(1.0f);
+    size_t i;
+    for (i = 0; i < n; i += 8) {
+        __m256 y_x8 = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(ratio));
+        __m256 size_x8 = _mm256_andnot_ps(sign_x8, y_x8);
+        __m256 e_x8 = rkvi_exp_avx2(_mm256_mul_ps(_mm256_set1_ps(-2.0f), size_x8));
+        __m256 t_x8 = _mm256_div_ps(_mm256_sub_ps(one_x8, e_x8), _mm256_add_ps(one_x8, e_x8));
+        t_x8 = _mm256_mul_ps(t_x8, _mm256_set1_ps(cap));
+        _mm256_storeu_ps(x + i, _mm256_or_ps(t_x8, _mm256_and_ps(sign_x8, y_x8)));
+    }
+}
+
+RKVI_TARGET_AVX2 static float rkvi_exp_sum_avx2(float *x, size_t n, float max)
+{
+    __m256 max_x8 = _mm256_set1_ps(max);
+    __m256 low_x8 = _mm256_setzero_ps(), high_x8 = _mm256_setzero_ps();
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        __m256 a_x8 = rkvi_exp_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i), max_x8));
+        __m256 b_x8 = rkvi_exp_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i + 8), max_x8));
+        _mm256_storeu_ps(x + i, a_x8);
+        _mm256_storeu_ps(x + i + 8, b_x8);
+        low_x8 = _mm256_add_ps(low_x8, a_x8);
+        high_x8 = _mm256_add_ps(high_x8, b_x8);
+    }
+    return rkvi_reduce8_avx2(_mm256_add_ps(low_x8, high_x8));
+}
+
+RKVI_TARGET_AVX2 static float rkvi_max_avx2(const float *x, size_t n)
+{
+    __m256 max_x8 = _mm256_loadu_ps(x);
+    float lanes[8];
+    size_t i;
+    for (i = 8; i < n; i += 8) max_x8 = _mm256_max_ps(_mm256_loadu_ps(x + i), max_x8);
+    _mm256_storeu_ps(lanes, max_x8);
+    return rkvi_max_scalar(lanes, 8);
+}
+#endif /* RKV_NO_AVX2 */
+#endif /* RKVI_X86 */
+
+/* ==== 10. AVX-512 kernels =================================================================== */
+#if defined(RKVI_X86) && !defined(RKV_NO_AVX512)
+#if defined(__GNUC__) && !defined(__clang__) /* GCC PR 105593: its own header warns */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+/* No faster in 512 bits: bound by loads and shuffles. */
+#define rkvi_fold_group_avx512 rkvi_fold_group_avx2
+#define rkvi_max_into_avx512   rkvi_max_into_avx2
+
+RKVI_TARGET_AVX512 static void rkvi_load_f16_avx512(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i + 16 <= n; i += 16) {
+        __m256i half_x16 = _mm256_loadu_si256((const __m256i *)(const void *)(src + 2 * i));
+        _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(half_x16));
+    }
+    rkvi_load_f16_scalar(dst + i, src + 2 * i, n - i);
+}
+
+RKVI_TARGET_AVX512 static void rkvi_load_bf16_avx512(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i + 16 <= n; i += 16) {
+        __m256i half_x16 = _mm256_loadu_si256((const __m256i *)(const void *)(src + 2 * i));
+        __m512i bits_x16 = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half_x16), 16);
+        _mm512_storeu_ps(dst + i, _mm512_castsi512_ps(bits_x16));
+    }
+    rkvi_load_bf16_scalar(dst + i, src + 2 * i, n - i);
+}
+
+/* The first level of the tree, and the other three. */
+RKVI_TARGET_AVX512 RKVI_INLINE float rkvi_reduce16_avx512(__m512 sums_x16)
+{
+    __m512d as_double = _mm512_castps_pd(sums_x16);
+    __m256 high_x8 = _mm256_castpd_ps(_mm512_extractf64x4_pd(as_double, 1));
+    return rkvi_reduce8_avx2(_mm256_add_ps(_mm512_castps512_ps256(sums_x16), high_x8));
+}
+
+RKVI_TARGET_AVX512 static void rkvi_sum_squares_avx512(const float *rows, size_t stride, int n_rows,
+                                                       size_t dim, float *out)
+{
+    size_t i;
+    int r;
+    for (r = 0; r < n_rows; r++, rows += stride) {
+        __m512 sum_x16 = _mm512_setzero_ps();
+        for (i = 0; i < dim; i += 16) {
+            __m512 a_x16 = _mm512_loadu_ps(rows + i);
+            sum_x16 = _mm512_fmadd_ps(a_x16, a_x16, sum_x16);
+        }
+        out[r] = rkvi_reduce16_avx512(sum_x16);
+    }
+}
+
+RKVI_TARGET_AVX512 static void rkvi_normalise_avx512(const float *square, size_t n, float *inverse,
+                                                     float *self)
+{
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        __m512 norm_x16 = _mm512_sqrt_ps(_mm512_loadu_ps(square + i)), length_x16, inverse_x16;
+        inverse_x16 = _mm512_add_ps(norm_x16, _mm512_set1_ps(RKVI_NORM_EPSILON));
+        inverse_x16 = _mm512_div_ps(_mm512_set1_ps(1.0f), inverse_x16);
+        length_x16 = _mm512_mul_ps(norm_x16, inverse_x16);
+        _mm512_storeu_ps(inverse + i, inverse_x16);
+        _mm512_storeu_ps(self + i, _mm512_mul_ps(length_x16, length_x16));
+    }
+}
+
+RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_add_columns_avx512(float *sum, const float *rows,
+                                                            size_t stride, const float *weights,
+                                                            int n_rows, int n_vectors)
+{
+    __m512 sum_x16[8];
+    int r, i;
+    RKVI_UNROLL
+    for (i = 0; i < n_vectors; i++) sum_x16[i] = _mm512_loadu_ps(sum + 16 * i);
+    for (r = 0; r < n_rows; r++, rows += stride) {
+        __m512 weight_x16 = _mm512_set1_ps(weights[r]);
+        RKVI_UNROLL
+        for (i = 0; i < n_vectors; i++)
+            sum_x16[i] = _mm512_fmadd_ps(weight_x16, _mm512_loadu_ps(rows + 16 * i), sum_x16[i]);
+    }
+    RKVI_UNROLL
+    for (i = 0; i < n_vectors; i++) _mm512_storeu_ps(sum + 16 * i, sum_x16[i]);
+}
+
+RKVI_TARGET_AVX512 static void rkvi_add_rows_avx512(float *sum, const float *rows, size_t stride,
+                                                    const float *weights, int n_rows, size_t n)
+{
+    size_t i;
+    for (i = 0; i + 128 <= n; i += 128)
+        rkvi_add_columns_avx512(sum + i, rows + i, stride, weights, n_rows, 8);
+    for (; i < n; i += 16) rkvi_add_columns_avx512(sum + i, rows + i, stride, weights, n_rows, 1);
+}
+
+/* 12 x 2 accumulators, or 12 x 1, of the 32 registers. */
+RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_query_rows_avx512(const float *panel, int n_vectors,
+                                                           const float *rows, size_t stride,
+                                                           size_t dim, float *out,
+                                                           size_t out_stride)
+{
+    __m512 dot_x16[RKVI_TILE_ROWS][2];
+    size_t i;
+    int r, v;
+    RKVI_UNROLL
+    for (r = 0; r < RKVI_TILE_ROWS; r++) dot_x16[r][0] = dot_x16[r][1] = _mm512_setzero_ps();
+    for (i = 0; i < dim; i++, panel += 16 * n_vectors) {
+        RKVI_UNROLL
+        for (r = 0; r < RKVI_TILE_ROWS; r++) {
+            __m512 key_x16 = _mm512_set1_ps(rows[(size_t)r * stride + i]);
+            RKVI_UNROLL
+            for (v = 0; v < n_vectors; v++)
+                dot_x16[r][v] =
+                    _mm512_fmadd_ps(_mm512_loadu_ps(panel + 16 * v), key_x16, dot_x16[r][v]);
+        }
+    }
+    RKVI_UNROLL
+    for (r = 0; r < RKVI_TILE_ROWS; r++) {
+        RKVI_UNROLL
+        for (v = 0; v < n_vectors; v++)
+            _mm512_storeu_ps(out + (size_t)r * out_stride + 16 * v, dot_x16[r][v]);
+    }
+}
+
+RKVI_TARGET_AVX512 static void rkvi_query_tile_avx512(const float *panel, int n_queries,
+                                                      const float *rows, size_t stride, size_t dim,
+                                                      float *out, size_t out_stride)
+{
+    if (n_queries == 32)
+        rkvi_query_rows_avx512(panel, 2, rows, stride, dim, out, out_stride);
+    else
+        rkvi_query_rows_avx512(panel, 1, rows, stride, dim, out, out_stride);
+}
+
+/* Four dot products at once, from their sixteen lanes each, by the tree. */
+RKVI_TARGET_AVX512 RKVI_INLINE __m128 rkvi_reduce_four_avx512(__m512 d0, __m512 d1, __m512 d2,
+                                                              __m512 d3)
+{
+    __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    __m512 d01 = _mm512_add_ps(_mm512_shuffle_f32x4(d0, d1, 0x44),
+                               _mm512_shuffle_f32x4(d0, d1, 0xee)); /* l and l + 8 */
+    __m512 d23 =
+        _mm512_add_ps(_mm512_shuffle_f32x4(d2, d3, 0x44), _mm512_shuffle_f32x4(d2, d3, 0xee));
+    __m512 sum = _mm512_add_ps(_mm512_shuffle_f32x4(d01, d23, 0x88),
+                               _mm512_shuffle_f32x4(d01, d23, 0xdd)); /* l and l + 4 */
+    sum = _mm512_add_ps(sum, _mm512_shuffle_ps(sum, sum, 0x4e));      /* l and l + 2 */
+    sum = _mm512_add_ps(sum, _mm512_shuffle_ps(sum, sum, 0xb1));      /* l and l + 1 */
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, sum));
+}
+
+RKVI_TARGET_AVX512 static void rkvi_cosine_tile_avx512(const float *a, size_t a_stride,
+                                                       const float *inv_a, const float *b,
+                                                       size_t b_stride, const float *inv_b, int n_b,
+                                                       size_t dim, float threshold, float *out,
+                                                       unsigned char *above)
+{
+    int j0, j, r;
+    for (j0 = 0; j0 < n_b; j0 += 6) { /* four rows a x six rows b: 24 accumulators */
+        const float *b_rows = b + (size_t)j0 * b_stride;
+        __m512 dot_x16[6][4];
+        size_t i;
+        RKVI_UNROLL
+        for (j = 0; j < 6; j++) {
+            RKVI_UNROLL
+            for (r = 0; r < 4; r++) dot_x16[j][r] = _mm512_setzero_ps();
+        }
+        for (i = 0; i < dim; i += 16) {
+            __m512 a_x16[4];
+            RKVI_UNROLL
+            for (r = 0; r < 4; r++) a_x16[r] = _mm512_loadu_ps(a + (size_t)r * a_stride + i);
+            RKVI_UNROLL
+            for (j = 0; j < 6; j++) {
+                __m512 b_x16 = _mm512_loadu_ps(b_rows + (size_t)j * b_stride + i);
+                RKVI_UNROLL
+                for (r = 0; r < 4; r++)
+                    dot_x16[j][r] = _mm512_fmadd_ps(a_x16[r], b_x16, dot_x16[j][r]);
+            }
+        }
+        RKVI_UNROLL
+        for (j = 0; j < 6; j++)
+            _mm_storeu_ps(out + 4 * (j0 + j),
+                          rkvi_reduce_four_avx512(dot_x16[j][0], dot_x16[j][1], dot_x16[j][2],
+                                                  dot_x16[j][3]));
+    }
+    rkvi_scale_cosines_avx2(inv_a, inv_b, n_b, threshold, out, above);
+}
+
+RKVI_TARGET_AVX512 RKVI_INLINE __m512 rkvi_exp_avx512(__m512 x_x16)
+{
+    __m512 magic_x16 = _mm512_set1_ps(RKVI_ROUND_MAGIC);
+    __m512 shifted_x16 = _mm512_fmadd_ps(x_x16, _mm512_set1_ps(RKVI_LOG2E), magic_x16);
+    __m512 n_x16 = _mm512_sub_ps(shifted_x16, magic_x16);
+    __m512 r_x16 = _mm512_fmadd_ps(n_x16, _mm512_set1_ps(-RKVI_LN2_HIGH), x_x16);
+    __m512 y_x16 = _mm512_set1_ps(RKVI_EXP_C0);
+    __mmask16 in_range = _mm512_cmp_ps_mask(x_x16, _mm512_set1_ps(RKVI_EXP_LOWEST), _CMP_GE_OQ);
+    __m512i power_x16 = _mm512_slli_epi32(_mm512_castps_si512(shifted_x16), 23);
+    r_x16 = _mm512_fmadd_ps(n_x16, _mm512_set1_ps(-RKVI_LN2_LOW), r_x16);
+    y_x16 = _mm512_fmadd_ps(y_x16, r_x16, _mm512_set1_ps(RKVI_EXP_C1));
+    y_x16 = _mm512_fmadd_ps(y_x16, r_x16, _mm512_set1_ps(RKVI_EXP_C2));
+    y_x16 = _mm512_fmadd_ps(y_x16, r_x16, _mm512_set1_ps(RKVI_EXP_C3));
+    y_x16 = _mm512_fmadd_ps(y_x16, r_x16, _mm512_set1_ps(RKVI_EXP_C4));
+    y_x16 = _mm512_fmadd_ps(y_x16, r_x16, _mm512_set1_ps(RKVI_EXP_C5));
+    y_x16 = _mm512_fmadd_ps(y_x16, _mm512_mul_ps(r_x16, r_x16), r_x16);
+    y_x16 = _mm512_add_ps(y_x16, _mm512_set1_ps(1.0f));
+    return _mm512_castsi512_ps(
+        _mm512_maskz_add_epi32(in_range, _mm512_castps_si512(y_x16), power_x16));
+}
+
+RKVI_TARGET_AVX512 static void rkvi_softcap_avx512(float *x, size_t n, float ratio, float cap)
+{
+    __m512i sign_x16 = _mm512_set1_epi32((int)0x80000000u);
+    __m512 one_x16 = _mm512_set1_ps(1.0f);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        __m512 y_x16 = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(ratio));
+        __m512i y_bits = _mm512_castps_si512(y_x16);
+        __m512 size_x16 = _mm512_castsi512_ps(_mm512_andnot_epi32(sign_x16, y_bits));
+        __m512 e_x16 = rkvi_exp_avx512(_mm512_mul_ps(_mm512_set1_ps(-2.0f), size_x16));
+        __m512 t_x16 = _mm512_div_ps(_mm512_sub_ps(one_x16, e_x16), _mm512_add_ps(one_x16, e_x16));
+        __m512i t_bits = _mm512_castps_si512(_mm512_mul_ps(t_x16, _mm512_set1_ps(cap)));
+        t_bits = _mm512_or_epi32(t_bits, _mm512_and_epi32(sign_x16, y_bits));
+        _mm512_storeu_ps(x + i, _mm512_castsi512_ps(t_bits));
+    }
+}
+
+RKVI_TARGET_AVX512 static float rkvi_exp_sum_avx512(float *x, size_t n, float max)
+{
+    __m512 max_x16 = _mm512_set1_ps(max), sum_x16 = _mm512_setzero_ps();
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        __m512 e_x16 = rkvi_exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + i), max_x16));
+        _mm512_storeu_ps(x + i, e_x16);
+        sum_x16 = _mm512_add_ps(sum_x16, e_x16);
+    }
+    return rkvi_reduce16_avx512(sum_x16);
+}
+
+RKVI_TARGET_AVX512 static float rkvi_max_avx512(const float *x, size_t n)
+{
+    __m512 max_x16 = _mm512_loadu_ps(x);
+    float lanes[16];
+    size_t i;
+    for (i = 16; i < n; i += 16) max_x16 = _mm512_max_ps(_mm512_loadu_ps(x + i), max_x16);
+    _mm512_storeu_ps(lanes, max_x16);
+    return rkvi_max_scalar(lanes, 16);
+}
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif /* RKVI_X86, RKV_NO_AVX512 */
+
+/* ==== 11. NEON kernels ====================================================================== */
+#ifdef RKVI_NEON
+
+static void rkvi_load_f16_neon(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i + 4 <= n; i += 4) {
+        float16x4_t half_x4 = vreinterpret_f16_u8(vld1_u8(src + 2 * i));
+        vst1q_f32(dst + i, vcvt_f32_f16(half_x4));
+    }
+    rkvi_load_f16_scalar(dst + i, src + 2 * i, n - i);
+}
+
+static void rkvi_load_bf16_neon(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i + 4 <= n; i += 4) {
+        uint16x4_t half_x4 = vreinterpret_u16_u8(vld1_u8(src + 2 * i));
+        vst1q_f32(dst + i, vreinterpretq_f32_u32(vshll_n_u16(half_x4, 16)));
+    }
+    rkvi_load_bf16_scalar(dst + i, src + 2 * i, n - i);
+}
+
+/* Sixteen lanes in four registers, by the tree. */
+RKVI_INLINE float rkvi_reduce16_neon(float32x4_t l0, float32x4_t l4, float32x4_t l8,
+                                     float32x4_t l12)
+{
+    float32x4_t sum_x4 = vaddq_f32(vaddq_f32(l0, l8), vaddq_f32(l4, l12));
+    float32x2_t sum_x2 = vadd_f32(vget_low_f32(sum_x4), vget_high_f32(sum_x4));
+    return vget_lane_f32(sum_x2, 0) + vget_lane_f32(sum_x2, 1);
+}
+
+static void rkvi_sum_squares_neon(const float *rows, size_t stride, int n_rows, size_t dim,
+                                  float *out)
+{
+    size_t i;
+    int r, v;
+    for (r = 0; r < n_rows; r++, rows += stride) {
+        float32x4_t sum_x4[4];
+        RKVI_UNROLL
+        for (v = 0; v < 4; v++) sum_x4[v] = vdupq_n_f32(0);
+        for (i = 0; i < dim; i += 16) {
+            RKVI_UNROLL
+            for (v = 0; v < 4; v++) {
+                float32x4_t a_x4 = vld1q_f32(rows + i + 4 * v);
+                sum_x4[v] = vfmaq_f32(sum_x4[v], a_x4, a_x4);
+            }
+        }
+        out[r] = rkvi_reduce16_neon(sum_x4[0], sum_x4[1], sum_x4[2], sum_x4[3]);
+    }
+}
+
+static void rkvi_normalise_neon(const float *square, size_t n, float *inverse, float *self)
+{
+    size_t i;
+    for (i = 0; i < n; i += 4) {
+        float32x4_t norm_x4 = vsqrtq_f32(vld1q_f32(square + i)), length_x4, inverse_x4;
+        inverse_x4 = vaddq_f32(norm_x4, vdupq_n_f32(RKVI_NORM_EPSILON));
+        inverse_x4 = vdivq_f32(vdupq_n_f32(1.0f), inverse_x4);
+        length_x4 = vmulq_f32(norm_x4, inverse_x4);
+        vst1q_f32(inverse + i, inverse_x4);
+        vst1q_f32(self + i, vmulq_f32(length_x4, length_x4));
+    }
+}
+
+RKVI_INLINE void rkvi_add_columns_neon(float *sum, const float *rows, size_t stride,
+                                       const float *weights, int n_rows, int n_vectors)
+{
+    float32x4_t sum_x4[16];
+    int r, i;
+    RKVI_UNROLL
+    for (i = 0; i < n_vectors; i++) sum_x4[i] = vld1q_f32(sum + 4 * i);
+    for (r = 0; r < n_rows; r++, rows += stride) {
+        RKVI_UNROLL
+        for (i = 0; i < n_vectors; i++)
+            sum_x4[i] = vfmaq_n_f32(sum_x4[i], vld1q_f32(rows + 4 * i), weights[r]);
+    }
+    RKVI_UNROLL
+    for (i = 0; i < n_vectors; i++) vst1q_f32(sum + 4 * i, sum_x4[i]);
+}
+
+static void rkvi_add_rows_neon(float *sum, const float *rows, size_t stride, const float *weights,
+                               int n_rows, size_t n)
+{
+    size_t i;
+    for (i = 0; i + 64 <= n; i += 64)
+        rkvi_add_columns_neon(sum + i, rows + i, stride, weights, n_rows, 16);
+    for (; i < n; i += 16) rkvi_add_columns_neon(sum + i, rows + i, stride, weights, n_rows, 4);
+}
+
+/* n_rows x n_vectors accumulators: 3 x 8 or 6 x 4, of the 32 registers. */
+RKVI_INLINE void rkvi_query_rows_neon(const float *panel, int n_rows, int n_vectors,
+                                      const float *rows, size_t stride, size_t dim, float *out,
+                                      size_t out_stride)
+{
+    float32x4_t dot_x4[6][8];
+    size_t i;
+    int r, v;
+    RKVI_UNROLL
+    for (r = 0; r < n_rows; r++) {
+        RKVI_UNROLL
+        for (v = 0; v < n_vectors; v++) dot_x4[r][v] = vdupq_n_f32(0);
+    }
+    for (i = 0; i < dim; i++, panel += 4 * n_vectors) {
+        RKVI_UNROLL
+        for (v = 0; v < n_vectors; v++) {
+            float32x4_t query_x4 = vld1q_f32(panel + 4 * v);
+            RKVI_UNROLL
+            for (r = 0; r < n_rows; r++)
+                dot_x4[r][v] = vfmaq_n_f32(dot_x4[r][v], query_x4, rows[(size_t)r * stride + i]);
+        }
+    }
+    RKVI_UNROLL
+    for (r = 0; r < n_rows; r++) {
+        RKVI_UNROLL
+        for (v = 0; v < n_vectors; v++)
+            vst1q_f32(out + (size_t)r * out_stride + 4 * v, dot_x4[r][v]);
+    }
+}
+
+static void rkvi_query_tile_neon(const float *panel, int n_queries, const float *rows,
+                                 size_t stride, size_t dim, float *out, size_t out_stride)
+{
+    size_t r;
+    if (n_queries == 32)
+        for (r = 0; r < RKVI_TILE_ROWS; r += 3)
+            rkvi_query_rows_neon(panel, 3, 8, rows + r * stride, stride, dim, out + r * out_stride,
+                                 out_stride);
+    else
+        for (r = 0; r < RKVI_TILE_ROWS; r += 6)
+            rkvi_query_rows_neon(panel, 6, 4, rows + r * stride, stride, dim, out + r * out_stride,
+                                 out_stride);
+}
+
+/* Two rows a against three rows b: 24 accumulators. out gets raw dot products. */
+RKVI_INLINE void rkvi_dots_2x3_neon(const float *a, size_t a_stride, const float *b,
+                                    size_t b_stride, size_t dim, float *out)
+{
+    float32x4_t dot_x4[2][3][4];
+    size_t i;
+    int r, j, v;
+    RKVI_UNROLL
+    for (r = 0; r < 2; r++) {
+        RKVI_UNROLL
+        for (j = 0; j < 3; j++) {
+            RKVI_UNROLL
+            for (v = 0; v < 4; v++) dot_x4[r][j][v] = vdupq_n_f32(0);
+        }
+    }
+    for (i = 0; i < dim; i += 16) {
+        RKVI_UNROLL
+        for (v = 0; v < 4; v++) {
+            float32x4_t a0_x4 = vld1q_f32(a + i + 4 * v);
+            float32x4_t a1_x4 = vld1q_f32(a + a_stride + i + 4 * v);
+            RKVI_UNROLL
+            for (j = 0; j < 3; j++) {
+                float32x4_t b_x4 = vld1q_f32(b + (size_t)j * b_stride + i + 4 * v);
+                dot_x4[0][j][v] = vfmaq_f32(dot_x4[0][j][v], a0_x4, b_x4);
+                dot_x4[1][j][v] = vfmaq_f32(dot_x4[1][j][v], a1_x4, b_x4);
+            }
+        }
+    }
+    RKVI_UNROLL
+    for (r = 0; r < 2; r++) {
+        RKVI_UNROLL
+        for (j = 0; j < 3; j++)
+            out[4 * j + r] = rkvi_reduce16_neon(dot_x4[r][j][0], dot_x4[r][j][1], dot_x4[r][j][2],
+                                                dot_x4[r][j][3]);
+    }
+}
+
+static void rkvi_cosine_tile_neon(const float *a, size_t a_stride, const float *inv_a,
+                                  const float *b, size_t b_stride, const float *inv_b, int n_b,
+                                  size_t dim, float threshold, float *out, unsigned char *above)
+{
+    const uint32_t bits[4] = { 1, 2, 4, 8 };
+    uint32x4_t bit_x4 = vld1q_u32(bits);
+    float32x4_t inv_a_x4 = vld1q_f32(inv_a), threshold_x4 = vdupq_n_f32(threshold);
+    int j;
+    for (j = 0; j < n_b; j += 3) {
+        const float *b_rows = b + (size_t)j * b_stride;
+        rkvi_dots_2x3_neon(a, a_stride, b_rows, b_stride, dim, out + 4 * j);
+        rkvi_dots_2x3_neon(a + 2 * a_stride, a_stride, b_rows, b_stride, dim, out + 4 * j + 2);
+    }
+    for (j = 0; j < n_b; j++) {
+        float32x4_t weight_x4 = vmulq_n_f32(inv_a_x4, inv_b[j]);
+        float32x4_t cosine_x4 = vmulq_f32(vld1q_f32(out + 4 * j), weight_x4);
+        vst1q_f32(out + 4 * j, cosine_x4);
+        above[j] = (unsigned char)vaddvq_u32(vandq_u32(vcgtq_f32(cosine_x4, threshold_x4), bit_x4));
+    }
+}
+
+/* Four window queries at a time: fold the groups of four rows, transpose 4 x 4. */
+static void rkvi_fold_group_neon(const float *tile, size_t tile_stride, int group, int window,
+                                 int mean, float scale, float *out, size_t out_stride)
+{
+    int v0, r0, i, g;
+    for (v0 = 0; v0 < window; v0 += 4)
+        for (r0 = 0; r0 < RKVI_CHUNK; r0 += 4) {
+            float folded[16];
+            float32x4x4_t by_query;
+            for (i = 0; i < 4; i++) {
+                const float *row = tile + (size_t)(r0 + i) * tile_stride + v0;
+                float32x4_t best_x4 = vld1q_f32(row);
+                for (g = 1; g < group; g++) {
+                    float32x4_t logit_x4 = vld1q_f32(row + g * window);
+                    best_x4 = mean ? vaddq_f32(best_x4, logit_x4) : vmaxq_f32(best_x4, logit_x4);
+                }
+                vst1q_f32(folded + 4 * i, best_x4);
+            }
+            by_query = vld4q_f32(folded);
+            for (i = 0; i < rkvi_min(window - v0, 4); i++)
+                vst1q_f32(out + (size_t)(v0 + i) * out_stride + r0,
+                          vmulq_n_f32(by_query.val[i], scale));
+        }
+}
+
+RKVI_INLINE float32x4_t rkvi_exp_neon(float32x4_t x_x4)
+{
+    float32x4_t magic_x4 = vdupq_n_f32(RKVI_ROUND_MAGIC);
+    float32x4_t shifted_x4 = vfmaq_n_f32(magic_x4, x_x4, RKVI_LOG2E);
+    float32x4_t n_x4 = vsubq_f32(shifted_x4, magic_x4);
+    float32x4_t r_x4 = vfmaq_n_f32(x_x4, n_x4, -RKVI_LN2_HIGH);
+    float32x4_t y_x4 = vdupq_n_f32(RKVI_EXP_C0);
+    uint32x4_t in_range_x4 = vcgeq_f32(x_x4, vdupq_n_f32(RKVI_EXP_LOWEST));
+    uint32x4_t power_x4 = vshlq_n_u32(vreinterpretq_u32_f32(shifted_x4), 23);
+    r_x4 = vfmaq_n_f32(r_x4, n_x4, -RKVI_LN2_LOW);
+    y_x4 = vfmaq_f32(vdupq_n_f32(RKVI_EXP_C1), y_x4, r_x4);
+    y_x4 = vfmaq_f32(vdupq_n_f32(RKVI_EXP_C2), y_x4, r_x4);
+    y_x4 = vfmaq_f32(vdupq_n_f32(RKVI_EXP_C3), y_x4, r_x4);
+    y_x4 = vfmaq_f32(vdupq_n_f32(RKVI_EXP_C4), y_x4, r_x4);
+    y_x4 = vfmaq_f32(vdupq_n_f32(RKVI_EXP_C5), y_x4, r_x4);
+    y_x4 = vfmaq_f32(r_x4, y_x4, vmulq_f32(r_x4, r_x4));
+    y_x4 = vaddq_f32(y_x4, vdupq_n_f32(1.0f));
+    return vreinterpretq_f32_u32(
+        vandq_u32(vaddq_u32(vreinterpretq_u32_f32(y_x4), power_x4), in_range_x4));
+}
+
+static void rkvi_softcap_neon(float *x, size_t n, float ratio, float cap)
+{
+    float32x4_t one_x4 = vdupq_n_f32(1.0f);
+    uint32x4_t sign_x4 = vdupq_n_u32(0x80000000u);
+    size_t i;
+    for (i = 0; i < n; i += 4) {
+        float32x4_t y_x4 = vmulq_n_f32(vld1q_f32(x + i), ratio);
+        float32x4_t e_x4 = rkvi_exp_neon(vmulq_n_f32(vabsq_f32(y_x4), -2.0f));
+        float32x4_t t_x4 = vdivq_f32(vsubq_f32(one_x4, e_x4), vaddq_f32(one_x4, e_x4));
+        vst1q_f32(x + i, vbslq_f32(sign_x4, y_x4, vmulq_n_f32(t_x4, cap)));
+    }
+}
+
+static float rkvi_exp_sum_neon(float *x, size_t n, float max)
+{
+    float32x4_t max_x4 = vdupq_n_f32(max), sum_x4[4];
+    size_t i;
+    int v;
+    RKVI_UNROLL
+    for (v = 0; v < 4; v++) sum_x4[v] = vdupq_n_f32(0);
+    for (i = 0; i < n; i += 16) {
+        RKVI_UNROLL
+        for (v = 0; v < 4; v++) {
+            float32x4_t e_x4 = rkvi_exp_neon(vsubq_f32(vld1q_f32(x + i + 4 * v), max_x4));
+            vst1q_f32(x + i + 4 * v, e_x4);
+            sum_x4[v] = vaddq_f32(sum_x4[v], e_x4);
+        }
+    }
+    return rkvi_reduce16_neon(sum_x4[0], sum_x4[1], sum_x4[2], sum_x4[3]);
+}
+
+static float rkvi_max_neon(const float *x, size_t n)
+{
+    float32x4_t max_x4 = vld1q_f32(x);
+    size_t i;
+    for (i = 4; i < n; i += 4) max_x4 = vmaxq_f32(max_x4, vld1q_f32(x + i));
+    return vmaxvq_f32(max_x4);
+}
+
+static void rkvi_max_into_neon(float *dst, const float *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i < n; i += 4)
+        vst1q_f32(dst + i, vmaxq_f32(vld1q_f32(src + i), vld1q_f32(dst + i)));
+}
+#endif /* RKVI_NEON */
+
+/* The tables. rkvi_cpu_backends, in room 16, wraps each of them. */
+#define RKVI_KERNELS(isa)                                                                          \
+    {                                                                                              \
+        rkvi_usable_##isa, rkvi_load_f16_##isa, rkvi_load_bf16_##isa, rkvi_sum_squares_##isa,      \
+            rkvi_normalise_##isa, rkvi_add_rows_##isa, rkvi_query_tile_##isa,                      \
+            rkvi_cosine_tile_##isa, rkvi_fold_group_##isa, rkvi_softcap_##isa, rkvi_exp_sum_##isa, \
+            rkvi_max_##isa, rkvi_max_into_##isa                                                    \
+    }
+static const rkvi_kernels rkvi_kernels_scalar = RKVI_KERNELS(scalar);
+#ifdef RKVI_NEON
+static const rkvi_kernels rkvi_kernels_neon = RKVI_KERNELS(neon);
+#endif
+#if defined(RKVI_X86) && !defined(RKV_NO_AVX2)
+static const rkvi_kernels rkvi_kernels_avx2 = RKVI_KERNELS(avx2);
+#endif
+#if defined(RKVI_X86) && !defined(RKV_NO_AVX512)
+static const rkvi_kernels rkvi_kernels_avx512 = RKVI_KERNELS(avx512);
+#endif
+
+/* ==== 12. Plans =============================================================================
+ * In: a checked config and layers.  Out: where in the workspace everything of a call lies.
+ * Knows the sizes of all stages and nothing of what they compute. Everything per layer is O(n)
+ * per kv head; what a worker needs to score one kv head, its scratch, exists once per thread. */
+
+/* clang-format off */
+typedef struct rkvi_plan {
+    rkvi_view keys, values, queries;
+    int kv_heads, group, n_tokens, n_kept;
+    int sets;            /* kept sets that start in this layer: kv_heads, 1, or 0               */
+    int owner;           /* the layer whose set this layer keeps; not itself in RKV_PER_SEQUENCE */
+    int scored;          /* its tokens get scores and are chosen by them                        */
+    float scale;         /* of the logits, resolved                                             */
+    size_t score_stride; /* floats per kv head                                                  */
+    float *scores;       /* [kv_heads][score_stride]                                            */
+    float *shared;       /* [score_stride], with a shared scope                                 */
+    int32_t *kept;       /* [sets][budget]: the caller's list, or one in the workspace          */
+} rkvi_plan;
+/* clang-format on */
+
+/* What one worker needs. Arrays over tokens are padded to whole chunks and registers. */
+/* clang-format off */
+typedef struct rkvi_scratch {
+    rkv_fault fault;       /* first fault this worker met */
+    float *panel;          /* packed queries, [query block][dim][16 or 32]                     */
+    float *rows, *newer;   /* chunks of K as f32, [RKVI_CHUNK][dim]                            */
+    float *quad;           /* four rows of K as f32, [4][dim]                                  */
+    float *tile;           /* dot products of a chunk, [RKVI_CHUNK][queries]                   */
+    float *logits;         /* [window][tokens], later probabilities                            */
+    float *signal;         /* [2][tokens]: importance, redundancy                              */
+    float *weights;        /* [window], and 2 for the mix                                      */
+    float *pool;           /* one row with the borders that pooling looks at                   */
+    float *inverse;        /* per token: 1 / (norm + 1e-8)                                     */
+    float *self;           /* per token: cosine with itself: 1, below it for tiny keys, or 0   */
+    float *column;         /* per token: sum of its cosines, itself included                   */
+    float *first;          /* per token: its cosine with the first token                       */
+    int64_t *exempt;       /* per token: sum of exempted cosines, in units of 2^-32            */
+    int *missing;          /* per token: look-alikes not found yet                             */
+    int *open;             /* tokens with any missing, ascending                               */
+    float *sum, *part;     /* [dim]: normalised sum of all keys, and of one chunk              */
+    uint32_t *ranks;       /* selection: scores as integers                                    */
+    int32_t *slots;        /* selection: histogram; compaction: order and marks                */
+    unsigned char *row;    /* RKV_BY_SCORE: one row under way                                  */
+    int32_t *blocks;       /* hash set of a block table                                        */
+} rkvi_scratch;
+/* clang-format on */
+
+typedef struct rkvi_job {
+    const rkvi_kernels *kernels;
+    const rkv_config *config;
+    rkv_layer *layers;
+    int n_layers, n_workers;
+    rkvi_plan *plans;        /* [n_layers]  */
+    rkvi_scratch *scratches; /* [n_workers] */
+} rkvi_job;
+
+static int rkvi_is_scored(const rkv_config *config, int n_tokens)
+{
+    return n_tokens > config->budget && config->budget > config->window + config->pinned;
+}
+
+static int rkvi_reads_queries(const rkv_config *config)
+{
+    return config->lambda > 0;
+}
+
+/* Entries of a block table that cover n_tokens, and slots of a hash set that holds them. */
+static size_t rkvi_n_blocks(const rkv_tensor *tensor, int n_tokens)
+{
+    if (!tensor->block_table) return 0;
+    return ((size_t)n_tokens + (size_t)tensor->block_tokens - 1) / (size_t)tensor->block_tokens;
+}
+
+static size_t rkvi_row_bytes(const rkv_tensor *tensor)
+{
+    return (size_t)tensor->dim * rkvi_element_bytes(tensor);
+}
+
+/* The largest needs among the layers: what a worker's scratch is sized for. */
+typedef struct rkvi_needs {
+    size_t tokens, dim, queries, blocks, row_bytes;
+    int any_scored, any_moved;
+} rkvi_needs;
+
+static void rkvi_raise(size_t *most, size_t value)
+{
+    if (value > *most) *most = value;
+}
+
+static rkvi_needs rkvi_needs_of(const rkv_config *config, const rkv_layer *layers, int n_layers)
+{
+    rkvi_needs needs;
+    int l;
+    memset(&needs, 0, sizeof needs);
+    for (l = 0; l < n_layers; l++) {
+        const rkv_layer *layer = &layers[l];
+        if (layer->n_tokens <= config->budget) continue;
+        needs.any_moved = 1;
+        rkvi_raise(&needs.tokens, (size_t)layer->n_tokens);
+        rkvi_raise(&needs.blocks, rkvi_n_blocks(&layer->keys, layer->n_tokens));
+        rkvi_raise(&needs.blocks, rkvi_n_blocks(&layer->values, layer->n_tokens));
+        rkvi_raise(&needs.row_bytes, rkvi_row_bytes(&layer->keys));
+        rkvi_raise(&needs.row_bytes, rkvi_row_bytes(&layer->values));
+        if (!rkvi_is_scored(config, layer->n_tokens)) continue;
+        needs.any_scored = 1;
+        rkvi_raise(&needs.dim, (size_t)layer->keys.dim);
+        if (rkvi_reads_queries(config))
+            rkvi_raise(&needs.queries,
+                       (size_t)(layer->queries.heads / layer->keys.heads) * (size_t)config->window);
+    }
+    return needs;
+}
+
+/* Pooling looks L before and R behind a token; both are clipped to what can matter. */
+static int rkvi_pool_before(const rkv_config *config, int n_tokens)
+{
+    return rkvi_min(config->pool / 2, n_tokens);
+}
+
+static int rkvi_pool_after(const rkv_config *config, int n_tokens)
+{
+    return rkvi_min((config->pool - 1) / 2, n_tokens);
+}
+
+/* Floats of the pooling row: the tokens between borders of zeros, and as much again as the widest
+ * shift looks behind them. */
+static size_t rkvi_pool_floats(const rkv_config *config, int n_tokens)
+{
+    size_t width =
+        (size_t)rkvi_pool_before(config, n_tokens) + (size_t)rkvi_pool_after(config, n_tokens) + 1;
+    return rkvi_round_up((size_t)n_tokens + width, RKVI_LANES) + width + RKVI_LANES;
+}
+
+/* The number of tokens up to whole chunks, which are whole registers. */
+static size_t rkvi_padded(size_t n_tokens)
+{
+    return rkvi_round_up(n_tokens, RKVI_CHUNK);
+}
+
+static void rkvi_carve_scoring(rkvi_arena *arena, const rkv_config *config, const rkvi_needs *needs,
+                               rkvi_scratch *s)
+{
+    size_t tokens = rkvi_padded(needs->tokens), dim = rkvi_round_up(needs->dim, RKVI_LANES);
+    size_t queries = rkvi_round_up(needs->queries, RKVI_LANES), rows = RKVI_CHUNK * dim;
+    size_t panel, tile, logits;
+    if (!rkvi_mul_size(queries, dim, &panel) ||
+        !rkvi_mul_size(queries + RKVI_FOLD_LANES, RKVI_CHUNK, &tile) ||
+        !rkvi_mul_size(needs->queries ? (size_t)config->window : 0, tokens, &logits))
+        arena->overflow = 1;
+    if (arena->overflow) return;
+    s->panel = rkvi_take_floats(arena, panel);
+    s->rows = rkvi_take_floats(arena, rows);
+    s->newer = rkvi_take_floats(arena, rows);
+    s->quad = rkvi_take_floats(arena, 4 * dim);
+    s->tile = rkvi_take_floats(arena, tile);
+    s->logits = rkvi_take_floats(arena, logits);
+    s->signal = rkvi_take_floats(arena, 2 * tokens);
+    s->weights = rkvi_take_floats(arena, (size_t)config->window + 2);
+    s->pool = rkvi_take_floats(arena, rkvi_pool_floats(config, (int)needs->tokens));
+    s->inverse = rkvi_take_floats(arena, tokens);
+    s->self = rkvi_take_floats(arena, tokens);
+    s->column = rkvi_take_floats(arena, tokens);
+    s->first = rkvi_take_floats(arena, tokens);
+    s->exempt = (int64_t *)rkvi_take(arena, tokens, sizeof *s->exempt);
+    s->missing = (int *)rkvi_take(arena, tokens, sizeof *s->missing);
+    s->open = (int *)rkvi_take(arena, tokens, sizeof *s->open);
+    s->sum = rkvi_take_floats(arena, dim);
+    s->part = rkvi_take_floats(arena, dim);
+}
+
+#define RKVI_RADIX_BITS 11
+#define RKVI_RADIX      (1 << RKVI_RADIX_BITS)
+
+static void rkvi_carve_scratch(rkvi_arena *arena, const rkv_config *config, const rkvi_needs *needs,
+                               rkvi_scratch *s)
+{
+    size_t slots = needs->tokens > RKVI_RADIX ? needs->tokens : RKVI_RADIX;
+    rkvi_scratch none;
+    memset(&none, 0, sizeof none);
+    *s = none;
+    if (needs->any_scored) rkvi_carve_scoring(arena, config, needs, s);
+    if (!needs->any_moved) return;
+    s->ranks = (uint32_t *)rkvi_take(arena, needs->tokens, sizeof *s->ranks);
+    s->slots = (int32_t *)rkvi_take(arena, slots, sizeof *s->slots);
+    s->blocks = (int32_t *)rkvi_take(arena, 2 * needs->blocks, sizeof *s->blocks);
+    if (config->order == RKV_BY_POSITION) return;
+    s->row = (unsigned char *)rkvi_take(arena, needs->row_bytes, 1);
+}
+
+/* The layer that owns the kept set of layer l, given that of layer l - 1. */
+static int rkvi_owner(const rkv_config *config, const rkv_layer *layers, int l, int owner_before)
+{
+    int same = l > 0 && layers[l].sequence == layers[l - 1].sequence;
+    return config->scope == RKV_PER_SEQUENCE && same ? owner_before : l;
+}
+
+static int rkvi_sets(const rkv_config *config, const rkv_layer *layer, int is_owner)
+{
+    return !is_owner ? 0 : config->scope == RKV_PER_HEAD ? layer->keys.heads : 1;
+}
+
+static void rkvi_fill_plan(const rkv_config *config, const rkv_layer *layer, rkvi_plan *plan)
+{
+    plan->keys = rkvi_view_of(&layer->keys);
+    plan->values = rkvi_view_of(&layer->values);
+    plan->queries = rkvi_view_of(&layer->queries);
+    plan->kv_heads = layer->keys.heads;
+    plan->group = layer->queries.heads / layer->keys.heads;
+    plan->n_tokens = layer->n_tokens;
+    plan->n_kept = rkvi_min(layer->n_tokens, config->budget);
+    plan->scored = rkvi_is_scored(config, layer->n_tokens);
+    plan->scale = layer->scale > 0 ? layer->scale : 1.0f / sqrtf((float)layer->keys.dim);
+}
+
+/* Per layer: scores, the shared sums and the kept list. plan is NULL when only measuring. */
+static void rkvi_carve_layer(rkvi_arena *arena, const rkv_config *config, const rkv_layer *layer,
+                             int sets, rkvi_plan *plan)
+{
+    size_t stride = rkvi_padded((size_t)layer->n_tokens), n_scores, n_kept;
+    float *scores = NULL, *shared = NULL;
+    int32_t *kept;
+    if (!rkvi_mul_size((size_t)layer->keys.heads, stride, &n_scores) ||
+        !rkvi_mul_size((size_t)sets, (size_t)config->budget, &n_kept))
+        arena->overflow = 1;
+    if (arena->overflow) return;
+    if (rkvi_is_scored(config, layer->n_tokens)) {
+        scores = rkvi_take_floats(arena, n_scores);
+        if (config->scope != RKV_PER_HEAD && sets) shared = rkvi_take_floats(arena, stride);
+    }
+    kept = (int32_t *)rkvi_take(arena, n_kept, sizeof *kept);
+    if (!plan) return;
+    plan->score_stride = stride;
+    plan->scores = scores;
+    plan->shared = shared;
+    plan->kept = layer->kept ? layer->kept : kept;
+    plan->sets = sets;
+}
+
+/* Lays a whole call out in arena; job is NULL when only measuring. */
+static void rkvi_carve(rkvi_arena *arena, const rkv_config *config, const rkv_layer *layers,
+                       int n_layers, rkvi_job *job)
+{
+    rkvi_needs needs = rkvi_needs_of(config, layers, n_layers);
+    size_t n_plans = (size_t)n_layers;
+    rkvi_plan *plans = (rkvi_plan *)rkvi_take(arena, n_plans, sizeof *plans);
+    rkvi_scratch unused, *scratches;
+    int l, w, owner = 0;
+    scratches = (rkvi_scratch *)rkvi_take(arena, (size_t)config->n_threads, sizeof *scratches);
+    for (l = 0; l < n_layers && !arena->overflow; l++) {
+        int sets;
+        owner = rkvi_owner(config, layers, l, owner);
+        sets = rkvi_sets(config, &layers[l], owner == l);
+        if (job) {
+            rkvi_fill_plan(config, &layers[l], &plans[l]);
+            plans[l].owner = owner;
+        }
+        rkvi_carve_layer(arena, config, &layers[l], sets, job ? &plans[l] : NULL);
+    }
+    for (w = 0; w < config->n_threads && !arena->overflow; w++)
+        rkvi_carve_scratch(arena, config, &needs, job ? &scratches[w] : &unused);
+    if (!job) return;
+    job->plans = plans;
+    job->scratches = scratches;
+}
+
+/* ==== 13. Scoring ===========================================================================
+ * In: one kv head's keys and its group's window queries.  Out: a score per candidate, the tokens
+ * outside the window. In data-flow order: read the keys once (norms, their normalised sum, the
+ * logits), importance, redundancy, mix. Knows nothing of other heads, threads or kept sets. */
+
+typedef struct rkvi_head {
+    const rkvi_kernels *kernels;
+    const rkv_config *config;
+    const rkvi_view *keys, *queries;
+    int index, group;
+    int n_tokens, n_candidates, n_span; /* all; those outside the window; those redundancy sees */
+    int n_queries;                      /* group * window, or 0: importance does not count      */
+    int wants_redundancy;
+    float scale, softcap;
+    size_t dim; /* padded to whole registers */
+    float *scores;
+} rkvi_head;
+
+static void rkvi_load(const rkvi_kernels *k, rkv_dtype dtype, float *dst, const unsigned char *src,
+                      size_t n)
+{
+    switch (dtype) {
+    case RKV_F32: memcpy(dst, src, n * sizeof *dst); break;
+    case RKV_F16: k->load_f16(dst, src, n); break;
+    case RKV_BF16: k->load_bf16(dst, src, n); break;
+    }
+}
+
+/* One key as padded f32; a token below 0 is a row of zeros. */
+static void rkvi_load_key(const rkvi_head *h, int token, float *dst)
+{
+    size_t dim = token < 0 ? 0 : (size_t)h->keys->dim;
+    if (dim) rkvi_load(h->kernels, h->keys->dtype, dst, rkvi_row(h->keys, h->index, token), dim);
+    memset(dst + dim, 0, (h->dim - dim) * sizeof *dst);
+}
+
+typedef struct rkvi_rows {
+    const float *data;
+    size_t stride; /* floats */
+} rkvi_rows;
+
+/* Key rows that can be used where they lie: f32, aligned, no padding needed, evenly spaced. A
+ * spacing of whole 4 KiB would put a chunk's rows into the same few cache sets. */
+static int rkvi_rows_in_place(const rkvi_head *h)
+{
+    const rkvi_view *keys = h->keys;
+    return keys->dtype == RKV_F32 && !keys->table && (size_t)keys->dim == h->dim &&
+           keys->token_stride % 4096 != 0 && keys->token_stride % sizeof(float) == 0 &&
+           keys->head_stride % sizeof(float) == 0 && (uintptr_t)keys->data % sizeof(float) == 0;
+}
+
+/* RKVI_CHUNK keys from `first` on as f32, behind the last one zeros. */
+static rkvi_rows rkvi_key_chunk(const rkvi_head *h, int first, float *stage)
+{
+    rkvi_rows rows;
+    int r;
+    if (first + RKVI_CHUNK <= h->n_tokens && rkvi_rows_in_place(h)) {
+        rows.data = (const float *)(const void *)rkvi_row(h->keys, h->index, first);
+        rows.stride = h->keys->token_stride / sizeof(float);
+        return rows;
+    }
+    for (r = 0; r < RKVI_CHUNK; r++)
+        rkvi_load_key(h, first + r < h->n_tokens ? first + r : -1, stage + (size_t)r * h->dim);
+    rows.data = stage;
+    rows.stride = h->dim;
+    return rows;
+}
+
+static rkv_status rkvi_fault_at(rkvi_scratch *s, const rkvi_head *h, int token, int query_head)
+{
+    s->fault.status = RKV_ERROR_NONFINITE;
+    s->fault.head = query_head < 0 ? h->index : query_head;
+    s->fault.token = token;
+    s->fault.query = query_head >= 0;
+    return RKV_ERROR_NONFINITE;
+}
+
+/* Squares of norms up to here keep every product in range; NaN compares false. */
+#define RKVI_MAX_SQUARE 1e36f
+
+/* Width of the query block that starts at query q: 32, or 16 at the end. */
+static int rkvi_block_width(int n_queries, int q)
+{
+    return n_queries - q > RKVI_LANES ? 2 * RKVI_LANES : RKVI_LANES;
+}
+
+/* Query q of the group: head index * group + q / window, row q % window. Interleaves the queries
+ * for query_tile, [block][dim][block width], lanes behind the last zero. */
+static rkv_status rkvi_pack_queries(const rkvi_head *h, rkvi_scratch *s)
+{
+    float *row = s->rows, *panel = s->panel;
+    int q0, width, lane;
+    size_t i;
+    for (q0 = 0; q0 < h->n_queries; q0 += width, panel += h->dim * (size_t)width) {
+        width = rkvi_block_width(h->n_queries, q0);
+        memset(panel, 0, h->dim * (size_t)width * sizeof *panel);
+        for (lane = 0; lane < width && q0 + lane < h->n_queries; lane++) {
+            int head = h->index * h->group + (q0 + lane) / h->config->window;
+            int token = (q0 + lane) % h->config->window;
+            size_t dim = (size_t)h->queries->dim;
+            float square;
+            memset(row + dim, 0, (h->dim - dim) * sizeof *row);
+            rkvi_load(h->kernels, h->queries->dtype, row, rkvi_row(h->queries, head, token), dim);
+            h->kernels->sum_squares(row, h->dim, 1, h->dim, &square);
+            if (!(square <= RKVI_MAX_SQUARE)) return rkvi_fault_at(s, h, token, head);
+            for (i = 0; i < dim; i++) panel[i * (size_t)width + (size_t)lane] = row[i];
+        }
+    }
+    return RKV_OK;
+}
+
+/* Norms of a chunk; finds keys that are not finite. */
+static rkv_status rkvi_chunk_norms(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first)
+{
+    float square[RKVI_CHUNK];
+    int r;
+    h->kernels->sum_squares(rows.data, rows.stride, RKVI_CHUNK, h->dim, square);
+    for (r = 0; r < RKVI_CHUNK; r++)
+        if (!(square[r] <= RKVI_MAX_SQUARE)) return rkvi_fault_at(s, h, first + r, -1);
+    h->kernels->normalise(square, RKVI_CHUNK, s->inverse + first, s->self + first);
+    return RKV_OK;
+}
+
+/* The keys that the next chunk will read, while this one keeps the multipliers busy. */
+static void rkvi_prefetch_keys(const rkvi_head *h, int first, int n)
+{
+    size_t bytes = (size_t)h->keys->dim * h->keys->element, i;
+    int token;
+    for (token = first; token < rkvi_min(first + n, h->n_tokens); token++) {
+        const unsigned char *row = rkvi_row(h->keys, h->index, token);
+        for (i = 0; i < bytes; i += RKVI_CACHE_LINE) RKVI_PREFETCH(row + i);
+    }
+}
+
+/* Logits of a chunk, folded over the group: logits[v][first ...]. */
+static void rkvi_chunk_logits(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first,
+                              size_t logit_stride)
+{
+    const rkv_config *config = h->config;
+    size_t tile_stride = rkvi_round_up((size_t)h->n_queries, RKVI_LANES) + RKVI_FOLD_LANES;
+    const float *panel = s->panel;
+    int mean = config->grouping == RKV_GROUP_MEAN, q0, width, r;
+    float scale = mean ? 1.0f / (float)h->group : 1.0f;
+    for (q0 = 0; q0 < h->n_queries; q0 += width, panel += h->dim * (size_t)width) {
+        width = rkvi_block_width(h->n_queries, q0);
+        for (r = 0; r < RKVI_CHUNK; r += RKVI_TILE_ROWS) {
+            if (q0 == 0) rkvi_prefetch_keys(h, first + RKVI_CHUNK + r, RKVI_TILE_ROWS);
+            h->kernels->query_tile(panel, width, rows.data + (size_t)r * rows.stride, rows.stride,
+                                   h->dim, s->tile + (size_t)r * tile_stride + q0, tile_stride);
+        }
+    }
+    if (h->softcap > 0)
+        for (r = 0; r < RKVI_CHUNK; r++)
+            h->kernels->softcap(s->tile + (size_t)r * tile_stride, tile_stride - RKVI_FOLD_LANES,
+                                h->scale / h->softcap, h->softcap);
+    else
+        scale *= h->scale;
+    h->kernels->fold_group(s->tile, tile_stride, h->group, config->window, mean, scale,
+                           s->logits + first, logit_stride);
+}
+
+/* The pass over K: norms, the sum of the normalised keys (chunk by chunk, which fixes the order
+ * of additions and keeps their error small at any n), and the logits. */
+static rkv_status rkvi_read_keys(const rkvi_head *h, rkvi_scratch *s, size_t logit_stride)
+{
+    size_t i;
+    int first;
+    memset(s->sum, 0, h->dim * sizeof *s->sum);
+    for (first = 0; first < h->n_tokens; first += RKVI_CHUNK) {
+        rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
+        rkv_status status = rkvi_chunk_norms(h, s, rows, first);
+        if (status != RKV_OK) return status;
+        if (h->wants_redundancy && first < h->n_span) {
+            memset(s->part, 0, h->dim * sizeof *s->part);
+            h->kernels->add_rows(s->part, rows.data, rows.stride, s->inverse + first,
+                                 rkvi_min(RKVI_CHUNK, h->n_span - first), h->dim);
+            for (i = 0; i < h->dim; i++) s->sum[i] += s->part[i];
+        }
+        if (h->n_queries && first < h->n_candidates)
+            rkvi_chunk_logits(h, s, rows, first, logit_stride);
+    }
+    return RKV_OK;
+}
+
+/* Max-pools x[n] in place over [j - before, j + after], clipped; values are not negative, so zeros
+ * stand for what is outside. Doubles the width of the maxima until one overlap is left. */
+static void rkvi_pool(const rkvi_head *h, rkvi_scratch *s, float *x, int n)
+{
+    int before = rkvi_pool_before(h->config, n), after = rkvi_pool_after(h->config, n);
+    int width = before + after + 1, reach = 1;
+    size_t length = rkvi_round_up((size_t)n + (size_t)width, RKVI_LANES);
+    if (width == 1) return;
+    memset(s->pool, 0, rkvi_pool_floats(h->config, n) * sizeof *s->pool);
+    memcpy(s->pool + before, x, (size_t)n * sizeof *x);
+    for (; 2 * reach <= width; reach *= 2) h->kernels->max_into(s->pool, s->pool + reach, length);
+    if (reach < width) h->kernels->max_into(s->pool, s->pool + (width - reach), length);
+    memcpy(x, s->pool, (size_t)n * sizeof *x);
+}
+
+/* x[n] -> exp(x - max), zeros up to a whole register; returns the sum, or NaN if x overflowed. */
+static float rkvi_exponentials(const rkvi_head *h, float *x, int n)
+{
+    size_t padded = rkvi_round_up((size_t)n, RKVI_LANES), i;
+    float max;
+    for (i = (size_t)n; i < padded; i++) x[i] = -FLT_MAX;
+    max = h->kernels->max(x, padded);
+    return max <= FLT_MAX ? h->kernels->exp_sum(x, padded, max) : max - max;
+}
+
+/* Softmax over the candidates per window query, mean over these, pooling after or before. */
+static rkv_status rkvi_importance(const rkvi_head *h, rkvi_scratch *s, size_t logit_stride,
+                                  float *importance)
+{
+    size_t padded = rkvi_round_up((size_t)h->n_candidates, RKVI_LANES);
+    int window = h->config->window, v;
+    int pool_first = h->config->pooling == RKV_POOL_BEFORE_MEAN;
+    for (v = 0; v < window; v++) {
+        float *row = s->logits + (size_t)v * logit_stride;
+        float sum = rkvi_exponentials(h, row, h->n_candidates);
+        if (!(sum > 0)) return rkvi_fault_at(s, h, -1, -1);
+        s->weights[v] = 1.0f / (sum * (float)window);
+        if (pool_first) rkvi_pool(h, s, row, h->n_candidates);
+    }
+    memset(importance, 0, padded * sizeof *importance);
+    h->kernels->add_rows(importance, s->logits, logit_stride, s->weights, window, padded);
+    if (!pool_first) rkvi_pool(h, s, importance, h->n_candidates);
+    return RKV_OK;
+}
+
+/* Redundancy. Needs only column sums of the cosine matrix and, per row, its `recent` most recent
+ * look-alikes, so the matrix never exists: the sums factor through the sum of the normalised keys,
+ * and look-alikes are searched from the newest token back, which on real keys ends within a few
+ * steps. Exempted cosines are summed as 64-bit integers, so the order of finding them is free. */
+
+#define RKVI_EXEMPT_UNIT 4294967296.0 /* 2^32 per 1.0: sums stay exact for 2^31 tokens */
+
+static int rkvi_wants_column0(const rkv_config *config)
+{
+    return config->redundancy == RKV_REDUNDANCY_ROW && config->column0 == RKV_COLUMN0_EXEMPT;
+}
+
+/* Row i has found that token j is a look-alike. The diagonal of the matrix is 0: below a negative
+ * threshold it is one of the row's finds, of no weight. */
+static void rkvi_found(const rkvi_head *h, rkvi_scratch *s, int i, int j, float cosine)
+{
+    int at = h->config->redundancy == RKV_REDUNDANCY_OWN ? i : j;
+    if (s->missing[i] <= 0 || (i == j && h->config->threshold >= 0)) return;
+    s->missing[i]--;
+    if (i == j) return;
+    s->exempt[at] += (int64_t)((double)cosine * RKVI_EXEMPT_UNIT);
+}
+
+/* The second pass over K: the sum of every column, and what takes no extra pass: the cosine with
+ * the RKVI_NEWEST newest tokens of the span and with the first. */
+static void rkvi_read_columns(const rkvi_head *h, rkvi_scratch *s)
+{
+    const int span = h->n_span, newest[4] = { -1, span - 1, span - 2, 0 };
+    float inverse[4], out[4 * RKVI_CHUNK];
+    unsigned char above[RKVI_CHUNK];
+    int first, r, v;
+    memcpy(s->quad, s->sum, h->dim * sizeof *s->quad);
+    inverse[0] = 1.0f;
+    for (v = 1; v < 4; v++) {
+        rkvi_load_key(h, newest[v], s->quad + (size_t)v * h->dim);
+        inverse[v] = newest[v] < 0 ? 0 : s->inverse[newest[v]];
+    }
+    for (first = 0; first < span; first += RKVI_CHUNK) {
+        rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
+        h->kernels->cosine_tile(s->quad, h->dim, inverse, rows.data, rows.stride,
+                                s->inverse + first, RKVI_CHUNK, h->dim, h->config->threshold, out,
+                                above);
+        for (r = 0; r < RKVI_CHUNK && first + r < span; r++) {
+            s->column[first + r] = out[4 * r];
+            s->first[first + r] = out[4 * r + 3];
+            if (above[r] & 2) rkvi_found(h, s, first + r, span - 1, out[4 * r + 1]);
+            if (above[r] & 4 && span > 1) rkvi_found(h, s, first + r, span - 2, out[4 * r + 2]);
+        }
+    }
+}
+
+/* Drops the rows that have found everything from a list of rows; returns the new length. */
+static int rkvi_still_open(const rkvi_scratch *s, int *rows, int n_rows)
+{
+    int i, n = 0;
+    for (i = 0; i < n_rows; i++)
+        if (s->missing[rows[i]] > 0) rows[n++] = rows[i];
+    return n;
+}
+
+/* A block of tokens, at most RKVI_CHUNK of them, and their keys. */
+typedef struct rkvi_block {
+    int first, end;
+    rkvi_rows keys;
+} rkvi_block;
+
+static rkvi_block rkvi_block_before(const rkvi_head *h, int end, float *stage)
+{
+    rkvi_block block;
+    block.first = end > RKVI_CHUNK ? end - RKVI_CHUNK : 0;
+    block.end = end;
+    block.keys = rkvi_key_chunk(h, block.first, stage);
+    return block;
+}
+
+/* The listed rows, four at a time, look for look-alikes among the block's columns, newest first.
+ * Columns are computed by sixes: `width` is a multiple of 6 that covers the block. */
+static void rkvi_search_block(const rkvi_head *h, rkvi_scratch *s, const int *rows, int n_rows,
+                              const rkvi_block *block, int width)
+{
+    float inverse[4], cosine[4 * RKVI_CHUNK];
+    unsigned char above[RKVI_CHUNK];
+    int q, a, b;
+    for (q = 0; q < n_rows; q += 4) {
+        for (a = 0; a < 4; a++) {
+            int row = q + a < n_rows ? rows[q + a] : -1;
+            rkvi_load_key(h, row, s->quad + (size_t)a * h->dim);
+            inverse[a] = row < 0 ? 0 : s->inverse[row];
+        }
+        h->kernels->cosine_tile(s->quad, h->dim, inverse, block->keys.data, block->keys.stride,
+                                s->inverse + block->first, width, h->dim, h->config->threshold,
+                                cosine, above);
+        for (b = block->end - block->first - 1; b >= 0; b--)
+            for (a = 0; above[b] && a < 4 && q + a < n_rows; a++)
+                if (above[b] >> a & 1)
+                    rkvi_found(h, s, rows[q + a], block->first + b, cosine[4 * b + a]);
+    }
+}
+
+/* All tokens of `older` against all of `newer`, each pair once: a newer token is a column to the
+ * older rows, an older token a column to the newer rows; both see their columns newest first. */
+static void rkvi_search_pair(const rkvi_head *h, rkvi_scratch *s, const rkvi_block *older,
+                             const rkvi_block *newer)
+{
+    float cosine[4 * RKVI_CHUNK];
+    unsigned char above[RKVI_CHUNK];
+    int q, a, b;
+    for (q = (older->end - older->first - 1) / 4 * 4; q >= 0; q -= 4) {
+        h->kernels->cosine_tile(older->keys.data + (size_t)q * older->keys.stride,
+                                older->keys.stride, s->inverse + older->first + q, newer->keys.data,
+                                newer->keys.stride, s->inverse + newer->first, RKVI_CHUNK, h->dim,
+                                h->config->threshold, cosine, above);
+        for (b = newer->end - newer->first - 1; b >= 0; b--)
+            for (a = 3; above[b] && a >= 0; a--) {
+                int i = older->first + q + a, j = newer->first + b;
+                if (!(above[b] >> a & 1) || i >= older->end) continue;
+                rkvi_found(h, s, i, j, cosine[4 * b + a]);
+                rkvi_found(h, s, j, i, cosine[4 * b + a]);
+            }
+    }
+}
+
+/* How many of an ascending list of rows lie before `end`. */
+static int rkvi_count_before(const int *rows, int n_rows, int end)
+{
+    while (n_rows > 0 && rows[n_rows - 1] >= end) n_rows--;
+    return n_rows;
+}
+
+/* The listed rows search every column before `end`, newest block first. */
+static void rkvi_search_back(const rkvi_head *h, rkvi_scratch *s, int *rows, int n_rows, int end)
+{
+    while (end > 0 && n_rows > 0) {
+        rkvi_block older = rkvi_block_before(h, end, s->rows);
+        rkvi_search_block(h, s, rows, n_rows, &older, RKVI_CHUNK);
+        n_rows = rkvi_still_open(s, rows, n_rows);
+        end = older.first;
+    }
+}
+
+/* One step of rkvi_search_all: the open rows before the block `newer`, rows[n_older], search its
+ * columns, and its own open rows, inside[n_inside], all columns before it. As long as a row
+ * inside is open: where few are, only open rows are computed; where many are, all pairs, each of
+ * which serves both its rows. */
+static void rkvi_search_newer(const rkvi_head *h, rkvi_scratch *s, const rkvi_block *newer,
+                              const int *rows, int n_older, int *inside, int n_inside)
+{
+    int end = newer->first;
+    while (n_inside > 0 && end > 0) {
+        rkvi_block older = rkvi_block_before(h, end, s->rows);
+        int n_before = rkvi_count_before(rows, n_older, older.first);
+        int n_here = n_older - n_before;
+        if (n_here + n_inside >= older.end - older.first) {
+            rkvi_search_pair(h, s, &older, newer);
+        } else {
+            rkvi_search_block(h, s, rows + n_before, n_here, newer, RKVI_CHUNK);
+            rkvi_search_block(h, s, inside, n_inside, &older, RKVI_CHUNK);
+        }
+        n_inside = rkvi_still_open(s, inside, n_inside);
+        n_older = n_before;
+        end = older.first;
+    }
+    rkvi_search_block(h, s, rows, n_older, newer, RKVI_CHUNK);
+}
+
+/* The open rows (ascending) search all columns before `end`, from the newest block of columns to
+ * the oldest; those from `end` on have been searched. A block of columns also holds rows: these
+ * are done when they have searched all that is older. */
+static void rkvi_search_all(const rkvi_head *h, rkvi_scratch *s, int *rows, int n_rows, int end)
+{
+    int n_older = rkvi_count_before(rows, n_rows, end);
+    rkvi_search_back(h, s, rows + n_older, n_rows - n_older, end);
+    for (n_rows = n_older; n_rows > 0; n_rows = rkvi_still_open(s, rows, n_older)) {
+        rkvi_block newer = rkvi_block_before(h, end, s->newer);
+        int *inside, n_inside;
+        n_older = rkvi_count_before(rows, n_rows, newer.first);
+        inside = rows + n_older;
+        rkvi_search_block(h, s, inside, n_rows - n_older, &newer, RKVI_CHUNK);
+        n_inside = rkvi_still_open(s, inside, n_rows - n_older);
+        rkvi_search_newer(h, s, &newer, rows, n_older, inside, n_inside);
+        end = newer.first;
+    }
+}
+
+/* A key so short that its cosines cannot exceed the threshold: nothing to search for. */
+static int rkvi_is_hopeless(const rkvi_head *h, const rkvi_scratch *s, int token)
+{
+    float threshold = h->config->threshold;
+    return threshold >= 0 && s->self[token] * 1.0001f <= threshold * threshold;
+}
+
+#define RKVI_NEWEST 2  /* columns that the second pass over K searches          */
+#define RKVI_NARROW 12 /* columns searched next, before whole blocks are tried  */
+
+static void rkvi_find_look_alikes(const rkvi_head *h, rkvi_scratch *s)
+{
+    const int span = h->n_span, recent = h->config->recent;
+    rkvi_block narrow;
+    int i, n_open;
+    memset(s->exempt, 0, (size_t)span * sizeof *s->exempt);
+    for (i = 0; i < span; i++) s->missing[i] = rkvi_is_hopeless(h, s, i) ? -1 : recent;
+    rkvi_read_columns(h, s);
+    for (i = 0; i < span; i++) s->open[i] = i;
+    n_open = rkvi_still_open(s, s->open, span);
+    if (n_open == 0 || span <= RKVI_NEWEST) return;
+    narrow.end = span - RKVI_NEWEST;
+    narrow.first = narrow.end > RKVI_NARROW ? narrow.end - RKVI_NARROW : 0;
+    narrow.keys = rkvi_key_chunk(h, narrow.first, s->rows);
+    rkvi_search_block(h, s, s->open, n_open, &narrow, RKVI_NARROW);
+    n_open = rkvi_still_open(s, s->open, n_open);
+    rkvi_search_all(h, s, s->open, n_open, narrow.first);
+}
+
+/* Column means (or own means) without the exempted entries, then softmax. *total is the divisor
+ * that is still to be applied. */
+static void rkvi_redundancy(const rkvi_head *h, rkvi_scratch *s, float *redundancy, float *total)
+{
+    const int span = h->n_span, recent = h->config->recent;
+    const double unit = 1.0 / RKVI_EXEMPT_UNIT, share = 1.0 / span;
+    int i;
+    rkvi_find_look_alikes(h, s);
+    if (rkvi_wants_column0(h->config))
+        for (i = 1; i < span; i++)
+            if (s->missing[i] < 0 || s->missing[i] == recent) /* found none */
+                s->exempt[0] += (int64_t)((double)s->first[i] * RKVI_EXEMPT_UNIT);
+    for (i = 0; i < span; i++) {
+        double exempt = (double)s->exempt[i] * unit; /* a power of two: exact, fused or not */
+        redundancy[i] = (float)(((double)s->column[i] - (double)s->self[i] - exempt) * share);
+    }
+    *total = rkvi_exponentials(h, redundancy, span);
+}
+
+/* One kv head, from keys and queries to scores. */
+static rkv_status rkvi_score_head(const rkvi_head *h, rkvi_scratch *s)
+{
+    const float lambda = h->config->lambda;
+    size_t stride = rkvi_padded((size_t)h->n_tokens);
+    float *importance = s->signal, *redundancy = s->signal + stride, total;
+    rkv_status status = rkvi_pack_queries(h, s);
+    if (status == RKV_OK) status = rkvi_read_keys(h, s, stride);
+    if (status != RKV_OK) return status;
+    if (h->n_queries) {
+        status = rkvi_importance(h, s, stride, importance);
+        if (status != RKV_OK) return status;
+    }
+    if (h->wants_redundancy) rkvi_redundancy(h, s, redundancy, &total);
+    s->weights[0] = lambda;
+    s->weights[1] = h->wants_redundancy ? -((1.0f - lambda) / total) : 0;
+    memset(h->scores, 0, stride * sizeof *h->scores);
+    h->kernels->add_rows(h->scores, h->n_queries ? importance : redundancy, stride,
+                         h->n_queries ? s->weights : s->weights + 1,
+                         !!h->n_queries + h->wants_redundancy,
+                         rkvi_round_up((size_t)h->n_candidates, RKVI_LANES));
+    return RKV_OK;
+}
+
+/* ==== 14. Selection =========================================================================
+ * In: the scores of one set's candidates.  Out: the kept list.
+ * Knows nothing of keys or attention. Equal scores: the more recent token stays. */
+
+/* Unsigned integers that compare as the floats do; -0 and +0 are equal. */
+static uint32_t rkvi_rank(float score)
+{
+    uint32_t bits = rkvi_bits_from_float(score + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+/* The rank of the n_keep-th largest of n ranks, by radix: 11 bits at a time from the highest that
+ * differs, until what is left of a bin is kept whole. *n_ties is how many of that very rank are
+ * kept. */
+static uint32_t rkvi_cut(const uint32_t *ranks, int n, int n_keep, int32_t *histogram, int *n_ties)
+{
+    uint32_t same = 0xffffffffu, any = 0, prefix, mask;
+    int shift = 0, i;
+    for (i = 0; i < n; i++) {
+        same &= ranks[i];
+        any |= ranks[i];
+    }
+    for (i = 0; i < 32; i++)
+        if ((same ^ any) >> i & 1) shift = i + 1;
+    for (mask = shift < 32 ? 0xffffffffu << shift : 0, prefix = any & mask; mask != 0xffffffffu;) {
+        uint32_t bin = RKVI_RADIX - 1;
+        shift = shift > RKVI_RADIX_BITS ? shift - RKVI_RADIX_BITS : 0;
+        memset(histogram, 0, RKVI_RADIX * sizeof *histogram);
+        for (i = 0; i < n; i++)
+            if ((ranks[i] & mask) == prefix) histogram[ranks[i] >> shift & (RKVI_RADIX - 1)]++;
+        for (; histogram[bin] < n_keep; bin--) n_keep -= histogram[bin];
+        mask = 0xffffffffu << shift;
+        prefix |= bin << shift;
+        if (histogram[bin] == n_keep && prefix > 0) { /* all that is left: ranks above prefix - 1 */
+            *n_ties = 0;
+            return prefix - 1;
+        }
+    }
+    *n_ties = n_keep;
+    return prefix;
+}
+
+/* Does token a come before token b in RKV_BY_SCORE order? */
+static int rkvi_is_better(const float *scores, int32_t a, int32_t b)
+{
+    uint32_t rank_a = rkvi_rank(scores[a]), rank_b = rkvi_rank(scores[b]);
+    return rank_a != rank_b ? rank_a > rank_b : a > b;
+}
+
+static void rkvi_sift_down(const float *scores, int32_t *tokens, int at, int n)
+{
+    int child;
+    for (; (child = 2 * at + 1) < n; at = child) {
+        int32_t token = tokens[at];
+        if (child + 1 < n && rkvi_is_better(scores, tokens[child], tokens[child + 1])) child++;
+        if (!rkvi_is_better(scores, token, tokens[child])) return;
+        tokens[at] = tokens[child];
+        tokens[child] = token;
+    }
+}
+
+/* Heap sort: in place, no recursion, n log n for the worst input too. */
+static void rkvi_sort_by_score(const float *scores, int32_t *tokens, int n)
+{
+    int i;
+    for (i = n / 2 - 1; i >= 0; i--) rkvi_sift_down(scores, tokens, i, n);
+    for (i = n - 1; i > 0; i--) {
+        int32_t worst = tokens[0];
+        tokens[0] = tokens[i];
+        tokens[i] = worst;
+        rkvi_sift_down(scores, tokens, 0, i);
+    }
+}
+
+/* pinned tokens, the best candidates, the window. */
+static void rkvi_choose(const rkv_config *config, const float *scores, int n_tokens,
+                        rkvi_scratch *s, int32_t *kept)
+{
+    const int first = config->pinned, end = n_tokens - config->window;
+    const int n_keep = config->budget - config->window - config->pinned;
+    int i, n_ties, at = first + n_keep;
+    uint32_t cut;
+    for (i = 0; i < first; i++) kept[i] = i;
+    for (i = 0; i < config->window; i++) kept[at + i] = end + i;
+    if (n_keep == 0) return;
+    for (i = first; i < end; i++) s->ranks[i] = rkvi_rank(scores[i]);
+    cut = rkvi_cut(s->ranks + first, end - first, n_keep, s->slots, &n_ties);
+    for (i = end - 1; at > first; i--) { /* from the newest: it wins a tie */
+        kept[at - 1] = i;
+        at -= s->ranks[i] > cut || (s->ranks[i] == cut && n_ties-- > 0);
+    }
+    if (config->order == RKV_BY_SCORE) rkvi_sort_by_score(scores, kept + first, n_keep);
+}
+
+/* ==== 15. Compaction ========================================================================
+ * In: kept lists.  Out: the kept rows at the front, in the list's order. In place; every list has
+ * been checked, so nothing here can fail half way. */
+
+/* A row is one piece, or, in a transposed view, dim pieces of one element. */
+typedef struct rkvi_pieces {
+    int n;
+    size_t bytes;
+} rkvi_pieces;
+
+static rkvi_pieces rkvi_pieces_of(const rkvi_view *view)
+{
+    rkvi_pieces pieces = { 1, 0 };
+    pieces.bytes = (size_t)view->dim * view->element;
+    if (view->dim_stride == view->element) return pieces;
+    pieces.n = view->dim;
+    pieces.bytes = view->element;
+    return pieces;
+}
+
+/* Rows kept[from ...] that lie one behind the other: how many, up to n_kept. */
+static int rkvi_run_length(const int32_t *kept, int from, int n_kept)
+{
+    int n = 1;
+    while (from + n < n_kept && kept[from + n] == kept[from] + n) n++;
+    return n;
+}
+
+/* Ascending lists: every row moves down or not at all, so front to back loses nothing. */
+static void rkvi_move_down(const rkvi_view *view, int head, const int32_t *kept, int pinned,
+                           int n_kept)
+{
+    rkvi_pieces pieces = rkvi_pieces_of(view);
+    int adjacent = !view->table && view->token_stride == pieces.bytes;
+    int piece, dst, i, n;
+    for (piece = 0; piece < pieces.n; piece++) {
+        size_t at = (size_t)piece * view->dim_stride;
+        for (dst = pinned; dst < n_kept; dst += n) {
+            n = rkvi_run_length(kept, dst, n_kept);
+            if (kept[dst] == dst) continue;
+            if (adjacent) {
+                memmove(rkvi_row(view, head, dst) + at, rkvi_row(view, head, kept[dst]) + at,
+                        (size_t)n * pieces.bytes);
+                continue;
+            }
+            for (i = 0; i < n; i++)
+                memcpy(rkvi_row(view, head, dst + i) + at, rkvi_row(view, head, kept[dst + i]) + at,
+                       pieces.bytes);
+        }
+    }
+}
+
+static void rkvi_copy_row(const rkvi_view *view, unsigned char *dst, size_t dst_stride,
+                          const unsigned char *src, size_t src_stride)
+{
+    rkvi_pieces pieces = rkvi_pieces_of(view);
+    int piece;
+    for (piece = 0; piece < pieces.n; piece++)
+        memcpy(dst + (size_t)piece * dst_stride, src + (size_t)piece * src_stride, pieces.bytes);
+}
+
+/* Lists in any order: rows are moved along the chains that end in an evicted row, then around the
+ * cycles, with one row set aside. reader[t]: which dst wants row t, or one of the two below. */
+#define RKVI_NO_READER (-1)
+#define RKVI_WRITTEN   (-2)
+
+static void rkvi_follow(const rkvi_view *view, int head, const int32_t *kept, int n_kept, int dst,
+                        int32_t *reader, unsigned char *aside)
+{
+    const int start = dst;
+    for (;;) {
+        int src = kept[dst];
+        unsigned char *to = rkvi_row(view, head, dst);
+        reader[dst] = RKVI_WRITTEN;
+        if (src == start) { /* a cycle closes */
+            rkvi_copy_row(view, to, view->dim_stride, aside, view->element);
+            return;
+        }
+        rkvi_copy_row(view, to, view->dim_stride, rkvi_row(view, head, src), view->dim_stride);
+        if (src >= n_kept) return; /* a chain's other end */
+        dst = src;
+    }
+}
+
+static void rkvi_permute(const rkvi_view *view, int head, const int32_t *kept, int pinned,
+                         int n_kept, int n_tokens, rkvi_scratch *s)
+{
+    int32_t *reader = s->slots;
+    int dst;
+    for (dst = 0; dst < n_tokens; dst++) reader[dst] = RKVI_NO_READER;
+    for (dst = pinned; dst < n_kept; dst++) reader[kept[dst]] = dst;
+    for (dst = pinned; dst < n_kept; dst++)
+        if (reader[dst] == RKVI_NO_READER)
+            rkvi_follow(view, head, kept, n_kept, dst, reader, s->row);
+    for (dst = pinned; dst < n_kept; dst++) {
+        if (reader[dst] == RKVI_WRITTEN || kept[dst] == dst) continue;
+        rkvi_copy_row(view, s->row, view->element, rkvi_row(view, head, dst), view->dim_stride);
+        rkvi_follow(view, head, kept, n_kept, dst, reader, s->row);
+    }
+}
+
+static void rkvi_move_rows(const rkv_config *config, const rkvi_view *view, int head,
+                           const int32_t *kept, int n_kept, int n_tokens, rkvi_scratch *s)
+{
+    if (config->order == RKV_BY_POSITION)
+        rkvi_move_down(view, head, kept, config->pinned, n_kept);
+    else
+        rkvi_permute(view, head, kept, config->pinned, n_kept, n_tokens, s);
+}
+
+/* ==== 16. The CPU backends ==================================================================
+ * In: checked arguments.  Out: the stages of rkv_backend, over any of the kernel tables. Spreads
+ * (layer, kv head) pairs over the caller's threads; what reads lists in the caller's memory is
+ * checked here, before the first byte is written. */
+
+/* A phase: something done for every item, kv head or set, of every layer that loses rows. */
+typedef void (*rkvi_item)(const rkvi_job *job, rkvi_scratch *s, int layer, int index);
+typedef enum rkvi_per { RKVI_HEADS, RKVI_SETS, RKVI_OWNERS } rkvi_per;
+typedef struct rkvi_phase {
+    const rkvi_job *job;
+    rkvi_item item;
+    rkvi_per per;
+} rkvi_phase;
+
+static int rkvi_n_items(const rkvi_phase *phase, const rkvi_plan *plan)
+{
+    if (plan->n_tokens == plan->n_kept) return 0;
+    return phase->per == RKVI_HEADS  ? plan->kv_heads
+           : phase->per == RKVI_SETS ? plan->sets
+                                     : plan->sets > 0;
+}
+
+/* Worker w takes items w, w + n_workers, ...: neighbours cost alike, so the shares are even. */
+static void rkvi_work(void *arg, int worker)
+{
+    const rkvi_phase *phase = (const rkvi_phase *)arg;
+    const rkvi_job *job = phase->job;
+    int l, i, turn = 0;
+    for (l = 0; l < job->n_layers; l++) {
+        int n_items = rkvi_n_items(phase, &job->plans[l]);
+        for (i = 0; i < n_items; i++) {
+            if (turn == worker) phase->item(job, &job->scratches[worker], l, i);
+            if (++turn == job->n_workers) turn = 0;
+        }
+    }
+}
+
+static void rkvi_run(const rkvi_job *job, rkvi_item item, rkvi_per per)
+{
+    rkvi_phase phase;
+    phase.job = job;
+    phase.item = item;
+    phase.per = per;
+    if (job->n_workers == 1)
+        rkvi_work(&phase, 0);
+    else
+        job->config->parallel_for(job->config->pool_handle, job->n_workers, rkvi_work, &phase);
+}
+
+static void rkvi_score_item(const rkvi_job *job, rkvi_scratch *s, int l, int index)
+{
+    const rkvi_plan *plan = &job->plans[l];
+    rkvi_head h;
+    if (!plan->scored || s->fault.status != RKV_OK) return;
+    h.kernels = job->kernels;
+    h.config = job->config;
+    h.keys = &plan->keys;
+    h.queries = &plan->queries;
+    h.index = index;
+    h.group = plan->group;
+    h.n_tokens = plan->n_tokens;
+    h.n_candidates = plan->n_tokens - job->config->window;
+    h.n_span = job->config->span == RKV_SPAN_ALL ? h.n_tokens : h.n_candidates;
+    h.n_queries = rkvi_reads_queries(job->config) ? plan->group * job->config->window : 0;
+    h.wants_redundancy = job->config->lambda < 1;
+    h.scale = plan->scale;
+    h.softcap = job->layers[l].softcap;
+    h.dim = rkvi_round_up((size_t)plan->keys.dim, RKVI_LANES);
+    h.scores = plan->scores + (size_t)index * plan->score_stride;
+    if (rkvi_score_head(&h, s) != RKV_OK) s->fault.layer = l;
+}
+
+/* The sum over the set's layers of the mean over their heads. */
+static void rkvi_share_item(const rkvi_job *job, rkvi_scratch *s, int l, int index)
+{
+    rkvi_plan *plan = &job->plans[l];
+    size_t n = plan->score_stride;
+    int member, head;
+    (void)index;
+    (void)s;
+    if (!plan->scored) return;
+    memset(plan->shared, 0, n * sizeof *plan->shared);
+    for (member = l; member < job->n_layers && job->plans[member].owner == l; member++) {
+        const rkvi_plan *from = &job->plans[member];
+        const float share = 1.0f / (float)from->kv_heads;
+        for (head = 0; head < from->kv_heads; head++)
+            job->kernels->add_rows(plan->shared, from->scores + (size_t)head * n, n, &share, 1, n);
+    }
+}
+
+static void rkvi_select_item(const rkvi_job *job, rkvi_scratch *s, int l, int index)
+{
+    const rkvi_plan *plan = &job->plans[l];
+    const float *scores = NULL;
+    if (plan->scored)
+        scores = job->config->scope == RKV_PER_HEAD
+                     ? plan->scores + (size_t)index * plan->score_stride
+                     : plan->shared;
+    rkvi_choose(job->config, scores, plan->n_tokens, s,
+                plan->kept + (size_t)index * (size_t)job->config->budget);
+}
+
+static void rkvi_compact_item(const rkvi_job *job, rkvi_scratch *s, int l, int index)
+{
+    const rkvi_plan *plan = &job->plans[l];
+    int set = job->config->scope == RKV_PER_HEAD ? index : 0;
+    const int32_t *kept = job->plans[plan->owner].kept + (size_t)set * (size_t)job->config->budget;
+    rkvi_view positions;
+    rkvi_move_rows(job->config, &plan->keys, index, kept, plan->n_kept, plan->n_tokens, s);
+    if (plan->values.data)
+        rkvi_move_rows(job->config, &plan->values, index, kept, plan->n_kept, plan->n_tokens, s);
+    if (!job->layers[l].positions || index >= plan->sets) return;
+    memset(&positions, 0, sizeof positions);
+    positions.data = (unsigned char *)job->layers[l].positions;
+    positions.dim = 1;
+    positions.element = positions.dim_stride = positions.token_stride = sizeof(int32_t);
+    positions.head_stride =
+        (size_t)(job->layers[l].position_stride > 0 ? job->layers[l].position_stride
+                                                    : job->layers[l].keys.tokens) *
+        sizeof(int32_t);
+    rkvi_move_rows(job->config, &positions, index, kept, plan->n_kept, plan->n_tokens, s);
+}
+
+static void rkvi_copy_scores_out(const rkvi_job *job)
+{
+    int l, head;
+    for (l = 0; l < job->n_layers; l++) {
+        const rkvi_plan *plan = &job->plans[l];
+        const rkv_layer *layer = &job->layers[l];
+        size_t n = (size_t)(plan->n_tokens - job->config->window);
+        if (!plan->scored) continue;
+        for (head = 0; layer->scores && head < plan->kv_heads; head++)
+            memcpy(layer->scores + (size_t)head * n,
+                   plan->scores + (size_t)head * plan->score_stride, n * sizeof(float));
+        if (layer->shared_scores && plan->sets && job->config->scope != RKV_PER_HEAD)
+            memcpy(layer->shared_scores, plan->shared, n * sizeof(float));
+    }
+}
+
+/* Kept lists of layers that keep every row. */
+static void rkvi_keep_all(const rkvi_job *job)
+{
+    int l, set, i;
+    for (l = 0; l < job->n_layers; l++) {
+        const rkvi_plan *plan = &job->plans[l];
+        if (plan->n_tokens > plan->n_kept || !job->layers[l].kept) continue;
+        for (set = 0; set < plan->sets; set++)
+            for (i = 0; i < plan->n_kept; i++)
+                plan->kept[(size_t)set * (size_t)job->config->budget + (size_t)i] = i;
+    }
+}
+
+/* The blocks that a view uses: in range and each of them once. An open-addressed set of 2 n. */
+static int rkvi_blocks_are_sound(const rkv_tensor *tensor, int n_tokens, int32_t *set)
+{
+    size_t n = rkvi_n_blocks(tensor, n_tokens), i, slot;
+    for (i = 0; i < 2 * n; i++) set[i] = -1;
+    for (i = 0; i < n; i++) {
+        int32_t block = tensor->block_table[i];
+        if (block < 0) return 0;
+        slot = (size_t)((uint32_t)block * 2654435761u) % (2 * n);
+        for (; set[slot] >= 0; slot = slot + 1 < 2 * n ? slot + 1 : 0)
+            if (set[slot] == block) return 0;
+        set[slot] = block;
+    }
+    return 1;
+}
+
+static rkv_status rkvi_check_blocks(const rkvi_job *job)
+{
+    int l;
+    for (l = 0; l < job->n_layers; l++) {
+        const rkv_layer *layer = &job->layers[l];
+        int n_tokens = job->plans[l].n_tokens;
+        int32_t *set = job->scratches[0].blocks;
+        if (n_tokens == job->plans[l].n_kept) continue;
+        if (!rkvi_blocks_are_sound(&layer->keys, n_tokens, set)) return RKV_ERROR_ARGUMENT;
+        if (layer->values.data && layer->values.block_table != layer->keys.block_table &&
+            !rkvi_blocks_are_sound(&layer->values, n_tokens, set))
+            return RKV_ERROR_ARGUMENT;
+    }
+    return RKV_OK;
+}
+
+static int rkvi_list_is_sound(const rkv_config *config, const int32_t *kept, int n_kept,
+                              int n_tokens, int32_t *seen)
+{
+    int i, by_position = config->order == RKV_BY_POSITION;
+    for (i = 0; i < n_tokens; i++) seen[i] = 0;
+    for (i = 0; i < n_kept; i++) {
+        if (kept[i] < 0 || kept[i] >= n_tokens || seen[kept[i]]) return 0;
+        if (i < config->pinned && kept[i] != i) return 0;
+        if (by_position && i > 0 && kept[i] < kept[i - 1]) return 0;
+        seen[kept[i]] = 1;
+    }
+    return 1;
+}
+
+/* Lists given to rkv_compact: of n_kept rows, which need not be what rkv_select chose. */
+static rkv_status rkvi_check_lists(const rkvi_job *job)
+{
+    const rkv_config *config = job->config;
+    int l, set;
+    for (l = 0; l < job->n_layers; l++) {
+        rkvi_plan *plan = &job->plans[l];
+        int n_kept = job->layers[plan->owner].n_kept;
+        if (plan->n_tokens == plan->n_kept) continue;
+        if (n_kept < config->pinned || n_kept > plan->n_kept) return RKV_ERROR_ARGUMENT;
+        plan->n_kept = n_kept;
+        for (set = 0; set < plan->sets; set++)
+            if (!rkvi_list_is_sound(config, plan->kept + (size_t)set * (size_t)config->budget,
+                                    n_kept, plan->n_tokens, job->scratches[0].slots))
+                return RKV_ERROR_ARGUMENT;
+    }
+    return RKV_OK;
+}
+
+/* Scores given to rkv_select: copied into the plan, refused when one is NaN. */
+static rkv_status rkvi_take_scores(const rkvi_job *job)
+{
+    int l, shared = job->config->scope != RKV_PER_HEAD;
+    size_t i, n;
+    for (l = 0; l < job->n_layers; l++) {
+        const rkvi_plan *plan = &job->plans[l];
+        const float *from = shared ? job->layers[l].shared_scores : job->layers[l].scores;
+        int set;
+        n = (size_t)(plan->n_tokens - job->config->window);
+        for (set = 0; plan->scored && set < plan->sets; set++, from += n) {
+            float *to = shared ? plan->shared : plan->scores + (size_t)set * plan->score_stride;
+            for (i = 0; i < n; i++)
+                if (from[i] != from[i]) return RKV_ERROR_NONFINITE;
+            memcpy(to, from, n * sizeof *to);
+        }
+    }
+    return RKV_OK;
+}
+
+static const rkv_fault rkvi_no_fault = { RKV_OK, -1, -1, -1, 0 };
+
+/* The earliest fault that any worker met. Every worker takes its items in ascending order, so it
+ * is the same one for any number of threads. */
+static rkv_status rkvi_first_fault(const rkvi_job *job)
+{
+    const rkv_fault *first = NULL;
+    int w;
+    for (w = 0; w < job->n_workers; w++) {
+        const rkv_fault *fault = &job->scratches[w].fault;
+        int kv_head, best;
+        if (fault->status == RKV_OK) continue;
+        kv_head = fault->query ? fault->head / job->plans[fault->layer].group : fault->head;
+        best = !first         ? 0
+               : first->query ? first->head / job->plans[first->layer].group
+                              : first->head;
+        if (!first || fault->layer < first->layer ||
+            (fault->layer == first->layer && kv_head < best))
+            first = fault;
+    }
+    if (job->config->fault) *job->config->fault = first ? *first : rkvi_no_fault;
+    return first ? RKV_ERROR_NONFINITE : RKV_OK;
+}
+
+static rkv_status rkvi_cpu_workspace_size(const rkv_backend *self, const rkv_config *config,
+                                          const rkv_layer *layers, int n_layers, size_t *bytes)
+{
+    rkvi_arena arena = { NULL, 0, 0 };
+    (void)self;
+    rkvi_carve(&arena, config, layers, n_layers, NULL);
+    if (arena.overflow || arena.used > PTRDIFF_MAX - RKVI_ALIGN) return RKV_ERROR_ARGUMENT;
+    *bytes = arena.used + RKVI_ALIGN;
+    return RKV_OK;
+}
+
+/* Lays the job out in the workspace. rkv_fault of every worker starts clean. */
+static rkv_status rkvi_open_job(rkvi_job *job, const rkv_backend *self, const rkv_config *config,
+                                rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+{
+    rkvi_arena arena = { NULL, 0, 0 };
+    size_t needed = 0;
+    rkv_status status = rkvi_cpu_workspace_size(self, config, layers, n_layers, &needed);
+    int w;
+    if (status != RKV_OK) return status;
+    if (!workspace || bytes < needed) return RKV_ERROR_WORKSPACE;
+    arena.base =
+        (unsigned char *)workspace + (RKVI_ALIGN - (uintptr_t)workspace % RKVI_ALIGN) % RKVI_ALIGN;
+    job->kernels = (const rkvi_kernels *)self->context;
+    job->config = config;
+    job->layers = layers;
+    job->n_layers = n_layers;
+    job->n_workers = config->n_threads;
+    rkvi_carve(&arena, config, layers, n_layers, job);
+    for (w = 0; w < job->n_workers; w++) job->scratches[w].fault = rkvi_no_fault;
+    return RKV_OK;
+}
+
+static rkv_status rkvi_run_score(const rkvi_job *job)
+{
+    rkv_status status = rkvi_check_blocks(job);
+    if (status != RKV_OK) return status;
+    rkvi_run(job, rkvi_score_item, RKVI_HEADS);
+    status = rkvi_first_fault(job);
+    if (status != RKV_OK) return status;
+    if (job->config->scope != RKV_PER_HEAD) rkvi_run(job, rkvi_share_item, RKVI_OWNERS);
+    rkvi_copy_scores_out(job);
+    return RKV_OK;
+}
+
+static void rkvi_run_select(const rkvi_job *job)
+{
+    int l;
+    rkvi_keep_all(job);
+    rkvi_run(job, rkvi_select_item, RKVI_SETS);
+    for (l = 0; l < job->n_layers; l++) {
+        job->layers[l].n_kept = job->plans[l].n_kept;
+        job->layers[l].n_evicted = job->plans[l].n_tokens - job->plans[l].n_kept;
+    }
+}
+
+static void rkvi_run_compact(const rkvi_job *job)
+{
+    int l;
+    rkvi_run(job, rkvi_compact_item, RKVI_HEADS);
+    for (l = 0; l < job->n_layers; l++) {
+        job->layers[l].n_kept = job->layers[l].n_tokens = job->plans[l].n_kept;
+        job->layers[l].n_evicted = job->plans[l].n_tokens - job->plans[l].n_kept;
+    }
+}
+
+static rkv_status rkvi_cpu_score(const rkv_backend *self, const rkv_config *config,
+                                 rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+{
+    rkvi_job job;
+    rkv_status status = rkvi_open_job(&job, self, config, layers, n_layers, workspace, bytes);
+    return status == RKV_OK ? rkvi_run_score(&job) : status;
+}
+
+static rkv_status rkvi_cpu_select(const rkv_backend *self, const rkv_config *config,
+                                  rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+{
+    rkvi_job job;
+    rkv_status status = rkvi_open_job(&job, self, config, layers, n_layers, workspace, bytes);
+    if (status == RKV_OK) status = rkvi_take_scores(&job);
+    if (status == RKV_OK) rkvi_run_select(&job);
+    return status;
+}
+
+static rkv_status rkvi_cpu_compact(const rkv_backend *self, const rkv_config *config,
+                                   rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+{
+    rkvi_job job;
+    rkv_status status = rkvi_open_job(&job, self, config, layers, n_layers, workspace, bytes);
+    if (status == RKV_OK) status = rkvi_check_blocks(&job);
+    if (status == RKV_OK) status = rkvi_check_lists(&job);
+    if (status == RKV_OK) rkvi_run_compact(&job);
+    return status;
+}
+
+static rkv_status rkvi_cpu_compress(const rkv_backend *self, const rkv_config *config,
+                                    rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+{
+    rkvi_job job;
+    rkv_status status = rkvi_open_job(&job, self, config, layers, n_layers, workspace, bytes);
+    if (status == RKV_OK) status = rkvi_run_score(&job);
+    if (status != RKV_OK) return status;
+    rkvi_run_select(&job);
+    rkvi_run_compact(&job);
+    return RKV_OK;
+}
+
+#ifndef RKV_NO_CACHE
+static void *rkvi_cpu_alloc(const rkv_backend *self, size_t bytes)
+{
+    (void)self;
+    return malloc(bytes ? bytes : 1);
+}
+
+static void rkvi_cpu_free(const rkv_backend *self, void *memory)
+{
+    (void)self;
+    free(memory);
+}
+#endif
+
+static rkv_status rkvi_cpu_copy(const rkv_backend *self, void *dst, const void *src, size_t bytes)
+{
+    (void)self;
+    if (bytes) memcpy(dst, src, bytes);
+    return RKV_OK;
+}
+
+static rkv_status rkvi_cpu_copy_rows(const rkv_backend *self, const rkv_tensor *dst, int dst_token,
+                                     const rkv_tensor *src, int src_token, int n_tokens)
+{
+    rkvi_view to = rkvi_view_of(dst), from = rkvi_view_of(src);
+    rkvi_pieces pieces = rkvi_pieces_of(&to);
+    int head, token, piece;
+    (void)self;
+    if (from.dim_stride != from.element) pieces = rkvi_pieces_of(&from);
+    for (head = 0; head < dst->heads; head++)
+        for (token = 0; token < n_tokens; token++) {
+            unsigned char *to_row = rkvi_row(&to, head, dst_token + token);
+            const unsigned char *from_row = rkvi_row(&from, head, src_token + token);
+            for (piece = 0; piece < pieces.n; piece++)
+                memcpy(to_row + (size_t)piece * to.dim_stride,
+                       from_row + (size_t)piece * from.dim_stride, pieces.bytes);
+        }
+    return RKV_OK;
+}
+
+static rkv_status rkvi_cpu_fill_positions(const rkv_backend *self, int32_t *positions, int n_sets,
+                                          int stride, int row, int first, int n)
+{
+    int set, i;
+    (void)self;
+    for (set = 0; set < n_sets; set++)
+        for (i = 0; i < n; i++)
+            positions[(size_t)set * (size_t)stride + (size_t)(row + i)] = first + i;
+    return RKV_OK;
+}
+
+static rkv_status rkvi_cpu_synchronize(const rkv_backend *self)
+{
+    (void)self;
+    return RKV_OK;
+}
+
+#ifdef RKV_NO_CACHE
+#define RKVI_CPU_ALLOC NULL, NULL
+#else
+#define RKVI_CPU_ALLOC rkvi_cpu_alloc, rkvi_cpu_free
+#endif
+#define RKVI_CPU_BACKEND(name, kernels)                                                        \
+    {                                                                                          \
+        name, &(kernels), rkvi_cpu_workspace_size, rkvi_cpu_score, rkvi_cpu_select,            \
+            rkvi_cpu_compact, rkvi_cpu_compress, RKVI_CPU_ALLOC, rkvi_cpu_copy, rkvi_cpu_copy, \
+            rkvi_cpu_copy_rows, rkvi_cpu_fill_positions, rkvi_cpu_synchronize                  \
+    }
+
+static const rkv_backend rkvi_cpu_backends[] = {
+    /* worst first */
+    RKVI_CPU_BACKEND("scalar", rkvi_kernels_scalar),
+#ifdef RKVI_NEON
+    RKVI_CPU_BACKEND("neon", rkvi_kernels_neon),
+#endif
+#if defined(RKVI_X86) && !defined(RKV_NO_AVX2)
+    RKVI_CPU_BACKEND("avx2", rkvi_kernels_avx2),
+#endif
+#if defined(RKVI_X86) && !defined(RKV_NO_AVX512)
+    RKVI_CPU_BACKEND("avx512", rkvi_kernels_avx512),
+#endif
+};
+#define RKVI_N_CPU_BACKENDS ((int)(sizeof rkvi_cpu_backends / sizeof *rkvi_cpu_backends))
+
+/* The one global of this file. */
+#define RKVI_MAX_REGISTERED 16
+static const rkv_backend *rkvi_registered[RKVI_MAX_REGISTERED];
+
+static int rkvi_cpu_is_usable(int i)
+{
+    return ((const rkvi_kernels *)rkvi_cpu_backends[i].context)->usable();
+}
+
+RKV_API const rkv_backend *rkv_backend_find(const char *name)
+{
+    int i;
+    for (i = RKVI_N_CPU_BACKENDS - 1; i >= 0; i--)
+        if ((!name || strcmp(name, rkvi_cpu_backends[i].name) == 0) && rkvi_cpu_is_usable(i))
+            return &rkvi_cpu_backends[i];
+    for (i = 0; name && i < RKVI_MAX_REGISTERED && rkvi_registered[i]; i++)
+        if (strcmp(name, rkvi_registered[i]->name) == 0) return rkvi_registered[i];
+    return NULL;
+}
+
+RKV_API const rkv_backend *rkv_backend_at(int index)
+{
+    int i;
+    if (index < 0) return NULL;
+    for (i = 0; i < RKVI_N_CPU_BACKENDS; i++)
+        if (rkvi_cpu_is_usable(i) && index-- == 0) return &rkvi_cpu_backends[i];
+    return index < RKVI_MAX_REGISTERED ? rkvi_registered[index] : NULL;
+}
+
+static int rkvi_is_complete(const rkv_backend *b)
+{
+    return b && b->name && b->name[0] && b->workspace_size && b->score && b->select && b->compact &&
+           b->compress;
+}
+
+RKV_API rkv_status rkv_backend_register(const rkv_backend *backend)
+{
+    int i;
+    if (!rkvi_is_complete(backend)) return RKV_ERROR_ARGUMENT;
+    for (i = 0; i < RKVI_N_CPU_BACKENDS; i++)
+        if (strcmp(backend->name, rkvi_cpu_backends[i].name) == 0) return RKV_ERROR_ARGUMENT;
+    for (i = 0; i < RKVI_MAX_REGISTERED; i++)
+        if (!rkvi_registered[i] || strcmp(rkvi_registered[i]->name, backend->name) == 0) {
+            rkvi_registered[i] = backend;
+            return RKV_OK;
+        }
+    return RKV_ERROR_MEMORY;
+}
+
+/* ==== 17. Public functions ==================================================================
+ * In: whatever a caller passes.  Out: checked arguments for a backend, or a status. */
+
+RKV_API const char *rkv_status_string(rkv_status status)
+{
+    switch (status) {
+    case RKV_OK: return "ok";
+    case RKV_ERROR_ARGUMENT: return "bad argument (rkv_check says which)";
+    case RKV_ERROR_WORKSPACE: return "workspace missing or too small";
+    case RKV_ERROR_NONFINITE: return "a key, query or score is not finite";
+    case RKV_ERROR_UNSUPPORTED: return "not supported by this backend";
+    case RKV_ERROR_MEMORY: return "out of memory";
+    case RKV_ERROR_DEVICE: return "device error";
+    }
+    return "unknown status";
+}
+
+RKV_API rkv_config rkv_config_default(int budget)
+{
+    rkv_config config = RKV_INIT;
+    config.budget = budget;
+    config.window = 8;
+    config.pool = 7;
+    config.recent = 1;
+    config.lambda = 0.1f;
+    config.threshold = 0.5f;
+    config.n_threads = 1;
+    return config;
+}
+
+RKV_API rkv_config rkv_config_paper(int budget)
+{
+    rkv_config config = rkv_config_default(budget);
+    config.scope = RKV_PER_LAYER;
+    config.pooling = RKV_POOL_BEFORE_MEAN;
+    config.redundancy = RKV_REDUNDANCY_OWN;
+    config.span = RKV_SPAN_CANDIDATES;
+    config.column0 = RKV_COLUMN0_PLAIN;
+    return config;
+}
+
+RKV_API rkv_config rkv_config_snapkv(int budget)
+{
+    rkv_config config = rkv_config_default(budget);
+    config.lambda = 1;
+    return config;
+}
+
+RKV_API rkv_config rkv_config_h2o(int budget)
+{
+    rkv_config config = rkv_config_snapkv(budget);
+    config.window = 1;
+    config.pool = 1;
+    return config;
+}
+
+RKV_API rkv_config rkv_config_streaming(int budget)
+{
+    rkv_config config = rkv_config_default(budget);
+    config.pinned = budget > 4 ? 4 : 0;
+    config.window = budget - config.pinned;
+    return config;
+}
+
+RKV_API rkv_tensor rkv_tensor_make(void *data, rkv_dtype dtype, int heads, int tokens, int dim)
+{
+    rkv_tensor tensor = RKV_INIT;
+    tensor.data = data;
+    tensor.dtype = dtype;
+    tensor.heads = heads;
+    tensor.tokens = tokens;
+    tensor.dim = dim;
+    return tensor;
+}
+
+static rkv_config rkvi_resolve(const rkv_config *given)
+{
+    rkv_config config = *given;
+    if (config.window == 0) config.window = 8;
+    if (config.pool == 0) config.pool = 7;
+    if (config.recent == 0) config.recent = 1;
+    if (config.n_threads < 1 || !config.parallel_for) config.n_threads = 1;
+    return config;
+}
+
+/* A rule returns NULL or what is wrong, in words that name the field. */
+static const char *rkvi_check_config(const rkv_config *c)
+{
+    if (c->budget < 1) return "config.budget: must be at least 1";
+    if (c->window < 0) return "config.window: must not be negative";
+    if (c->pool < 0) return "config.pool: must not be negative";
+    if (c->recent < 0) return "config.recent: must not be negative";
+    if (c->pinned < 0) return "config.pinned: must not be negative";
+    if (c->pinned > c->budget || (c->window ? c->window : 8) > c->budget - c->pinned)
+        return "config.budget: must hold window + pinned";
+    if (!(c->lambda >= 0 && c->lambda <= 1)) return "config.lambda: must be in [0, 1]";
+    if (!(c->threshold >= -1 && c->threshold <= 1)) return "config.threshold: must be in [-1, 1]";
+    if ((unsigned)c->scope > RKV_PER_SEQUENCE) return "config.scope: no such value";
+    if ((unsigned)c->pooling > RKV_POOL_BEFORE_MEAN) return "config.pooling: no such value";
+    if ((unsigned)c->grouping > RKV_GROUP_MEAN) return "config.grouping: no such value";
+    if ((unsigned)c->redundancy > RKV_REDUNDANCY_OWN) return "config.redundancy: no such value";
+    if ((unsigned)c->span > RKV_SPAN_CANDIDATES) return "config.span: no such value";
+    if ((unsigned)c->column0 > RKV_COLUMN0_PLAIN) return "config.column0: no such value";
+    if ((unsigned)c->order > RKV_BY_SCORE) return "config.order: no such value";
+    if (c->n_threads < 0) return "config.n_threads: must not be negative";
+    return NULL;
+}
+
+/* Bytes from the first to behind the last of n steps of `stride`, on top of `bytes`. */
+static int rkvi_add_steps(size_t *bytes, size_t n, size_t stride)
+{
+    size_t reach;
+    return rkvi_mul_size(n - 1, stride, &reach) && rkvi_add_size(*bytes, reach, bytes) &&
+           *bytes <= PTRDIFF_MAX;
+}
+
+/* One axis of a view: how many steps of how many elements. */
+typedef struct rkvi_axis {
+    size_t n, stride;
+} rkvi_axis;
+
+/* Blocks that a paged view's table names; 1 for any other. */
+static size_t rkvi_table_length(const rkv_tensor *t)
+{
+    if (!t->block_table) return 1;
+    return ((size_t)t->tokens + (size_t)t->block_tokens - 1) / (size_t)t->block_tokens;
+}
+
+enum { RKVI_AXES = 4 };
+
+/* The axes of a view from the tightest to the widest, those of one step left out. */
+static int rkvi_axes_of(const rkv_tensor *t, const rkvi_view *view, rkvi_axis axes[RKVI_AXES])
+{
+    rkvi_axis all[RKVI_AXES];
+    int i, at, n = 0;
+    all[0].n = (size_t)t->dim;
+    all[0].stride = view->dim_stride;
+    all[1].n = (size_t)(t->block_table ? t->block_tokens : t->tokens);
+    all[1].stride = view->token_stride;
+    all[2].n = (size_t)t->heads;
+    all[2].stride = view->head_stride;
+    all[3].n = rkvi_table_length(t);
+    all[3].stride = view->block_stride;
+    for (i = 0; i < RKVI_AXES; i++) {
+        if (all[i].n < 2) continue;
+        for (at = n++; at > 0 && axes[at - 1].stride > all[i].stride; at--) axes[at] = axes[at - 1];
+        axes[at] = all[i];
+    }
+    return n;
+}
+
+/* Do two rows of one view share bytes? Strides that nest, each wider than all that lies below
+ * it, make sure that they do not. */
+static int rkvi_rows_nest(const rkv_tensor *t)
+{
+    rkvi_view view = rkvi_view_in_elements(t);
+    rkvi_axis axes[RKVI_AXES];
+    size_t below = 1;
+    int i, n = rkvi_axes_of(t, &view, axes);
+    for (i = 0; i < n; i++) {
+        if (axes[i].stride < below) return 0;
+        if (!rkvi_add_steps(&below, axes[i].n, axes[i].stride)) return 0;
+    }
+    return 1;
+}
+
+static int rkvi_has_contiguous_size(const rkv_tensor *t)
+{
+    size_t n = (size_t)t->dim, rows = (size_t)(t->block_table ? t->block_tokens : t->tokens);
+    return rkvi_mul_size(n, rows, &n) && rkvi_mul_size(n, (size_t)t->heads, &n) &&
+           n <= PTRDIFF_MAX / 8;
+}
+
+/* Bytes from the view's first to behind its last; 0 where they overflow. Paged: of as many blocks
+ * as the table names. */
+static size_t rkvi_extent(const rkv_tensor *t)
+{
+    rkvi_view view = rkvi_view_in_elements(t);
+    rkvi_axis axes[RKVI_AXES];
+    size_t bytes = 1;
+    int i, n = rkvi_axes_of(t, &view, axes);
+    for (i = 0; i < n; i++)
+        if (!rkvi_add_steps(&bytes, axes[i].n, axes[i].stride)) return 0;
+    return rkvi_mul_size(bytes, view.element, &bytes) && bytes <= PTRDIFF_MAX ? bytes : 0;
+}
+
+static int rkvi_stride_is_sane(int64_t stride)
+{
+    return stride >= 0 && (uint64_t)stride <= PTRDIFF_MAX;
+}
+
+/* What holds for keys, values and queries alike. */
+static int rkvi_tensor_is_sound(const rkv_tensor *t)
+{
+    return (unsigned)t->dtype <= RKV_BF16 && t->element_bytes >= 0 && t->heads >= 1 &&
+           t->tokens >= 0 && t->dim >= 1 && (!t->block_table || t->block_tokens >= 1) &&
+           rkvi_stride_is_sane(t->head_stride) && rkvi_stride_is_sane(t->token_stride) &&
+           rkvi_stride_is_sane(t->dim_stride) && rkvi_stride_is_sane(t->block_stride) &&
+           rkvi_has_contiguous_size(t) && rkvi_extent(t) > 0;
+}
+
+static int rkvi_is_readable(const rkv_tensor *t)
+{
+    return t->dim_stride <= 1 &&
+           (t->element_bytes == 0 || (size_t)t->element_bytes == rkvi_dtype_bytes(t->dtype));
+}
+
+static const char *rkvi_check_keys(const rkv_layer *layer)
+{
+    const rkv_tensor *keys = &layer->keys;
+    if (layer->n_tokens < 0) return "layer.n_tokens: must not be negative";
+    if (!rkvi_tensor_is_sound(keys)) return "layer.keys: a field is out of range or overflows";
+    if (!rkvi_is_readable(keys)) return "layer.keys: dim must be contiguous, elements the dtype's";
+    if (layer->n_tokens > keys->tokens) return "layer.n_tokens: more than keys.tokens";
+    if (!rkvi_rows_nest(keys)) return "layer.keys: rows overlap";
+    return NULL;
+}
+
+static const char *rkvi_check_values(const rkv_layer *layer)
+{
+    const rkv_tensor *values = &layer->values;
+    if (!values->data && values->dim == 0) return NULL; /* no values */
+    if (!rkvi_tensor_is_sound(values)) return "layer.values: a field is out of range or overflows";
+    if (values->heads != layer->keys.heads) return "layer.values: heads differ from keys.heads";
+    if (layer->n_tokens > values->tokens) return "layer.n_tokens: more than values.tokens";
+    if (!rkvi_rows_nest(values)) return "layer.values: rows overlap";
+    return NULL;
+}
+
+static int rkvi_needs_queries(const rkv_config *config, const rkv_layer *layer)
+{
+    return rkvi_is_scored(config, layer->n_tokens) && rkvi_reads_queries(config);
+}
+
+static const char *rkvi_check_queries(const rkv_config *config, const rkv_layer *layer)
+{
+    const rkv_tensor *queries = &layer->queries;
+    if (!rkvi_tensor_is_sound(queries)) return "layer.queries: a field is out of range";
+    if (!rkvi_is_readable(queries))
+        return "layer.queries: dim must be contiguous, elements the dtype's";
+    if (queries->dim != layer->keys.dim) return "layer.queries: dim differs from keys.dim";
+    if (queries->heads % layer->keys.heads != 0)
+        return "layer.queries: heads must be a multiple of keys.heads";
+    if (queries->tokens != config->window)
+        return "layer.queries: tokens must equal config.window (no partial window)";
+    return NULL;
+}
+
+static const char *rkvi_check_layer(const rkv_config *config, const rkv_layer *layer, int is_owner)
+{
+    const char *why = rkvi_check_keys(layer);
+    if (!why) why = rkvi_check_values(layer);
+    if (!why && rkvi_needs_queries(config, layer)) why = rkvi_check_queries(config, layer);
+    if (why) return why;
+    if (!(layer->scale >= 0 && layer->scale <= 100)) return "layer.scale: must be in [0, 100]";
+    if (!(layer->softcap >= 0 && layer->softcap <= 1e6f))
+        return "layer.softcap: must be in [0, 1e6]";
+    if (layer->positions && layer->position_stride != 0 && layer->position_stride < layer->n_tokens)
+        return "layer.position_stride: smaller than n_tokens";
+    if (!is_owner && (layer->kept || layer->positions || layer->shared_scores))
+        return "layer.kept, positions, shared_scores: only in the first layer of a sequence";
+    return NULL;
+}
+
+/* A stretch of memory that a call reads or writes; a view also has the widest of its axes. */
+typedef struct rkvi_span {
+    uintptr_t begin;
+    size_t bytes, period, inner; /* every `period` bytes, `inner` of them; 0: all */
+} rkvi_span;
+
+static rkvi_span rkvi_span_of(const void *data, size_t bytes)
+{
+    rkvi_span span;
+    span.begin = (uintptr_t)data;
+    span.bytes = data ? bytes : 0;
+    span.period = span.inner = 0;
+    return span;
+}
+
+/* Where a paged view ends is known to its table alone: an empty span, which meets nothing. */
+static rkvi_span rkvi_span_of_view(const rkv_tensor *t)
+{
+    rkvi_view view = rkvi_view_in_elements(t);
+    rkvi_span span = rkvi_span_of(t->block_table ? NULL : t->data, rkvi_extent(t));
+    rkvi_axis axes[RKVI_AXES];
+    int n = rkvi_axes_of(t, &view, axes);
+    if (n == 0) return span;
+    span.period = axes[n - 1].stride * view.element;
+    span.inner = span.bytes - (axes[n - 1].n - 1) * span.period;
+    return span;
+}
+
+/* Two views that interleave, K and V of one buffer, say, overlap as stretches without sharing a
+ * byte: then they have the same period, and lie apart within it. */
+static int rkvi_spans_meet(rkvi_span a, rkvi_span b)
+{
+    size_t apart;
+    if (!a.bytes || !b.bytes) return 0;
+    if (a.begin + a.bytes <= b.begin || b.begin + b.bytes <= a.begin) return 0;
+    if (!a.period || a.period != b.period) return 1;
+    apart = b.begin >= a.begin ? (b.begin - a.begin) % a.period
+                               : (a.period - (a.begin - b.begin) % a.period) % a.period;
+    return apart < a.inner || apart + b.inner > a.period;
+}
+
+/* keys, values, kept, positions, scores, shared scores; queries, which are only read */
+enum { RKVI_SPANS = 7, RKVI_SPAN_QUERIES = 6 };
+typedef struct rkvi_spans {
+    rkvi_span of[RKVI_SPANS];
+} rkvi_spans;
+
+static rkvi_spans rkvi_spans_of_layer(const rkv_config *config, const rkv_layer *layer,
+                                      int is_owner)
+{
+    size_t sets = (size_t)rkvi_sets(config, layer, is_owner);
+    size_t n = layer->n_tokens > config->window ? (size_t)(layer->n_tokens - config->window) : 0;
+    size_t stride = (size_t)(layer->position_stride ? layer->position_stride : layer->keys.tokens);
+    rkvi_spans spans;
+    memset(&spans, 0, sizeof spans);
+    spans.of[0] = rkvi_span_of_view(&layer->keys);
+    if (layer->values.data) spans.of[1] = rkvi_span_of_view(&layer->values);
+    spans.of[2] = rkvi_span_of(layer->kept, sets * (size_t)config->budget * sizeof(int32_t));
+    spans.of[3] = rkvi_span_of(layer->positions, sets * stride * sizeof(int32_t));
+    spans.of[4] = rkvi_span_of(layer->scores, (size_t)layer->keys.heads * n * sizeof(float));
+    spans.of[5] = rkvi_span_of(layer->shared_scores, n * sizeof(float));
+    if (rkvi_needs_queries(config, layer))
+        spans.of[RKVI_SPAN_QUERIES] = rkvi_span_of_view(&layer->queries);
+    return spans;
+}
+
+static int rkvi_layers_meet(const rkvi_spans *a, const rkvi_spans *b)
+{
+    int i, j;
+    for (i = 0; i < RKVI_SPANS; i++)
+        for (j = 0; a->of[i].bytes && j < RKVI_SPANS; j++)
+            if ((i != RKVI_SPAN_QUERIES || j != RKVI_SPAN_QUERIES) &&
+                rkvi_spans_meet(a->of[i], b->of[j]))
+                return 1;
+    return 0;
+}
+
+#define RKVI_NEIGHBOURS 64
+
+/* Every layer against itself and the 63 before it: all of one sequence's, at a cost that grows
+ * with the number of layers only. */
+static const char *rkvi_check_overlap(const rkv_config *config, const rkv_layer *layers,
+                                      int n_layers)
+{
+    rkvi_spans recent[RKVI_NEIGHBOURS];
+    int l, m, i, j, owner = 0;
+    for (l = 0; l < n_layers; l++) {
+        rkvi_spans *mine = &recent[l % RKVI_NEIGHBOURS];
+        owner = rkvi_owner(config, layers, l, owner);
+        *mine = rkvi_spans_of_layer(config, &layers[l], owner == l);
+        for (i = 0; i < RKVI_SPANS; i++)
+            for (j = 0; j < i; j++)
+                if (rkvi_spans_meet(mine->of[i], mine->of[j])) return "layer: its buffers overlap";
+        for (m = 0; m < rkvi_min(l, RKVI_NEIGHBOURS); m++)
+            if (m != l % RKVI_NEIGHBOURS && rkvi_layers_meet(mine, &recent[m]))
+                return "layers: buffers of two layers overlap";
+    }
+    return NULL;
+}
+
+/* What sizing the workspace does not need. */
+static const char *rkvi_check_data(const rkv_config *config, const rkv_layer *layers, int n_layers)
+{
+    int l;
+    for (l = 0; l < n_layers; l++) {
+        if (!layers[l].keys.data) return "layer.keys: data is NULL";
+        if (rkvi_needs_queries(config, &layers[l]) && !layers[l].queries.data)
+            return "layer.queries: data is NULL";
+    }
+    return rkvi_check_overlap(config, layers, n_layers);
+}
+
+static const char *rkvi_why(const rkv_config *given, const rkv_layer *layers, int n_layers,
+                            int with_data)
+{
+    const char *why;
+    rkv_config config;
+    int l, owner = 0;
+    if (!given) return "config: is NULL";
+    if (n_layers < 0) return "n_layers: must not be negative";
+    if (n_layers > 0 && !layers) return "layers: is NULL";
+    why = rkvi_check_config(given);
+    if (why) return why;
+    config = rkvi_resolve(given);
+    for (l = 0; l < n_layers; l++) {
+        owner = rkvi_owner(&config, layers, l, owner);
+        why = rkvi_check_layer(&config, &layers[l], owner == l);
+        if (why) return why;
+        if (layers[l].n_tokens != layers[owner].n_tokens)
+            return "layer.n_tokens: differs within a sequence";
+    }
+    return with_data ? rkvi_check_data(&config, layers, n_layers) : NULL;
+}
+
+RKV_API rkv_status rkv_check(const rkv_config *config, const rkv_layer *layers, int n_layers,
+                             const char **why)
+{
+    const char *found = rkvi_why(config, layers, n_layers, 1);
+    if (why) *why = found;
+    return found ? RKV_ERROR_ARGUMENT : RKV_OK;
+}
+
+RKV_API rkv_status rkv_workspace_size(const rkv_backend *backend, const rkv_config *config,
+                                      const rkv_layer *layers, int n_layers, size_t *bytes)
+{
+    rkv_config resolved;
+    if (!bytes || rkvi_why(config, layers, n_layers, 0)) return RKV_ERROR_ARGUMENT;
+    if (!backend) backend = rkv_backend_find(NULL);
+    if (!rkvi_is_complete(backend)) return RKV_ERROR_ARGUMENT;
+    resolved = rkvi_resolve(config);
+    return backend->workspace_size(backend, &resolved, layers, n_layers, bytes);
+}
+
+/* What a stage cannot do without, of every layer that loses rows. */
+static int rkvi_has_buffers(const rkv_config *config, const rkv_layer *layers, int n_layers,
+                            int needs_scores, int needs_kept)
+{
+    int l, owner = 0;
+    for (l = 0; l < n_layers; l++) {
+        const rkv_layer *layer = &layers[l];
+        int scored = rkvi_is_scored(config, layer->n_tokens);
+        int shared = config->scope != RKV_PER_HEAD;
+        owner = rkvi_owner(config, layers, l, owner);
+        if (needs_kept && owner == l && !layer->kept) return 0;
+        if (!scored || !needs_scores) continue;
+        if (shared && owner == l && !layer->shared_scores) return 0;
+        if (!shared && !layer->scores) return 0;
+    }
+    return 1;
+}
+
+/* The workspace must not lie in anything that the call reads or writes. */
+static int rkvi_workspace_is_apart(const rkv_config *config, const rkv_layer *layers, int n_layers,
+                                   const void *workspace, size_t bytes)
+{
+    int l, i, owner = 0;
+    for (l = 0; l < n_layers; l++) {
+        rkvi_spans spans;
+        owner = rkvi_owner(config, layers, l, owner);
+        spans = rkvi_spans_of_layer(config, &layers[l], owner == l);
+        for (i = 0; i < RKVI_SPANS; i++)
+            if (rkvi_spans_meet(spans.of[i], rkvi_span_of(workspace, bytes))) return 0;
+    }
+    return 1;
+}
+
+typedef enum rkvi_stage_name {
+    RKVI_SCORE,
+    RKVI_SELECT,
+    RKVI_COMPACT,
+    RKVI_COMPRESS
+} rkvi_stage_name;
+
+static rkv_status rkvi_run_stage(rkvi_stage_name name, const rkv_backend *backend,
+                                 const rkv_config *config, rkv_layer *layers, int n_layers,
+                                 void *workspace, size_t bytes)
+{
+    rkv_config resolved;
+    rkv_stage stage;
+    if (rkvi_why(config, layers, n_layers, 1)) return RKV_ERROR_ARGUMENT;
+    if (!backend) backend = rkv_backend_find(NULL);
+    if (!rkvi_is_complete(backend)) return RKV_ERROR_ARGUMENT;
+    resolved = rkvi_resolve(config);
+    stage = name == RKVI_SCORE     ? backend->score
+            : name == RKVI_SELECT  ? backend->select
+            : name == RKVI_COMPACT ? backend->compact
+                                   : backend->compress;
+    if (!rkvi_has_buffers(&resolved, layers, n_layers, name == RKVI_SCORE || name == RKVI_SELECT,
+                          name == RKVI_SELECT || name == RKVI_COMPACT) ||
+        !rkvi_workspace_is_apart(&resolved, layers, n_layers, workspace, bytes))
+        return RKV_ERROR_ARGUMENT;
+    return stage(backend, &resolved, layers, n_layers, workspace, bytes);
+}
+
+RKV_API rkv_status rkv_compress(const rkv_backend *backend, const rkv_config *config,
+                                rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+{
+    return rkvi_run_stage(RKVI_COMPRESS, backend, config, layers, n_layers, workspace, bytes);
+}
+
+RKV_API rkv_status rkv_score(const rkv_backend *backend, const rkv_config *config,
+                             rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+{
+    return rkvi_run_stage(RKVI_SCORE, backend, config, layers, n_layers, workspace, bytes);
+}
+
+RKV_API rkv_status rkv_select(const rkv_backend *backend, const rkv_config *config,
+                              rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+{
+    return rkvi_run_stage(RKVI_SELECT, backend, config, layers, n_layers, workspace, bytes);
+}
+
+RKV_API rkv_status rkv_compact(const rkv_backend *backend, const rkv_config *config,
+                               rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+{
+    return rkvi_run_stage(RKVI_COMPACT, backend, config, layers, n_layers, workspace, bytes);
+}
+
+RKV_API int rkv_moves(const int32_t *kept, int n_kept, rkv_move *moves, int max_moves)
+{
+    int dst, count, n = 0;
+    for (dst = 0; dst < n_kept; dst += count) {
+        count = rkvi_run_length(kept, dst, n_kept);
+        if (kept[dst] == dst) continue;
+        if (n < max_moves) {
+            moves[n].dst = dst;
+            moves[n].src = kept[dst];
+            moves[n].count = count;
+        }
+        n++;
+    }
+    return n;
+}
+
+RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
+                             const int32_t *positions, rkv_run *runs, int max_runs)
+{
+    int i, row = 0, n = 0;
+    for (i = 0; i <= n_kept; i++) { /* the rows between two kept ones */
+        int next = i < n_kept ? kept[i] : n_tokens;
+        if (row < next) {
+            if (n < max_runs) {
+                runs[n].begin = positions ? positions[row] : row;
+                runs[n].end = (positions ? positions[next - 1] : next - 1) + 1;
+            }
+            n++;
+        }
+        row = next + 1;
+    }
+    return n;
+}
+
+/* ==== 18. Managed cache =====================================================================
+ * In: new rows of keys, values and queries, layer by layer.  Out: views that attention can read.
+ * Knows nothing of scores: it lays out memory, counts rows and calls rkv_compress.
+ *
+ * Everything that decides where a row lies is known on the host, because a round always keeps
+ * min(n_tokens, budget) rows: the decode loop never reads back from the backend's memory.
+ *
+ * One block of the backend's memory, capacity rows per layer and kv head:
+ *     keys       [layer][kv_head][capacity][head_dim]
+ *     values     [layer][kv_head][capacity][value_dim]
+ *     queries    [layer][query_head][window][head_dim]   ring: slot = position % window
+ *     positions  [set][capacity]                         a set per layer and kv head, per layer,
+ *                                                        or one, as the scope says
+ *
+ * Let fixed = budget - window once a round has evicted, 0 before, and evicted = the tokens that
+ * every head has dropped so far. Then in every head of every layer
+ *     row r >= fixed holds the token of position r + evicted.                             (1)
+ * A round keeps the window as its last rows, in cache order, so (1) holds after it; appending
+ * continues it; truncation only drops rows from the end. Hence the logical length is
+ * rows + evicted, truncation down to row `fixed` needs no read-back and no moving, and of the
+ * positions only those of the first `fixed` rows are information worth saving.
+ *
+ * The ring: n_queries counts the newest tokens whose queries it still holds. Appending n makes it
+ * min(window, n_queries + n), truncating n max(0, n_queries - n): the slots of truncated tokens
+ * are stale and are overwritten by the tokens that replace them. A round needs n_queries ==
+ * window. With `behind` = the largest length since the last round - the length now, both updates
+ * keep n_queries >= min(window, largest length) - behind. Where capacity is budget + buffer,
+ * rkv_cache_step is due at the largest length that there can be, where behind is 0 and the window
+ * therefore whole. Only with a larger capacity, or when a round is forced, can it be partial. */
+#ifndef RKV_NO_CACHE
+#define RKVI_CACHE_ALIGN  ((size_t)256) /* of the four parts: what cudaMalloc gives a block */
+#define RKVI_CACHE_BUFFER 128           /* published: a compression every 128 new tokens */
+
+typedef struct rkvi_cache_plan {
+    size_t key_bytes, value_bytes, query_bytes; /* of one layer; query_bytes 0: no ring */
+    int n_sets;                                 /* sets of positions, all layers */
+    size_t keys, values, queries, positions;    /* offsets of the parts in the block */
+    size_t total;                               /* bytes of the block */
+} rkvi_cache_plan;
+
+struct rkv_cache {
+    rkv_cache_config config; /* zeros resolved */
+    rkvi_cache_plan plan;
+    rkv_layer *layers;     /* [n_layers]; n_tokens is the one count of the rows in use */
+    int *n_queries;        /* [n_layers]: newest tokens whose queries the ring holds */
+    unsigned char *memory; /* the block; the backend's */
+    int32_t *positions;    /* in it */
+    void *workspace;       /* the backend's; for a round of capacity rows */
+    size_t workspace_bytes;
+    int evicted; /* tokens dropped so far by every head */
+    int64_t rounds;
+};
+
+/* ---- Creation ---- */
+
+static void *rkvi_cache_malloc(void *user, size_t bytes)
+{
+    (void)user;
+    return malloc(bytes);
+}
+
+static void rkvi_cache_free(void *user, void *memory)
+{
+    (void)user;
+    free(memory);
+}
+
+static int rkvi_cache_has_memory_functions(const rkv_backend *backend)
+{
+    return backend->alloc != NULL && backend->free != NULL && backend->copy_in != NULL &&
+           backend->copy_out != NULL && backend->copy_rows != NULL &&
+           backend->fill_positions != NULL && backend->synchronize != NULL;
+}
+
+/* Fills in defaults and checks what can be checked before there is memory. */
+static rkv_status rkvi_cache_resolve(rkv_cache_config *config)
+{
+    rkv_config *compress = &config->compress;
+    if (config->backend == NULL) config->backend = rkv_backend_find(NULL);
+    if (config->backend == NULL) return RKV_ERROR_UNSUPPORTED;
+    if (!rkvi_cache_has_memory_functions(config->backend)) return RKV_ERROR_UNSUPPORTED;
+
+    if ((config->alloc == NULL) != (config->free == NULL)) return RKV_ERROR_ARGUMENT;
+    if (config->alloc == NULL) {
+        config->alloc = rkvi_cache_malloc;
+        config->free = rkvi_cache_free;
+    }
+    if (config->value_dim == 0) config->value_dim = config->head_dim;
+    if (config->buffer == 0) config->buffer = RKVI_CACHE_BUFFER;
+
+    if (config->n_layers < 1 || config->kv_heads < 1 || config->query_heads < 1 ||
+        config->head_dim < 1 || config->value_dim < 1 || config->buffer < 1 ||
+        config->capacity < 0 || config->query_heads % config->kv_heads != 0 ||
+        (unsigned)config->dtype > RKV_BF16)
+        return RKV_ERROR_ARGUMENT;
+    if (rkvi_check_config(compress) != NULL) return RKV_ERROR_ARGUMENT;
+    *compress = rkvi_resolve(compress);
+    if (compress->budget > INT32_MAX - config->buffer) return RKV_ERROR_ARGUMENT;
+    if (config->capacity == 0) config->capacity = compress->budget + config->buffer;
+    if (config->capacity < compress->budget + config->buffer) return RKV_ERROR_ARGUMENT;
+    return RKV_OK;
+}
+
+/* out = bytes of [heads][rows][dim] elements; 0 when that overflows */
+static int rkvi_cache_rows_bytes(rkv_dtype dtype, int heads, int rows, int dim, size_t *out)
+{
+    size_t bytes = rkvi_dtype_bytes(dtype);
+    return rkvi_mul_size(bytes, (size_t)heads, &bytes) &&
+           rkvi_mul_size(bytes, (size_t)rows, &bytes) && rkvi_mul_size(bytes, (size_t)dim, out);
+}
+
+/* Appends a part of `bytes` bytes, times `count`, to the block of memory; 0 on overflow. */
+static int rkvi_cache_add_part(size_t *total, size_t bytes, int count, size_t *offset)
+{
+    *offset = *total;
+    if (!rkvi_mul_size(bytes, (size_t)count, &bytes) || !rkvi_add_size(*total, bytes, total) ||
+        !rkvi_add_size(*total, RKVI_CACHE_ALIGN - 1, total))
+        return 0;
+    *total -= *total % RKVI_CACHE_ALIGN;
+    return 1;
+}
+
+/* 0 when a size overflows. */
+static int rkvi_cache_measure(const rkv_cache_config *config, rkvi_cache_plan *plan)
+{
+    const rkv_config *compress = &config->compress;
+    const int n_layers = config->n_layers, capacity = config->capacity;
+    size_t n_sets = compress->scope == RKV_PER_SEQUENCE ? 1 : (size_t)n_layers, set_bytes;
+    if (compress->scope == RKV_PER_HEAD &&
+        !rkvi_mul_size(n_sets, (size_t)config->kv_heads, &n_sets))
+        return 0;
+    if (n_sets > (size_t)INT32_MAX) return 0;
+    plan->n_sets = (int)n_sets;
+    plan->query_bytes = 0;
+    plan->total = 0;
+    if (rkvi_is_scored(compress, capacity) && rkvi_reads_queries(compress) &&
+        !rkvi_cache_rows_bytes(config->dtype, config->query_heads, compress->window,
+                               config->head_dim, &plan->query_bytes))
+        return 0;
+    return rkvi_cache_rows_bytes(config->dtype, config->kv_heads, capacity, config->head_dim,
+                                 &plan->key_bytes) &&
+           rkvi_cache_rows_bytes(config->dtype, config->kv_heads, capacity, config->value_dim,
+                                 &plan->value_bytes) &&
+           rkvi_mul_size(sizeof(int32_t), (size_t)capacity, &set_bytes) &&
+           rkvi_cache_add_part(&plan->total, plan->key_bytes, n_layers, &plan->keys) &&
+           rkvi_cache_add_part(&plan->total, plan->value_bytes, n_layers, &plan->values) &&
+           rkvi_cache_add_part(&plan->total, plan->query_bytes, n_layers, &plan->queries) &&
+           rkvi_cache_add_part(&plan->total, set_bytes, plan->n_sets, &plan->positions);
+}
+
+/* The set of positions that this kv head of this layer shares or owns. */
+static int32_t *rkvi_cache_set(const rkv_cache *cache, int layer, int head)
+{
+    size_t set = 0;
+    if (cache->config.compress.scope == RKV_PER_LAYER) set = (size_t)layer;
+    if (cache->config.compress.scope == RKV_PER_HEAD)
+        set = (size_t)layer * (size_t)cache->config.kv_heads + (size_t)head;
+    return cache->positions + set * (size_t)cache->config.capacity;
+}
+
+static void rkvi_cache_describe_layer(rkv_cache *cache, int index)
+{
+    const rkv_cache_config *config = &cache->config;
+    const rkvi_cache_plan *plan = &cache->plan;
+    rkv_layer *layer = &cache->layers[index];
+    const size_t l = (size_t)index;
+    void *queries =
+        plan->query_bytes > 0 ? cache->memory + plan->queries + l * plan->query_bytes : NULL;
+    layer->keys = rkv_tensor_make(cache->memory + plan->keys + l * plan->key_bytes, config->dtype,
+                                  config->kv_heads, config->capacity, config->head_dim);
+    layer->values =
+        rkv_tensor_make(cache->memory + plan->values + l * plan->value_bytes, config->dtype,
+                        config->kv_heads, config->capacity, config->value_dim);
+    layer->queries = rkv_tensor_make(queries, config->dtype, config->query_heads,
+                                     config->compress.window, config->head_dim);
+    layer->scale = config->scale;
+    layer->softcap = config->softcap;
+    layer->position_stride = config->capacity;
+    if (index == 0 || config->compress.scope != RKV_PER_SEQUENCE)
+        layer->positions = rkvi_cache_set(cache, index, 0);
+}
+
+/* Takes the backend's memory and describes it; what it took is in `cache`, also on an error. */
+static rkv_status rkvi_cache_reserve(rkv_cache *cache)
+{
+    const rkv_cache_config *config = &cache->config;
+    const rkv_backend *backend = config->backend;
+    rkv_status status;
+    int l;
+    cache->memory = (unsigned char *)backend->alloc(backend, cache->plan.total);
+    if (cache->memory == NULL) return RKV_ERROR_MEMORY;
+    cache->positions = (int32_t *)(void *)(cache->memory + cache->plan.positions);
+    for (l = 0; l < config->n_layers; l++) {
+        rkvi_cache_describe_layer(cache, l);
+        cache->layers[l].n_tokens = config->capacity; /* the largest round, to be sized for */
+    }
+    status = rkv_check(&config->compress, cache->layers, config->n_layers, NULL);
+    if (status == RKV_OK)
+        status = rkv_workspace_size(backend, &config->compress, cache->layers, config->n_layers,
+                                    &cache->workspace_bytes);
+    if (status != RKV_OK) return status;
+    cache->workspace = backend->alloc(backend, cache->workspace_bytes);
+    if (cache->workspace == NULL) return RKV_ERROR_MEMORY;
+    rkv_cache_reset(cache);
+    return RKV_OK;
+}
+
+/* The host's records in one allocation: the cache, its layers, their counters. The order is that
+ * of falling alignment. */
+static rkv_cache *rkvi_cache_new_record(const rkv_cache_config *config, const rkvi_cache_plan *plan)
+{
+    const size_t n_layers = (size_t)config->n_layers;
+    size_t bytes;
+    rkv_cache *cache;
+    if (!rkvi_mul_size(n_layers, sizeof(rkv_layer) + sizeof(int), &bytes) ||
+        !rkvi_add_size(bytes, sizeof(rkv_cache), &bytes))
+        return NULL;
+    cache = (rkv_cache *)config->alloc(config->user, bytes);
+    if (cache == NULL) return NULL;
+    memset(cache, 0, bytes);
+    cache->config = *config;
+    cache->plan = *plan;
+    cache->layers = (rkv_layer *)(void *)(cache + 1);
+    cache->n_queries = (int *)(void *)(cache->layers + n_layers);
+    return cache;
+}
+
+RKV_API rkv_status rkv_cache_create(rkv_cache **out, const rkv_cache_config *config)
+{
+    rkv_cache_config resolved;
+    rkvi_cache_plan plan;
+    rkv_cache *cache;
+    rkv_status status;
+    if (out == NULL) return RKV_ERROR_ARGUMENT;
+    *out = NULL;
+    if (config == NULL) return RKV_ERROR_ARGUMENT;
+    resolved = *config;
+    status = rkvi_cache_resolve(&resolved);
+    if (status != RKV_OK) return status;
+    if (!rkvi_cache_measure(&resolved, &plan)) return RKV_ERROR_ARGUMENT;
+    cache = rkvi_cache_new_record(&resolved, &plan);
+    if (cache == NULL) return RKV_ERROR_MEMORY;
+    status = rkvi_cache_reserve(cache);
+    if (status != RKV_OK) {
+        rkv_cache_destroy(cache);
+        return status;
+    }
+    *out = cache;
+    return RKV_OK;
+}
+
+RKV_API void rkv_cache_destroy(rkv_cache *cache)
+{
+    const rkv_backend *backend;
+    if (cache == NULL) return;
+    backend = cache->config.backend;
+    if (cache->workspace != NULL) backend->free(backend, cache->workspace);
+    if (cache->memory != NULL) backend->free(backend, cache->memory);
+    cache->config.free(cache->config.user, cache);
+}
+
+RKV_API void rkv_cache_reset(rkv_cache *cache)
+{
+    int l;
+    if (cache == NULL) return;
+    for (l = 0; l < cache->config.n_layers; l++) {
+        cache->layers[l].n_tokens = 0;
+        cache->n_queries[l] = 0;
+    }
+    cache->evicted = 0;
+    cache->rounds = 0;
+}
+
+/* ---- Counters and views ---- */
+
+static int rkvi_cache_has_layer(const rkv_cache *cache, int layer)
+{
+    return cache != NULL && layer >= 0 && layer < cache->config.n_layers;
+}
+
+/* Rows of the longest layer: within a token's forward pass the first layers are ahead. */
+static int rkvi_cache_most_rows(const rkv_cache *cache)
+{
+    int l, most = 0;
+    for (l = 0; l < cache->config.n_layers; l++)
+        if (cache->layers[l].n_tokens > most) most = cache->layers[l].n_tokens;
+    return most;
+}
+
+/* Rows below this one differ from head to head; see (1) at the room's head. */
+static int rkvi_cache_fixed_rows(const rkv_cache_config *config, int evicted)
+{
+    return evicted > 0 ? config->compress.budget - config->compress.window : 0;
+}
+
+/* A view of the rows in use; its head stride no longer follows from `tokens`. */
+static rkv_tensor rkvi_cache_view(const rkv_layer *layer, const rkv_tensor *reserved)
+{
+    rkv_tensor view = *reserved;
+    view.token_stride = view.dim;
+    view.head_stride = (int64_t)view.tokens * view.dim;
+    view.tokens = layer->n_tokens;
+    return view;
+}
+
+RKV_API rkv_tensor rkv_cache_keys(const rkv_cache *cache, int layer)
+{
+    const rkv_tensor none = RKV_INIT;
+    if (!rkvi_cache_has_layer(cache, layer)) return none;
+    return rkvi_cache_view(&cache->layers[layer], &cache->layers[layer].keys);
+}
+
+RKV_API rkv_tensor rkv_cache_values(const rkv_cache *cache, int layer)
+{
+    const rkv_tensor none = RKV_INIT;
+    if (!rkvi_cache_has_layer(cache, layer)) return none;
+    return rkvi_cache_view(&cache->layers[layer], &cache->layers[layer].values);
+}
+
+RKV_API int rkv_cache_rows(const rkv_cache *cache, int layer)
+{
+    return rkvi_cache_has_layer(cache, layer) ? cache->layers[layer].n_tokens : 0;
+}
+
+RKV_API int rkv_cache_position(const rkv_cache *cache, int layer)
+{
+    return rkvi_cache_has_layer(cache, layer) ? cache->layers[layer].n_tokens + cache->evicted : 0;
+}
+
+RKV_API int rkv_cache_room(const rkv_cache *cache, int layer)
+{
+    int rows, positions;
+    if (!rkvi_cache_has_layer(cache, layer)) return 0;
+    rows = cache->config.capacity - cache->layers[layer].n_tokens;
+    positions = INT32_MAX - rkv_cache_position(cache, layer);
+    return rows < positions ? rows : positions;
+}
+
+RKV_API const int32_t *rkv_cache_positions(const rkv_cache *cache, int layer, int head)
+{
+    if (!rkvi_cache_has_layer(cache, layer)) return NULL;
+    if (head < 0 || head >= cache->config.kv_heads) return NULL;
+    return rkvi_cache_set(cache, layer, head);
+}
+
+/* Key and value of one token in all heads of one layer. */
+static size_t rkvi_cache_token_bytes(const rkv_cache *cache)
+{
+    return (cache->plan.key_bytes + cache->plan.value_bytes) / (size_t)cache->config.capacity;
+}
+
+RKV_API rkv_cache_stats rkv_cache_get_stats(const rkv_cache *cache)
+{
+    rkv_cache_stats stats = RKV_INIT;
+    size_t token_bytes;
+    int l;
+    if (cache == NULL) return stats;
+    stats.bytes_held = (cache->plan.key_bytes + cache->plan.value_bytes + cache->plan.query_bytes) *
+                       (size_t)cache->config.n_layers;
+    token_bytes = rkvi_cache_token_bytes(cache);
+    for (l = 0; l < cache->config.n_layers; l++)
+        stats.bytes_full += token_bytes * (size_t)rkv_cache_position(cache, l);
+    stats.rounds = cache->rounds;
+    stats.n_evicted = cache->evicted;
+    return stats;
+}
+
+/* ---- Append ---- */
+
+static int rkvi_cache_accepts(const rkv_cache *cache, const rkv_tensor *view, int heads, int dim,
+                              int n_tokens)
+{
+    const size_t element_bytes = rkvi_dtype_bytes(cache->config.dtype);
+    if (view == NULL || view->data == NULL) return 0;
+    if (view->heads != heads || view->dim != dim || view->tokens < n_tokens) return 0;
+    if (view->dtype != cache->config.dtype) return 0;
+    if (view->element_bytes != 0 && (size_t)view->element_bytes != element_bytes) return 0;
+    if (view->head_stride < 0 || view->token_stride < 0 || view->dim_stride < 0) return 0;
+    return view->block_table == NULL || (view->block_tokens > 0 && view->block_stride >= 0);
+}
+
+/* Writes the positions of rows [row, row + n), which follow from (1), to the sets of `layer`. */
+static rkv_status rkvi_cache_fill(const rkv_cache *cache, int layer, int row, int n)
+{
+    const rkv_cache_config *config = &cache->config;
+    const int n_sets = config->compress.scope == RKV_PER_HEAD ? config->kv_heads : 1;
+    if (n < 1) return RKV_OK;
+    return config->backend->fill_positions(config->backend, rkvi_cache_set(cache, layer, 0), n_sets,
+                                           config->capacity, row, row + cache->evicted, n);
+}
+
+/* Brings the newest min(n_tokens, window) queries into the ring; in two copies where they wrap.
+ * The slots they take are those of the oldest queries, which a failed copy leaves undefined. */
+static rkv_status rkvi_cache_push_queries(rkv_cache *cache, int layer, int n_tokens,
+                                          const rkv_tensor *queries)
+{
+    const rkv_backend *backend = cache->config.backend;
+    const rkv_tensor *ring = &cache->layers[layer].queries;
+    const int window = cache->config.compress.window;
+    const int n = n_tokens < window ? n_tokens : window;
+    const int skipped = n_tokens - n;
+    const int slot = (rkv_cache_position(cache, layer) + skipped) % window;
+    const int n_first = n < window - slot ? n : window - slot;
+    int *n_queries = &cache->n_queries[layer];
+    rkv_status status = backend->copy_rows(backend, ring, slot, queries, skipped, n_first);
+    if (status == RKV_OK && n > n_first)
+        status = backend->copy_rows(backend, ring, 0, queries, skipped + n_first, n - n_first);
+    if (*n_queries > window - n) *n_queries = window - n;
+    if (status == RKV_OK) *n_queries += n;
+    return status;
+}
+
+RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
+                                    const rkv_tensor *keys, const rkv_tensor *values,
+                                    const rkv_tensor *queries)
+{
+    const rkv_backend *backend;
+    const rkv_cache_config *config;
+    rkv_layer *job;
+    rkv_status status;
+    int row, fills;
+    if (!rkvi_cache_has_layer(cache, layer) || n_tokens < 0) return RKV_ERROR_ARGUMENT;
+    if (n_tokens == 0) return RKV_OK;
+    config = &cache->config;
+    if (n_tokens > rkv_cache_room(cache, layer) ||
+        !rkvi_cache_accepts(cache, keys, config->kv_heads, config->head_dim, n_tokens) ||
+        !rkvi_cache_accepts(cache, values, config->kv_heads, config->value_dim, n_tokens))
+        return RKV_ERROR_ARGUMENT;
+    if (cache->plan.query_bytes > 0 &&
+        !rkvi_cache_accepts(cache, queries, config->query_heads, config->head_dim, n_tokens))
+        return RKV_ERROR_ARGUMENT;
+
+    /* Rows at and behind n_tokens are nobody's until the count moves; the ring goes last, as
+     * its slots still belong to older tokens. */
+    backend = config->backend;
+    job = &cache->layers[layer];
+    row = job->n_tokens;
+    fills = config->compress.scope != RKV_PER_SEQUENCE ||
+            row + n_tokens > rkvi_cache_most_rows(cache); /* else another layer has */
+    status = backend->copy_rows(backend, &job->keys, row, keys, 0, n_tokens);
+    if (status == RKV_OK)
+        status = backend->copy_rows(backend, &job->values, row, values, 0, n_tokens);
+    if (status == RKV_OK && fills) status = rkvi_cache_fill(cache, layer, row, n_tokens);
+    if (status == RKV_OK && cache->plan.query_bytes > 0)
+        status = rkvi_cache_push_queries(cache, layer, n_tokens, queries);
+    if (status == RKV_OK) job->n_tokens += n_tokens;
+    return status;
+}
+
+/* ---- Compression and rollback ---- */
+
+static int rkvi_cache_layers_equal(const rkv_cache *cache)
+{
+    int l;
+    for (l = 1; l < cache->config.n_layers; l++)
+        if (cache->layers[l].n_tokens != cache->layers[0].n_tokens) return 0;
+    return 1;
+}
+
+static int rkvi_cache_window_whole(const rkv_cache *cache)
+{
+    int l;
+    if (cache->plan.query_bytes == 0) return 1;
+    for (l = 0; l < cache->config.n_layers; l++)
+        if (cache->n_queries[l] < cache->config.compress.window) return 0;
+    return 1;
+}
+
+static rkv_status rkvi_cache_round(rkv_cache *cache, int *n_evicted)
+{
+    const rkv_cache_config *config = &cache->config;
+    const int evicted = cache->layers[0].n_tokens - config->compress.budget;
+    rkv_status status = rkv_compress(config->backend, &config->compress, cache->layers,
+                                     config->n_layers, cache->workspace, cache->workspace_bytes);
+    if (status != RKV_OK) return status;
+    cache->evicted += evicted;
+    cache->rounds++;
+    if (n_evicted != NULL) *n_evicted = evicted;
+    return RKV_OK;
+}
+
+RKV_API rkv_status rkv_cache_step(rkv_cache *cache, int *n_evicted)
+{
+    const rkv_cache_config *config;
+    if (n_evicted != NULL) *n_evicted = 0;
+    if (cache == NULL || !rkvi_cache_layers_equal(cache)) return RKV_ERROR_ARGUMENT;
+    config = &cache->config;
+    if (cache->layers[0].n_tokens < config->compress.budget + config->buffer) return RKV_OK;
+    if (!rkvi_cache_window_whole(cache)) return RKV_OK; /* due once the window is whole again */
+    return rkvi_cache_round(cache, n_evicted);
+}
+
+RKV_API rkv_status rkv_cache_compress(rkv_cache *cache, int *n_evicted)
+{
+    if (n_evicted != NULL) *n_evicted = 0;
+    if (cache == NULL || !rkvi_cache_layers_equal(cache)) return RKV_ERROR_ARGUMENT;
+    if (cache->layers[0].n_tokens <= cache->config.compress.budget) return RKV_OK;
+    if (!rkvi_cache_window_whole(cache)) return RKV_ERROR_ARGUMENT;
+    return rkvi_cache_round(cache, n_evicted);
+}
+
+RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position)
+{
+    int l, rows;
+    if (cache == NULL) return RKV_ERROR_ARGUMENT;
+    if (position < cache->evicted + rkvi_cache_fixed_rows(&cache->config, cache->evicted))
+        return RKV_ERROR_ARGUMENT;
+    rows = position - cache->evicted;
+    for (l = 0; l < cache->config.n_layers; l++) {
+        const int n_dropped = cache->layers[l].n_tokens - rows;
+        if (n_dropped <= 0) continue;
+        cache->layers[l].n_tokens = rows;
+        cache->n_queries[l] -= n_dropped < cache->n_queries[l] ? n_dropped : cache->n_queries[l];
+    }
+    return RKV_OK;
+}
+
+/* ---- Fork ---- */
+
+/* All sets of positions as a tensor of 4-byte elements, to be copied like any other. */
+static rkv_tensor rkvi_cache_position_view(const rkv_cache *cache)
+{
+    return rkv_tensor_make(cache->positions, RKV_F32, cache->plan.n_sets, cache->config.capacity,
+                           1);
+}
+
+static rkv_status rkvi_cache_copy_layer(const rkv_cache *dst, const rkv_cache *src, int layer)
+{
+    const rkv_backend *backend = src->config.backend;
+    const rkv_layer *to = &dst->layers[layer], *from = &src->layers[layer];
+    rkv_status status = RKV_OK;
+    if (from->n_tokens > 0)
+        status = backend->copy_rows(backend, &to->keys, 0, &from->keys, 0, from->n_tokens);
+    if (status == RKV_OK && from->n_tokens > 0)
+        status = backend->copy_rows(backend, &to->values, 0, &from->values, 0, from->n_tokens);
+    if (status == RKV_OK && src->plan.query_bytes > 0)
+        status = backend->copy_rows(backend, &to->queries, 0, &from->queries, 0,
+                                    src->config.compress.window);
+    return status;
+}
+
+RKV_API rkv_status rkv_cache_fork(const rkv_cache *cache, rkv_cache **out)
+{
+    rkv_cache *fork;
+    rkv_tensor to, from;
+    rkv_status status;
+    int l, n_rows;
+    if (out == NULL) return RKV_ERROR_ARGUMENT;
+    *out = NULL;
+    if (cache == NULL) return RKV_ERROR_ARGUMENT;
+    status = rkv_cache_create(&fork, &cache->config);
+    if (status != RKV_OK) return status;
+    to = rkvi_cache_position_view(fork);
+    from = rkvi_cache_position_view(cache);
+    n_rows = rkvi_cache_most_rows(cache);
+    if (n_rows > 0)
+        status = cache->config.backend->copy_rows(cache->config.backend, &to, 0, &from, 0, n_rows);
+    for (l = 0; l < cache->config.n_layers && status == RKV_OK; l++) {
+        status = rkvi_cache_copy_layer(fork, cache, l);
+        fork->layers[l].n_tokens = cache->layers[l].n_tokens;
+        fork->n_queries[l] = cache->n_queries[l];
+    }
+    if (status != RKV_OK) {
+        rkv_cache_destroy(fork);
+        return status;
+    }
+    fork->evicted = cache->evicted;
+    fork->rounds = cache->rounds;
+    *out = fork;
+    return RKV_OK;
+}
+
+/* ---- Save and load ----
+ * The image, every number little-endian, no padding:
+ *     "RKVCACHE"                                                      8 bytes
+ *     shape: version, layers, ... see rkvi_image_shape                RKVI_IMAGE_SHAPE x u32
+ *     rounds, evicted                                                 2 x u64
+ *     rows, n_queries                                                 [layer] 2 x u32
+ *     positions of the first `fixed` rows                             [set][fixed] u32
+ *     keys, values, query ring (stale slots zero)                     [layer], rows in use
+ *     FNV-1a of all bytes before                                      u64
+ * FNV-1a's steps are bijections of its state, so no single damaged byte goes unseen. */
+
+#define RKVI_IMAGE_VERSION 1
+#define RKVI_IMAGE_SHAPE   13
+#define RKVI_IMAGE_COUNTS  (8 + 4 * RKVI_IMAGE_SHAPE) /* where rounds and evicted lie */
+#define RKVI_IMAGE_LAYERS  (RKVI_IMAGE_COUNTS + 16)   /* where the layers' counters lie */
+
+static void rkvi_image_put(unsigned char *image, uint64_t value, int n_bytes)
+{
+    int i;
+    for (i = 0; i < n_bytes; i++) image[i] = (unsigned char)(value >> (8 * i) & 0xff);
+}
+
+static uint64_t rkvi_image_get(const unsigned char *image, int n_bytes)
+{
+    uint64_t value = 0;
+    int i;
+    for (i = 0; i < n_bytes; i++) value |= (uint64_t)image[i] << (8 * i);
+    return value;
+}
+
+static uint64_t rkvi_image_checksum(const unsigned char *image, size_t bytes)
+{
+    uint64_t hash = UINT64_C(0xcbf29ce484222325);
+    size_t i;
+    for (i = 0; i < bytes; i++) hash = (hash ^ image[i]) * UINT64_C(0x100000001b3);
+    return hash;
+}
+
+/* What must be equal in the image and in the cache that loads it. */
+static void rkvi_image_shape(const rkv_cache *cache, uint32_t shape[RKVI_IMAGE_SHAPE])
+{
+    const rkv_cache_config *config = &cache->config;
+    shape[0] = RKVI_IMAGE_VERSION;
+    shape[1] = (uint32_t)config->n_layers;
+    shape[2] = (uint32_t)config->kv_heads;
+    shape[3] = (uint32_t)config->query_heads;
+    shape[4] = (uint32_t)config->head_dim;
+    shape[5] = (uint32_t)config->value_dim;
+    shape[6] = (uint32_t)config->dtype;
+    shape[7] = (uint32_t)config->compress.budget;
+    shape[8] = (uint32_t)config->compress.window;
+    shape[9] = (uint32_t)config->compress.pinned;
+    shape[10] = (uint32_t)config->compress.scope;
+    shape[11] = (uint32_t)config->compress.order;
+    shape[12] = cache->plan.query_bytes > 0;
+}
+
+static size_t rkvi_image_header_bytes(const rkv_cache *cache)
+{
+    return RKVI_IMAGE_LAYERS + 8 * (size_t)cache->config.n_layers;
+}
+
+/* Bytes of an image with so many rows in all layers together. Each part is at most as large as
+ * the part of the cache's own memory that it comes from: no sum can overflow. */
+static size_t rkvi_image_size(const rkv_cache *cache, int fixed_rows, size_t total_rows)
+{
+    const size_t n_layers = (size_t)cache->config.n_layers;
+    return rkvi_image_header_bytes(cache) + 4 * (size_t)cache->plan.n_sets * (size_t)fixed_rows +
+           total_rows * rkvi_cache_token_bytes(cache) + n_layers * cache->plan.query_bytes + 8;
+}
+
+RKV_API size_t rkv_cache_save_size(const rkv_cache *cache)
+{
+    size_t total_rows = 0;
+    int l;
+    if (cache == NULL) return 0;
+    for (l = 0; l < cache->config.n_layers; l++) total_rows += (size_t)cache->layers[l].n_tokens;
+    return rkvi_image_size(cache, rkvi_cache_fixed_rows(&cache->config, cache->evicted),
+                           total_rows);
+}
+
+static void rkvi_image_write_header(const rkv_cache *cache, unsigned char *image)
+{
+    uint32_t shape[RKVI_IMAGE_SHAPE];
+    int i;
+    memcpy(image, "RKVCACHE", 8);
+    rkvi_image_shape(cache, shape);
+    for (i = 0; i < RKVI_IMAGE_SHAPE; i++) rkvi_image_put(image + 8 + 4 * i, shape[i], 4);
+    rkvi_image_put(image + RKVI_IMAGE_COUNTS, (uint64_t)cache->rounds, 8);
+    rkvi_image_put(image + RKVI_IMAGE_COUNTS + 8, (uint64_t)cache->evicted, 8);
+    image += RKVI_IMAGE_LAYERS;
+    for (i = 0; i < cache->config.n_layers; i++, image += 8) {
+        rkvi_image_put(image, (uint64_t)cache->layers[i].n_tokens, 4);
+        rkvi_image_put(image + 4, (uint64_t)cache->n_queries[i], 4);
+    }
+}
+
+/* Where a transfer stands; `out` when saving, `in` when loading, the other is NULL. */
+typedef struct rkvi_image_cursor {
+    unsigned char *out;
+    const unsigned char *in;
+} rkvi_image_cursor;
+
+static int rkvi_host_is_little_endian(void)
+{
+    const uint16_t one = 1;
+    return *(const unsigned char *)&one == 1;
+}
+
+static void rkvi_image_swap(unsigned char *dst, const unsigned char *src, size_t bytes,
+                            size_t element_bytes)
+{
+    size_t at, i;
+    for (at = 0; at < bytes; at += element_bytes)
+        for (i = 0; i < element_bytes / 2; i++) {
+            const unsigned char low = src[at + i];
+            dst[at + i] = src[at + element_bytes - 1 - i];
+            dst[at + element_bytes - 1 - i] = low;
+        }
+}
+
+/* Big-endian hosts: turns the elements round on their way, through a small buffer. */
+static rkv_status rkvi_image_load_swapped(const rkv_backend *backend, unsigned char *rows,
+                                          const unsigned char *image, size_t bytes,
+                                          size_t element_bytes)
+{
+    unsigned char swapped[1024];
+    while (bytes > 0) {
+        const size_t part = bytes < sizeof(swapped) ? bytes : sizeof(swapped);
+        rkv_status status;
+        rkvi_image_swap(swapped, image, part, element_bytes);
+        status = backend->copy_in(backend, rows, swapped, part);
+        if (status == RKV_OK) status = backend->synchronize(backend); /* `swapped` is reused */
+        if (status != RKV_OK) return status;
+        rows += part;
+        image += part;
+        bytes -= part;
+    }
+    return RKV_OK;
+}
+
+/* Moves `bytes` bytes of the backend's memory to or from the image and advances the cursor. */
+static rkv_status rkvi_image_transfer(const rkv_backend *backend, rkvi_image_cursor *cursor,
+                                      void *rows, size_t bytes, size_t element_bytes)
+{
+    rkv_status status;
+    if (bytes == 0) return RKV_OK;
+    if (cursor->in != NULL) {
+        const unsigned char *image = cursor->in;
+        cursor->in += bytes;
+        if (rkvi_host_is_little_endian()) return backend->copy_in(backend, rows, image, bytes);
+        return rkvi_image_load_swapped(backend, (unsigned char *)rows, image, bytes, element_bytes);
+    }
+    status = backend->copy_out(backend, cursor->out, rows, bytes);
+    if (status == RKV_OK && !rkvi_host_is_little_endian()) {
+        status = backend->synchronize(backend);
+        if (status == RKV_OK) rkvi_image_swap(cursor->out, cursor->out, bytes, element_bytes);
+    }
+    cursor->out += bytes;
+    return status;
+}
+
+/* The rows in use of every head of keys or values. */
+static rkv_status rkvi_image_transfer_rows(const rkv_backend *backend, rkvi_image_cursor *cursor,
+                                           const rkv_tensor *reserved, int n_tokens)
+{
+    const size_t element_bytes = rkvi_dtype_bytes(reserved->dtype);
+    const size_t row_bytes = element_bytes * (size_t)reserved->dim;
+    unsigned char *head = (unsigned char *)reserved->data;
+    int h;
+    for (h = 0; h < reserved->heads; h++, head += row_bytes * (size_t)reserved->tokens) {
+        rkv_status status =
+            rkvi_image_transfer(backend, cursor, head, row_bytes * (size_t)n_tokens, element_bytes);
+        if (status != RKV_OK) return status;
+    }
+    return RKV_OK;
+}
+
+/* Ring slots whose queries are not in use become zeros: no stray memory in a file, and equal
+ * caches make equal images. `ring` is the layer's ring in the image. */
+static void rkvi_image_blank_stale(const rkv_cache *cache, int layer, unsigned char *ring)
+{
+    const int window = cache->config.compress.window;
+    const int n_stale = window - cache->n_queries[layer];
+    const int next = rkv_cache_position(cache, layer) % window; /* the oldest slot */
+    const size_t row_bytes =
+        cache->plan.query_bytes / (size_t)cache->config.query_heads / (size_t)window;
+    int h, i;
+    for (h = 0; h < cache->config.query_heads; h++, ring += row_bytes * (size_t)window)
+        for (i = 0; i < n_stale; i++) {
+            const int slot = i < window - next ? next + i : next + i - window;
+            memset(ring + row_bytes * (size_t)slot, 0, row_bytes);
+        }
+}
+
+static rkv_status rkvi_image_transfer_ring(const rkv_cache *cache, rkvi_image_cursor *cursor,
+                                           int layer)
+{
+    const rkv_backend *backend = cache->config.backend;
+    unsigned char *out = cursor->out;
+    rkv_status status =
+        rkvi_image_transfer(backend, cursor, cache->layers[layer].queries.data,
+                            cache->plan.query_bytes, rkvi_dtype_bytes(cache->config.dtype));
+    if (status != RKV_OK || out == NULL || cache->plan.query_bytes == 0) return status;
+    status = backend->synchronize(backend);
+    if (status == RKV_OK) rkvi_image_blank_stale(cache, layer, out);
+    return status;
+}
+
+/* Everything between the counters and the checksum, for the counters that the cache has. */
+static rkv_status rkvi_image_transfer_body(const rkv_cache *cache, rkvi_image_cursor *cursor)
+{
+    const rkv_backend *backend = cache->config.backend;
+    const int fixed_rows = rkvi_cache_fixed_rows(&cache->config, cache->evicted);
+    const size_t fixed_bytes = sizeof(int32_t) * (size_t)fixed_rows;
+    rkv_status status = RKV_OK;
+    int s, l;
+    for (s = 0; s < cache->plan.n_sets && status == RKV_OK; s++)
+        status = rkvi_image_transfer(backend, cursor,
+                                     cache->positions + (size_t)s * (size_t)cache->config.capacity,
+                                     fixed_bytes, sizeof(int32_t));
+    for (l = 0; l < cache->config.n_layers && status == RKV_OK; l++) {
+        const rkv_layer *layer = &cache->layers[l];
+        status = rkvi_image_transfer_rows(backend, cursor, &layer->keys, layer->n_tokens);
+        if (status == RKV_OK)
+            status = rkvi_image_transfer_rows(backend, cursor, &layer->values, layer->n_tokens);
+        if (status == RKV_OK) status = rkvi_image_transfer_ring(cache, cursor, l);
+    }
+    return status == RKV_OK ? backend->synchronize(backend) : status;
+}
+
+RKV_API rkv_status rkv_cache_save(const rkv_cache *cache, void *memory, size_t bytes)
+{
+    rkvi_image_cursor cursor;
+    unsigned char *image = (unsigned char *)memory;
+    const size_t size = rkv_cache_save_size(cache);
+    rkv_status status;
+    if (cache == NULL || memory == NULL || bytes < size) return RKV_ERROR_ARGUMENT;
+    rkvi_image_write_header(cache, image);
+    cursor.in = NULL;
+    cursor.out = image + rkvi_image_header_bytes(cache);
+    status = rkvi_image_transfer_body(cache, &cursor);
+    if (status != RKV_OK) return status;
+    rkvi_image_put(cursor.out, rkvi_image_checksum(image, size - 8), 8);
+    return RKV_OK;
+}
+
+static int rkvi_image_shape_matches(const rkv_cache *cache, const unsigned char *image)
+{
+    uint32_t shape[RKVI_IMAGE_SHAPE];
+    int i;
+    if (memcmp(image, "RKVCACHE", 8) != 0) return 0;
+    rkvi_image_shape(cache, shape);
+    for (i = 0; i < RKVI_IMAGE_SHAPE; i++)
+        if (rkvi_image_get(image + 8 + 4 * i, 4) != shape[i]) return 0;
+    return 1;
+}
+
+/* An image's counters, read and found possible for this cache. */
+typedef struct rkvi_image_counts {
+    int64_t rounds;
+    int evicted, fixed_rows;
+    size_t total_rows;
+} rkvi_image_counts;
+
+static int rkvi_image_read_counts(const rkv_cache *cache, const unsigned char *image,
+                                  rkvi_image_counts *counts)
+{
+    const uint64_t rounds = rkvi_image_get(image + RKVI_IMAGE_COUNTS, 8);
+    const uint64_t evicted = rkvi_image_get(image + RKVI_IMAGE_COUNTS + 8, 8);
+    const uint64_t window =
+        cache->plan.query_bytes > 0 ? (uint64_t)cache->config.compress.window : 0;
+    int l;
+    if (evicted > INT32_MAX || rounds > evicted || (rounds == 0) != (evicted == 0)) return 0;
+    counts->rounds = (int64_t)rounds;
+    counts->evicted = (int)evicted;
+    counts->fixed_rows = rkvi_cache_fixed_rows(&cache->config, counts->evicted);
+    counts->total_rows = 0;
+    image += RKVI_IMAGE_LAYERS;
+    for (l = 0; l < cache->config.n_layers; l++, image += 8) {
+        const uint64_t rows = rkvi_image_get(image, 4), n_queries = rkvi_image_get(image + 4, 4);
+        if (rows > (uint64_t)cache->config.capacity || rows + evicted > INT32_MAX) return 0;
+        if (rows < (uint64_t)counts->fixed_rows) return 0;
+        if (n_queries > window || n_queries > rows + evicted) return 0;
+        counts->total_rows += (size_t)rows;
+    }
+    return 1;
+}
+
+/* The first fixed rows of every set: pinned ones in their place, all older than the window of
+ * the last round, and in order where the config says so. */
+static int rkvi_image_positions_valid(const rkv_cache *cache, const unsigned char *image,
+                                      const rkvi_image_counts *counts)
+{
+    const rkv_config *compress = &cache->config.compress;
+    const int64_t end = (int64_t)counts->evicted + counts->fixed_rows;
+    int s, row;
+    for (s = 0; s < cache->plan.n_sets; s++) {
+        int64_t before = -1;
+        for (row = 0; row < counts->fixed_rows; row++, image += 4) {
+            const int64_t position = (int64_t)rkvi_image_get(image, 4);
+            if (position >= end) return 0;
+            if (row < compress->pinned && position != row) return 0;
+            if (compress->order == RKV_BY_POSITION && position <= before) return 0;
+            before = position;
+        }
+    }
+    return 1;
+}
+
+static int rkvi_image_valid(const rkv_cache *cache, const unsigned char *image, size_t bytes,
+                            rkvi_image_counts *counts)
+{
+    const size_t header_bytes = rkvi_image_header_bytes(cache);
+    if (bytes < header_bytes + 8 || !rkvi_image_shape_matches(cache, image)) return 0;
+    if (!rkvi_image_read_counts(cache, image, counts)) return 0;
+    if (bytes != rkvi_image_size(cache, counts->fixed_rows, counts->total_rows)) return 0;
+    if (rkvi_image_get(image + bytes - 8, 8) != rkvi_image_checksum(image, bytes - 8)) return 0;
+    return rkvi_image_positions_valid(cache, image + header_bytes, counts);
+}
+
+static void rkvi_image_apply_counts(rkv_cache *cache, const unsigned char *image,
+                                    const rkvi_image_counts *counts)
+{
+    int l;
+    cache->rounds = counts->rounds;
+    cache->evicted = counts->evicted;
+    image += RKVI_IMAGE_LAYERS;
+    for (l = 0; l < cache->config.n_layers; l++, image += 8) {
+        cache->layers[l].n_tokens = (int)rkvi_image_get(image, 4);
+        cache->n_queries[l] = (int)rkvi_image_get(image + 4, 4);
+    }
+}
+
+RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t bytes)
+{
+    const unsigned char *image = (const unsigned char *)memory;
+    rkvi_image_counts counts;
+    rkvi_image_cursor cursor;
+    rkv_status status = RKV_OK;
+    int l;
+    if (cache == NULL || memory == NULL) return RKV_ERROR_ARGUMENT;
+    if (!rkvi_image_valid(cache, image, bytes, &counts)) return RKV_ERROR_ARGUMENT;
+    rkvi_image_apply_counts(cache, image, &counts);
+    for (l = 0; l < cache->config.n_layers && status == RKV_OK; l++)
+        status = rkvi_cache_fill(cache, l, counts.fixed_rows,
+                                 cache->layers[l].n_tokens - counts.fixed_rows);
+    cursor.out = NULL;
+    cursor.in = image + rkvi_image_header_bytes(cache);
+    if (status == RKV_OK) status = rkvi_image_transfer_body(cache, &cursor);
+    if (status != RKV_OK) rkv_cache_reset(cache); /* half of the old rows are overwritten */
+    return status;
+}
+#endif /* RKV_NO_CACHE */
+
+/* ==== 19. Thread pool =======================================================================
+ * In: a task and a count.  Out: every index done once.  Knows nothing of caches.
+ * Workers sleep until a call leaves indices to take; the caller takes indices too. Tasks are
+ * whole kv heads, so one lock for each costs nothing, and C99 has no atomics. */
+#ifdef RKV_PTHREADS
+#include <pthread.h>
+#include <stdlib.h>
+
+struct rkv_threads {
+    pthread_mutex_t turn;  /* held for a whole call: calls from several threads queue */
+    pthread_mutex_t mutex; /* guards all that follows */
+    pthread_cond_t wake;   /* there are indices to take, or it is time to stop */
+    pthread_cond_t done;   /* n_unfinished has become 0 */
+    void (*task)(void *arg, int index);
+    void *arg;
+    int next, n_tasks, n_unfinished;
+    int stop;
+    int n_workers;      /* the caller is one thread more */
+    pthread_t *workers; /* [n_workers] */
+};
+
+/* Runs indices until none is left to take. The mutex is held on entry and on return. */
+static void rkvi_threads_run(rkv_threads *threads)
+{
+    while (threads->next < threads->n_tasks) {
+        void (*task)(void *, int) = threads->task;
+        void *arg = threads->arg;
+        const int index = threads->next++;
+        pthread_mutex_unlock(&threads->mutex);
+        task(arg, index);
+        pthread_mutex_lock(&threads->mutex);
+        if (--threads->n_unfinished == 0) pthread_cond_signal(&threads->done);
+    }
+}
+
+static void *rkvi_threads_worker(void *handle)
+{
+    rkv_threads *threads = (rkv_threads *)handle;
+    pthread_mutex_lock(&threads->mutex);
+    while (!threads->stop) {
+        rkvi_threads_run(threads);
+        if (!threads->stop) pthread_cond_wait(&threads->wake, &threads->mutex);
+    }
+    pthread_mutex_unlock(&threads->mutex);
+    return NULL;
+}
+
+static void rkvi_threads_for(void *handle, int n_tasks, void (*task)(void *arg, int index),
+                             void *arg)
+{
+    rkv_threads *threads = (rkv_threads *)handle;
+    if (n_tasks < 1) return;
+    pthread_mutex_lock(&threads->turn);
+    pthread_mutex_lock(&threads->mutex);
+    threads->task = task;
+    threads->arg = arg;
+    threads->next = 0;
+    threads->n_tasks = threads->n_unfinished = n_tasks;
+    if (n_tasks > 1) pthread_cond_broadcast(&threads->wake);
+    rkvi_threads_run(threads);
+    while (threads->n_unfinished > 0) pthread_cond_wait(&threads->done, &threads->mutex);
+    pthread_mutex_unlock(&threads->mutex);
+    pthread_mutex_unlock(&threads->turn);
+}
+
+/* Initialises the four in order; on a failure takes back those before. */
+static int rkvi_threads_init_locks(rkv_threads *threads)
+{
+    if (pthread_mutex_init(&threads->turn, NULL) != 0) return 0;
+    if (pthread_mutex_init(&threads->mutex, NULL) == 0) {
+        if (pthread_cond_init(&threads->wake, NULL) == 0) {
+            if (pthread_cond_init(&threads->done, NULL) == 0) return 1;
+            pthread_cond_destroy(&threads->wake);
+        }
+        pthread_mutex_destroy(&threads->mutex);
+    }
+    pthread_mutex_destroy(&threads->turn);
+    return 0;
+}
+
+RKV_API rkv_status rkv_threads_create(rkv_threads **out, int n_threads)
+{
+    rkv_threads *threads;
+    size_t bytes;
+    if (out == NULL) return RKV_ERROR_ARGUMENT;
+    *out = NULL;
+    if (n_threads < 1) return RKV_ERROR_ARGUMENT;
+    if (!rkvi_mul_size((size_t)n_threads, sizeof(pthread_t), &bytes) ||
+        !rkvi_add_size(bytes, sizeof(rkv_threads), &bytes))
+        return RKV_ERROR_MEMORY;
+    threads = (rkv_threads *)calloc(1, bytes);
+    if (threads == NULL) return RKV_ERROR_MEMORY;
+    if (!rkvi_threads_init_locks(threads)) {
+        free(threads);
+        return RKV_ERROR_MEMORY;
+    }
+    threads->workers = (pthread_t *)(void *)(threads + 1); /* room for n_threads - 1, and more */
+    while (threads->n_workers < n_threads - 1) {
+        pthread_t *worker = &threads->workers[threads->n_workers];
+        if (pthread_create(worker, NULL, rkvi_threads_worker, threads) != 0) {
+            rkv_threads_destroy(threads);
+            return RKV_ERROR_MEMORY;
+        }
+        threads->n_workers++;
+    }
+    *out = threads;
+    return RKV_OK;
+}
+
+RKV_API void rkv_threads_destroy(rkv_threads *threads)
+{
+    int i;
+    if (threads == NULL) return;
+    pthread_mutex_lock(&threads->mutex);
+    threads->stop = 1;
+    pthread_cond_broadcast(&threads->wake);
+    pthread_mutex_unlock(&threads->mutex);
+    for (i = 0; i < threads->n_workers; i++) pthread_join(threads->workers[i], NULL);
+    pthread_cond_destroy(&threads->done);
+    pthread_cond_destroy(&threads->wake);
+    pthread_mutex_destroy(&threads->mutex);
+    pthread_mutex_destroy(&threads->turn);
+    free(threads);
+}
+
+RKV_API void rkv_threads_use(rkv_threads *threads, rkv_config *config)
+{
+    if (config == NULL) return;
+    config->n_threads = threads == NULL ? 1 : threads->n_workers + 1;
+    config->parallel_for = threads == NULL ? NULL : rkvi_threads_for;
+    config->pool_handle = threads;
+}
+#endif /* RKV_PTHREADS */
+
+#endif /* RKV_IMPLEMENTED */
+#endif /* RKV_IMPLEMENTATION */
+
+/* ==== 20. Licence ============================================================================
+ * rkv is available under either of the two licences below, whichever you prefer.
+ *
+ * ------------------------------------------------------------------------------
+ * Alternative A - MIT License
+ *
+ * Copyright (c) 2026 rkv authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy of
+ * this software and associated documentation files (the "Software"), to deal in
+ * the Software without restriction, including without limitation the rights to
+ * use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies
+ * of the Software, and to permit persons to whom the Software is furnished to do
+ * so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in all
+ * copies or substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+ * IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+ * FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+ * AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+ * LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+ * OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+ * SOFTWARE.
+ *
+ * ------------------------------------------------------------------------------
+ * Alternative B - Public Domain (www.unlicense.org)
+ *
+ * This is free and unencumbered software released into the public domain.
+ *
+ * Anyone is free to copy, modify, publish, use, compile, sell, or distribute this
+ * software, either in source code form or as a compiled binary, for any purpose,
+ * commercial or non-commercial, and by any means.
+ *
+ * In jurisdictions that recognize copyright laws, the author or authors of this
+ * software dedicate any and all copyright interest in the software to the public
+ * domain. We make this dedication for the benefit of the public at large and to
+ * the detriment of our heirs and successors. We intend this dedication to be an
+ * overt act of relinquishment in perpetuity of all present and future rights to
+ * this software under copyright law.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+ * IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+ * FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+ * AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN
+ * ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION
+ * WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ */

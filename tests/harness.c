@@ -1,0 +1,860 @@
+/* The shared part of the tests: see harness.h. Built and linked into every one of them by
+ *     make test */
+#include "harness.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- checks --------------------------------------------------------------------------------- */
+static int passed, failed, skipped; /* cases */
+static int case_failures, case_open;
+static char case_name[512];
+
+enum { MAX_PRINTED = 6 }; /* failures of one case: the first ones say what is wrong */
+
+void case_begin(const char *format, ...)
+{
+    va_list arguments;
+    case_end();
+    va_start(arguments, format);
+    vsnprintf(case_name, sizeof case_name, format, arguments);
+    va_end(arguments);
+    case_open = 1;
+    case_failures = 0;
+}
+
+void case_end(void)
+{
+    if (!case_open) return;
+    if (case_failures > MAX_PRINTED)
+        printf("FAIL  %s: %d failures in all\n", case_name, case_failures);
+    if (case_failures)
+        failed++;
+    else
+        passed++;
+    case_open = 0;
+    fflush(stdout);
+}
+
+const char *case_text(void)
+{
+    return case_name;
+}
+
+/* Counts a failure; true when it is to be printed. */
+static int fails(void)
+{
+    if (!case_open) case_begin("outside any case");
+    return ++case_failures <= MAX_PRINTED;
+}
+
+int expect_true(const char *at, int holds)
+{
+    if (holds) return 1;
+    if (fails()) printf("FAIL  %s: %s does not hold\n", case_name, at);
+    return 0;
+}
+
+int expect_int(const char *at, int i, int64_t got, int64_t want)
+{
+    if (got == want) return 1;
+    if (fails())
+        printf("FAIL  %s: %s [%d] got %lld want %lld\n", case_name, at, i, (long long)got,
+               (long long)want);
+    return 0;
+}
+
+int expect_near(const char *at, int i, double got, double want, double tolerance)
+{
+    double error = fabs(got - want);
+    if (error <= tolerance) return 1; /* not error > tolerance: a NaN must fail */
+    if (fails())
+        printf("FAIL  %s: %s [%d] got %.9g want %.9g err %.1e > %.0e\n", case_name, at, i, got,
+               want, error, tolerance);
+    return 0;
+}
+
+int expect_bytes(const char *at, const void *got, const void *want, size_t bytes)
+{
+    const unsigned char *a = (const unsigned char *)got, *b = (const unsigned char *)want;
+    size_t i;
+    if (memcmp(a, b, bytes) == 0) return 1;
+    for (i = 0; a[i] == b[i]; i++) continue;
+    if (fails())
+        printf("FAIL  %s: %s: byte %lu of %lu is %02x, not %02x\n", case_name, at, (unsigned long)i,
+               (unsigned long)bytes, a[i], b[i]);
+    return 0;
+}
+
+int expect_status(const char *at, rkv_status got, rkv_status want)
+{
+    if (got == want) return 1;
+    if (fails())
+        printf("FAIL  %s: %s: status \"%s\", want \"%s\"\n", case_name, at, rkv_status_string(got),
+               rkv_status_string(want));
+    return 0;
+}
+
+void skip(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    printf("skip  ");
+    vprintf(format, arguments);
+    printf("\n");
+    va_end(arguments);
+    skipped++;
+}
+
+int cases_failed(void)
+{
+    return failed;
+}
+
+int close_tests(void)
+{
+    case_end();
+    printf("%d passed, %d failed, %d skipped\n", passed, failed, skipped);
+    return failed != 0 || passed == 0;
+}
+
+/* Is `name` one of the words of `list`? */
+static int names(const char *list, const char *name)
+{
+    size_t length = strlen(name);
+    const char *at = list;
+    while (list && (at = strstr(at, name)) != NULL) {
+        int starts = at == list || at[-1] == ' ' || at[-1] == ',';
+        if (starts && (at[length] == 0 || at[length] == ' ' || at[length] == ',')) return 1;
+        at += length;
+    }
+    return 0;
+}
+
+int usable_backends(const rkv_backend *list[MAX_BACKENDS])
+{
+    static const char *const cpu_paths[] = { "avx512", "avx2", "neon", "scalar" };
+    const char *expected = getenv("EXPECT");
+    int n = 0;
+    size_t i;
+    for (i = 0; i < sizeof cpu_paths / sizeof *cpu_paths; i++) {
+        const rkv_backend *found = rkv_backend_find(cpu_paths[i]);
+        if (found) {
+            list[n++] = found;
+        } else if (names(expected, cpu_paths[i])) {
+            case_begin("backend %s", cpu_paths[i]);
+            expect_true("usable, as EXPECT demands", 0);
+            case_end();
+        } else {
+            skip("%s: not usable on this CPU", cpu_paths[i]);
+        }
+    }
+    return n;
+}
+
+/* ---- memory --------------------------------------------------------------------------------- */
+enum { GUARD = 64 };
+
+void *alloc_checked(size_t bytes)
+{
+    void *memory = malloc(bytes ? bytes : 1);
+    if (memory) return memory;
+    printf("FAIL  out of memory: %lu bytes\n", (unsigned long)bytes);
+    exit(1);
+}
+
+static unsigned char guard_byte(size_t i)
+{
+    return (unsigned char)(0xA5u ^ (unsigned)(i * 37u));
+}
+
+void block_make(block *b, size_t bytes, size_t misalign, int rear_guard)
+{
+    size_t i;
+    b->bytes = bytes;
+    b->total = GUARD + misalign + bytes + (rear_guard ? GUARD : 0);
+    b->base = (unsigned char *)alloc_checked(b->total);
+    b->data = b->base + GUARD + misalign;
+    b->image = (unsigned char *)alloc_checked(b->total);
+    for (i = 0; i < b->total; i++) b->base[i] = guard_byte(i);
+    block_remember(b);
+}
+
+void block_free(block *b)
+{
+    free(b->base);
+    free(b->image);
+    memset(b, 0, sizeof *b);
+}
+
+void block_remember(block *b)
+{
+    memcpy(b->image, b->base, b->total);
+}
+
+void block_restore(block *b)
+{
+    memcpy(b->base, b->image, b->total);
+}
+
+int block_unchanged(const char *at, const block *b)
+{
+    return b->base == NULL || expect_bytes(at, b->base, b->image, b->total);
+}
+
+int block_guards(const char *at, const block *b)
+{
+    size_t front = b->base ? (size_t)(b->data - b->base) : 0;
+    if (b->base == NULL) return 1;
+    return expect_bytes(at, b->base, b->image, front) &&
+           expect_bytes(at, b->data + b->bytes, b->image + front + b->bytes,
+                        b->total - front - b->bytes);
+}
+
+/* ---- random numbers ------------------------------------------------------------------------- */
+rng rng_seed(uint64_t seed)
+{
+    rng r;
+    r.state = seed * 0x9E3779B97F4A7C15u + 0x1234567u;
+    rng_next(&r);
+    return r;
+}
+
+uint64_t rng_next(rng *r) /* splitmix64 */
+{
+    uint64_t z = r->state += 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+int rng_below(rng *r, int n)
+{
+    return (int)(rng_next(r) % (uint64_t)n);
+}
+
+int rng_pick(rng *r, const int *list, int n)
+{
+    return list[rng_below(r, n)];
+}
+
+double rng_unit(rng *r)
+{
+    return (double)(rng_next(r) >> 11) / 9007199254740992.0;
+}
+
+double rng_normal(rng *r) /* twelve uniforms: no libm, so the same numbers everywhere */
+{
+    double sum = -6.0;
+    int i;
+    for (i = 0; i < 6; i++) {
+        uint64_t bits = rng_next(r);
+        sum += (double)(bits >> 32) / 4294967296.0 + (double)(bits & 0xFFFFFFFFu) / 4294967296.0;
+    }
+    return sum;
+}
+
+/* ---- number formats ------------------------------------------------------------------------- */
+/* Rounds x to `mantissa` bits below the leading one, exponents down to min_exponent. */
+static double round_binary(double x, int mantissa, int min_exponent)
+{
+    int exponent;
+    double step, scaled;
+    if (x == 0 || isnan(x) || isinf(x)) return x;
+    frexp(x, &exponent);
+    exponent = exponent - 1 < min_exponent ? min_exponent : exponent - 1;
+    step = ldexp(1.0, exponent - mantissa);
+    scaled = x / step;
+    return nearbyint(scaled) * step; /* the default rounding: to nearest, ties to even */
+}
+
+uint16_t f16_from_float(float x)
+{
+    double rounded = round_binary((double)x, 10, -14), size = fabs(rounded);
+    unsigned sign = signbit(x) ? 0x8000u : 0u;
+    int exponent;
+    if (isnan(x)) return (uint16_t)(sign | 0x7E00u);
+    if (size > 65504.0) return (uint16_t)(sign | 0x7C00u);
+    if (size < ldexp(1.0, -14)) return (uint16_t)(sign | (unsigned)(size * ldexp(1.0, 24)));
+    frexp(size, &exponent);
+    return (uint16_t)(sign | ((unsigned)(exponent + 14) << 10) |
+                      ((unsigned)ldexp(size, 11 - exponent) & 0x3FFu));
+}
+
+float f16_to_float(uint16_t bits)
+{
+    int exponent = (bits >> 10) & 31, mantissa = bits & 0x3FF;
+    double size = exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
+    if (exponent == 31) size = mantissa ? (double)NAN : (double)INFINITY;
+    return (float)(bits & 0x8000 ? -size : size);
+}
+
+uint16_t bf16_from_float(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (isnan(x)) return (uint16_t)((bits >> 16) | 0x40u);
+    return (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+float bf16_to_float(uint16_t bits)
+{
+    uint32_t wide = (uint32_t)bits << 16;
+    float x;
+    memcpy(&x, &wide, sizeof x);
+    return x;
+}
+
+size_t dtype_bytes(rkv_dtype dtype)
+{
+    return dtype == RKV_F32 ? 4 : 2;
+}
+
+float round_to(rkv_dtype dtype, float x)
+{
+    if (dtype == RKV_F16) return f16_to_float(f16_from_float(x));
+    if (dtype == RKV_BF16) return bf16_to_float(bf16_from_float(x));
+    return x;
+}
+
+/* ---- keys ----------------------------------------------------------------------------------- */
+const char *key_kind_name(key_kind kind)
+{
+    static const char *const list[N_KEY_KINDS] = {
+        "isotropic", "shared direction", "repeats",         "exact repeats", "identical",
+        "zero",      "zero rows",        "outlier channel", "rotary",        "tiny",
+    };
+    return list[kind];
+}
+
+static void noise_rows(rng *r, float *rows, int n, int dim, double scale)
+{
+    size_t i, count = (size_t)n * (size_t)dim;
+    for (i = 0; i < count; i++) rows[i] = (float)(scale * rng_normal(r));
+}
+
+/* key = sqrt(c) u + sqrt(1 - c) noise, with |u| as long as the noise: cosines average c. */
+static void shared_rows(rng *r, double strength, float *rows, int n, int dim)
+{
+    float *direction = (float *)alloc_checked((size_t)dim * sizeof(float));
+    int t, i;
+    noise_rows(r, direction, 1, dim, sqrt(strength));
+    noise_rows(r, rows, n, dim, sqrt(1 - strength));
+    for (t = 0; t < n; t++)
+        for (i = 0; i < dim; i++) rows[(size_t)t * (size_t)dim + (size_t)i] += direction[i];
+    free(direction);
+}
+
+/* Segments of 3 to 12 rows; about half of them are earlier ones said again. */
+static void repeated_rows(rng *r, double noise, float *rows, int n, int dim)
+{
+    int t = 0, k, i;
+    while (t < n) {
+        int length = 3 + rng_below(r, 10), source = -1;
+        if (length > n - t) length = n - t;
+        if (t >= length && rng_below(r, 2)) source = rng_below(r, t - length + 1);
+        for (k = 0; k < length; k++)
+            for (i = 0; i < dim; i++) {
+                size_t at = (size_t)(t + k) * (size_t)dim + (size_t)i;
+                size_t from = (size_t)(source + k) * (size_t)dim + (size_t)i;
+                rows[at] =
+                    source < 0 ? (float)rng_normal(r) : rows[from] + (float)(noise * rng_normal(r));
+            }
+        t += length;
+    }
+}
+
+/* Rows of rank at most 4, repeated, turned by their position: pairs (i, i + dim/2). */
+static void rotary_rows(rng *r, float *rows, int n, int dim)
+{
+    int rank = dim < 4 ? dim : 4, half = dim / 2, t, i, k;
+    float *basis = (float *)alloc_checked((size_t)(rank * dim) * sizeof(float));
+    float *content = (float *)alloc_checked((size_t)n * (size_t)rank * sizeof(float));
+    noise_rows(r, basis, rank, dim, 1.0);
+    repeated_rows(r, 0.05, content, n, rank);
+    for (t = 0; t < n; t++) {
+        float *row = rows + (size_t)t * (size_t)dim;
+        for (i = 0; i < dim; i++) {
+            double sum = 0;
+            for (k = 0; k < rank; k++)
+                sum += (double)content[t * rank + k] * (double)basis[k * dim + i];
+            row[i] = (float)sum;
+        }
+        for (i = 0; i < half; i++) {
+            double angle = t * pow(10000.0, -2.0 * i / dim), c = cos(angle), s = sin(angle);
+            double x = (double)row[i], y = (double)row[i + half];
+            row[i] = (float)(c * x - s * y);
+            row[i + half] = (float)(s * x + c * y);
+        }
+    }
+    free(basis);
+    free(content);
+}
+
+static void head_keys(rng *r, key_kind kind, double strength, float *rows, int n, int dim)
+{
+    size_t width = (size_t)dim;
+    int t, channel;
+    switch (kind) {
+    case KEYS_SHARED: shared_rows(r, strength, rows, n, dim); break;
+    case KEYS_REPEATS: repeated_rows(r, 0.1, rows, n, dim); break;
+    case KEYS_EXACT: repeated_rows(r, 0.0, rows, n, dim); break;
+    case KEYS_ROTARY: rotary_rows(r, rows, n, dim); break;
+    case KEYS_ZERO: memset(rows, 0, (size_t)n * width * sizeof(float)); break;
+    case KEYS_IDENTICAL:
+        noise_rows(r, rows, 1, dim, 1.0);
+        for (t = 1; t < n; t++) memcpy(rows + (size_t)t * width, rows, width * sizeof(float));
+        break;
+    case KEYS_ZERO_ROWS:
+        noise_rows(r, rows, n, dim, 1.0);
+        for (t = 0; t < n; t++)
+            if (rng_below(r, 4) == 0) memset(rows + (size_t)t * width, 0, width * sizeof(float));
+        break;
+    case KEYS_OUTLIER:
+        noise_rows(r, rows, n, dim, 1.0);
+        channel = rng_below(r, dim);
+        for (t = 0; t < n; t++) rows[(size_t)t * width + (size_t)channel] += 20.0f;
+        break;
+    case KEYS_TINY: noise_rows(r, rows, n, dim, 1e-8 / sqrt((double)dim)); break;
+    case KEYS_ISOTROPIC:
+    case N_KEY_KINDS: noise_rows(r, rows, n, dim, 1.0); break;
+    }
+}
+
+void make_keys(rng *r, key_kind kind, double strength, float *keys, int heads, int n, int dim)
+{
+    int h;
+    for (h = 0; h < heads; h++)
+        head_keys(r, kind, strength, keys + (size_t)h * (size_t)n * (size_t)dim, n, dim);
+}
+
+/* ---- views ---------------------------------------------------------------------------------- */
+const char *layout_name(layout l)
+{
+    static const char *const list[N_LAYOUTS] = {
+        "contiguous", "strided",  "token-major", "paged NHD",
+        "paged HND",  "row list", "transposed",  "paged transposed",
+    };
+    return list[l];
+}
+
+/* A block table of distinct blocks in random order, out of a few more than are needed. */
+static void make_table(view *v, rng *r, int n_blocks, int n_pool)
+{
+    int32_t *pool = (int32_t *)alloc_checked((size_t)n_pool * sizeof *pool);
+    int i;
+    for (i = 0; i < n_pool; i++) pool[i] = i;
+    for (i = 0; i < n_blocks; i++) {
+        int other = i + rng_below(r, n_pool - i);
+        int32_t taken = pool[other];
+        pool[other] = pool[i];
+        pool[i] = taken;
+    }
+    block_make(&v->table, (size_t)n_blocks * sizeof *pool, 0, 1);
+    memcpy(v->table.data, pool, v->table.bytes);
+    block_remember(&v->table);
+    free(pool);
+    v->tensor.block_table = (const int32_t *)(const void *)v->table.data;
+}
+
+/* Strides of the unpaged layouts; returns the elements that the view spans. */
+static size_t plain_strides(rng *r, layout l, rkv_tensor *t)
+{
+    int64_t gap = l == LAYOUT_CONTIGUOUS ? 0 : rng_below(r, 4);
+    int64_t heads = t->heads, tokens = t->tokens, dim = t->dim;
+    if (l == LAYOUT_TOKEN_MAJOR) {
+        t->head_stride = dim + gap;
+        t->token_stride = heads * t->head_stride + rng_below(r, 3);
+        return (size_t)((tokens - 1) * t->token_stride + heads * t->head_stride);
+    }
+    if (l == LAYOUT_TRANSPOSED) {
+        t->token_stride = 1;
+        t->dim_stride = tokens + gap;
+        t->head_stride = dim * t->dim_stride;
+        return (size_t)(heads * t->head_stride);
+    }
+    if (l == LAYOUT_STRIDED) {
+        t->dim_stride = 1;
+        t->token_stride = dim + gap;
+        t->head_stride = tokens * t->token_stride + rng_below(r, 9);
+        return (size_t)((heads - 1) * t->head_stride + tokens * t->token_stride);
+    }
+    return (size_t)(heads * tokens * dim);
+}
+
+static size_t paged_strides(view *v, rng *r, layout l)
+{
+    static const int page_sizes[] = { 1, 2, 3, 5, 16, 32 };
+    rkv_tensor *t = &v->tensor;
+    int64_t heads = t->heads, dim = t->dim, page, n_blocks, n_pool;
+    t->block_tokens = l == LAYOUT_ROW_LIST ? 1 : RNG_PICK(r, page_sizes);
+    page = t->block_tokens;
+    n_blocks = (t->tokens + page - 1) / page;
+    n_pool = n_blocks + rng_below(r, 4);
+    make_table(v, r, (int)n_blocks, (int)n_pool);
+    if (l == LAYOUT_PAGED_NHD || l == LAYOUT_ROW_LIST) {
+        t->head_stride = dim;
+        t->token_stride = heads * dim;
+    } else if (l == LAYOUT_PAGED_TRANSPOSED) {
+        t->token_stride = 1;
+        t->dim_stride = page;
+        t->head_stride = dim * page;
+    }
+    if (rng_below(r, 2)) t->block_stride = heads * page * dim + rng_below(r, 5);
+    return (size_t)(n_pool * (t->block_stride ? t->block_stride : heads * page * dim));
+}
+
+void view_make(view *v, rng *r, layout l, rkv_dtype dtype, int element_bytes, int heads, int tokens,
+               int dim, size_t misalign)
+{
+    size_t span, i;
+    memset(v, 0, sizeof *v);
+    v->tensor = rkv_tensor_make(NULL, dtype, heads, tokens, dim);
+    v->tensor.head_stride = v->tensor.token_stride = v->tensor.dim_stride = 0;
+    v->tensor.block_stride = 0;
+    v->tensor.element_bytes = element_bytes;
+    v->element = element_bytes ? (size_t)element_bytes : dtype_bytes(dtype);
+    if (l == LAYOUT_PAGED_NHD || l == LAYOUT_PAGED_HND || l == LAYOUT_ROW_LIST ||
+        l == LAYOUT_PAGED_TRANSPOSED)
+        span = paged_strides(v, r, l);
+    else
+        span = plain_strides(r, l, &v->tensor);
+    block_make(&v->memory, span * v->element, misalign, rng_below(r, 2));
+    v->tensor.data = v->memory.data;
+    for (i = 0; i < v->memory.bytes; i++) v->memory.data[i] = (unsigned char)rng_next(r);
+    block_remember(&v->memory);
+}
+
+void view_free(view *v)
+{
+    block_free(&v->memory);
+    block_free(&v->table);
+}
+
+/* Byte offset of an element, from the formula in rkv.h. */
+static size_t view_offset(const view *v, int head, int token, int i)
+{
+    const rkv_tensor *t = &v->tensor;
+    int64_t per_block = t->block_table ? t->block_tokens : t->tokens;
+    int64_t dim_stride = t->dim_stride ? t->dim_stride : 1;
+    int64_t token_stride = t->token_stride ? t->token_stride : t->dim;
+    int64_t head_stride = t->head_stride ? t->head_stride : per_block * t->dim;
+    int64_t block_stride = t->block_stride ? t->block_stride : t->heads * per_block * t->dim;
+    int64_t at = head * head_stride + i * dim_stride;
+    if (t->block_table)
+        at += t->block_table[token / t->block_tokens] * block_stride +
+              token % t->block_tokens * token_stride;
+    else
+        at += token * token_stride;
+    return (size_t)at * v->element;
+}
+
+unsigned char *view_at(const view *v, int head, int token, int i)
+{
+    return v->memory.data + view_offset(v, head, token, i);
+}
+
+void view_store_one(view *v, int head, int token, int i, float value)
+{
+    unsigned char *at = view_at(v, head, token, i);
+    uint16_t half;
+    if (v->tensor.dtype == RKV_F32) {
+        memcpy(at, &value, sizeof value);
+        return;
+    }
+    half = v->tensor.dtype == RKV_F16 ? f16_from_float(value) : bf16_from_float(value);
+    memcpy(at, &half, sizeof half);
+}
+
+void view_store(view *v, const float *values, int n_tokens)
+{
+    int h, t, i;
+    for (h = 0; h < v->tensor.heads; h++)
+        for (t = 0; t < n_tokens; t++)
+            for (i = 0; i < v->tensor.dim; i++) view_store_one(v, h, t, i, *values++);
+    block_remember(&v->memory);
+}
+
+void view_restore(view *v)
+{
+    if (v->memory.base) block_restore(&v->memory);
+}
+
+int view_unchanged(const char *at, const view *v)
+{
+    return block_unchanged(at, &v->memory) & block_unchanged(at, &v->table);
+}
+
+int view_gathered(const char *at, const view *v, const int32_t *kept, int kept_stride, int n_kept)
+{
+    unsigned char *want, *want_data;
+    const unsigned char *before = v->memory.image + (v->memory.data - v->memory.base);
+    int h, row, i, same;
+    if (v->memory.base == NULL) return 1;
+    want = (unsigned char *)alloc_checked(v->memory.total);
+    want_data = want + (v->memory.data - v->memory.base);
+    memcpy(want, v->memory.image, v->memory.total);
+    for (h = 0; h < v->tensor.heads; h++)
+        for (row = 0; row < n_kept; row++)
+            for (i = 0; i < v->tensor.dim; i++)
+                memcpy(want_data + view_offset(v, h, row, i),
+                       before + view_offset(v, h, kept[h * kept_stride + row], i), v->element);
+    same = expect_bytes(at, v->memory.base, want, v->memory.total);
+    free(want);
+    return same & block_unchanged(at, &v->table);
+}
+
+/* ---- jobs ----------------------------------------------------------------------------------- */
+int config_window(const rkv_config *config)
+{
+    return config->window ? config->window : 8;
+}
+
+/* Outputs of a job: memory for as many sets as the scope has, sentinels in it. */
+static void make_outputs(job *j, rng *r, const rkv_config *config)
+{
+    const shape *s = &j->shape;
+    int stride = s->position_stride ? s->position_stride : s->capacity, set, row;
+    size_t scored = s->n_tokens > j->window ? (size_t)(s->n_tokens - j->window) : 0;
+    size_t sets = (size_t)j->sets, heads = (size_t)s->kv_heads;
+    int32_t *positions;
+    block_make(&j->scores, heads * scored * sizeof(float), 0, rng_below(r, 2));
+    j->layer.scores = (float *)(void *)j->scores.data;
+    if (s->follower) return;
+    block_make(&j->kept, sets * (size_t)config->budget * sizeof(int32_t), 0, rng_below(r, 2));
+    block_make(&j->positions, sets * (size_t)stride * sizeof(int32_t), 0, rng_below(r, 2));
+    j->layer.kept = (int32_t *)(void *)j->kept.data;
+    positions = j->layer.positions = (int32_t *)(void *)j->positions.data;
+    j->layer.position_stride = s->position_stride;
+    for (set = 0; set < j->sets; set++) {
+        int32_t position = rng_below(r, 5);
+        for (row = 0; row < s->n_tokens; row++) {
+            positions[(size_t)set * (size_t)stride + (size_t)row] = position;
+            position += 1 + (rng_below(r, 4) ? 0 : rng_below(r, 50));
+        }
+    }
+    block_remember(&j->positions);
+    if (config->scope == RKV_PER_HEAD) return;
+    block_make(&j->shared, scored * sizeof(float), 0, rng_below(r, 2));
+    j->layer.shared_scores = (float *)(void *)j->shared.data;
+}
+
+static void normalise_shape(shape *s)
+{
+    if (!s->capacity) s->capacity = s->n_tokens;
+    if (!s->value_dim) s->value_dim = s->head_dim;
+    if (s->sharpness == 0) s->sharpness = 1;
+}
+
+void job_make_from(job *j, rng *r, const rkv_config *config, const shape *given, const float *keys,
+                   const float *queries)
+{
+    shape *s = &j->shape;
+    size_t key_count, query_count, i;
+    memset(j, 0, sizeof *j);
+    *s = *given;
+    normalise_shape(s);
+    j->window = config_window(config);
+    j->sets = config->scope == RKV_PER_HEAD ? s->kv_heads : 1;
+    key_count = (size_t)s->kv_heads * (size_t)s->n_tokens * (size_t)s->head_dim;
+    query_count = (size_t)(s->kv_heads * s->group) * (size_t)j->window * (size_t)s->head_dim;
+    j->keys_f32 = (float *)alloc_checked(key_count * sizeof(float));
+    j->queries_f32 = (float *)alloc_checked(query_count * sizeof(float));
+    for (i = 0; i < key_count; i++) j->keys_f32[i] = round_to(s->dtype, keys[i]);
+    for (i = 0; i < query_count; i++) j->queries_f32[i] = round_to(s->dtype, queries[i]);
+    view_make(&j->keys, r, s->keys, s->dtype, 0, s->kv_heads, s->capacity, s->head_dim,
+              s->misalign);
+    view_make(&j->values, r, s->values, s->dtype, s->value_bytes, s->kv_heads, s->capacity,
+              s->value_dim, s->misalign);
+    view_make(&j->queries, r, s->queries, s->dtype, 0, s->kv_heads * s->group, j->window,
+              s->head_dim, s->misalign);
+    view_store(&j->keys, j->keys_f32, s->n_tokens);
+    view_store(&j->queries, j->queries_f32, j->window);
+    j->layer.keys = j->keys.tensor;
+    j->layer.values = j->values.tensor;
+    j->layer.queries = j->queries.tensor;
+    j->layer.n_tokens = s->n_tokens;
+    j->layer.sequence = s->sequence;
+    make_outputs(j, r, config);
+    j->remembered = j->layer;
+}
+
+void job_make(job *j, rng *r, const rkv_config *config, const shape *given)
+{
+    shape s = *given;
+    int window = config_window(config);
+    size_t i, key_count, query_count;
+    float *keys, *queries;
+    normalise_shape(&s);
+    key_count = (size_t)s.kv_heads * (size_t)s.n_tokens * (size_t)s.head_dim;
+    query_count = (size_t)(s.kv_heads * s.group) * (size_t)window * (size_t)s.head_dim;
+    keys = (float *)alloc_checked(key_count * sizeof(float));
+    queries = (float *)alloc_checked(query_count * sizeof(float));
+    make_keys(r, s.kind, s.strength, keys, s.kv_heads, s.n_tokens, s.head_dim);
+    for (i = 0; i < key_count; i++) keys[i] = (float)ldexp((double)keys[i], s.key_exponent);
+    for (i = 0; i < query_count; i++)
+        queries[i] = (float)ldexp(s.sharpness * rng_normal(r), -s.key_exponent);
+    job_make_from(j, r, config, &s, keys, queries);
+    free(keys);
+    free(queries);
+}
+
+void job_free(job *j)
+{
+    free(j->keys_f32);
+    free(j->queries_f32);
+    view_free(&j->keys);
+    view_free(&j->values);
+    view_free(&j->queries);
+    block_free(&j->kept);
+    block_free(&j->positions);
+    block_free(&j->scores);
+    block_free(&j->shared);
+    memset(j, 0, sizeof *j);
+}
+
+void job_restore(job *j)
+{
+    view_restore(&j->keys);
+    view_restore(&j->values);
+    view_restore(&j->queries);
+    if (j->kept.base) block_restore(&j->kept);
+    if (j->positions.base) block_restore(&j->positions);
+    if (j->scores.base) block_restore(&j->scores);
+    if (j->shared.base) block_restore(&j->shared);
+    j->layer = j->remembered;
+}
+
+int job_inputs_unchanged(const char *at, const job *j)
+{
+    return view_unchanged(at, &j->keys) & view_unchanged(at, &j->values) &
+           view_unchanged(at, &j->queries) & block_unchanged(at, &j->positions);
+}
+
+static int layer_unchanged(const char *at, const rkv_layer *now, const rkv_layer *before)
+{
+    int same = now->keys.data == before->keys.data && now->values.data == before->values.data &&
+               now->queries.data == before->queries.data && now->kept == before->kept &&
+               now->positions == before->positions && now->scores == before->scores &&
+               now->shared_scores == before->shared_scores;
+    return expect_true(at, same) & expect_int(at, 0, now->n_tokens, before->n_tokens) &
+           expect_int(at, 1, now->n_kept, before->n_kept) &
+           expect_int(at, 2, now->n_evicted, before->n_evicted);
+}
+
+int job_unchanged(const char *at, const job *j)
+{
+    return job_inputs_unchanged(at, j) & block_unchanged(at, &j->kept) &
+           block_unchanged(at, &j->scores) & block_unchanged(at, &j->shared) &
+           layer_unchanged(at, &j->layer, &j->remembered);
+}
+
+int job_guards(const char *at, const job *j)
+{
+    return block_guards(at, &j->keys.memory) & block_guards(at, &j->values.memory) &
+           block_guards(at, &j->queries.memory) & block_guards(at, &j->kept) &
+           block_guards(at, &j->positions) & block_guards(at, &j->scores) &
+           block_guards(at, &j->shared);
+}
+
+/* Positions of each set: gathered in front, all others as they were. */
+static int positions_gathered(const char *at, const job *j, const int32_t *sets, int budget,
+                              int n_kept)
+{
+    const int32_t *before =
+        (const int32_t *)(const void *)(j->positions.image +
+                                        (j->positions.data - j->positions.base));
+    const int32_t *now = (const int32_t *)(const void *)j->positions.data;
+    int stride = j->shape.position_stride ? j->shape.position_stride : j->shape.capacity;
+    int set, row;
+    if (j->positions.base == NULL || j->layer.positions == NULL) return 1;
+    for (set = 0; set < j->sets; set++)
+        for (row = 0; row < stride; row++) {
+            int from = row < n_kept ? sets[set * budget + row] : row;
+            if (!expect_int(at, row, now[set * stride + row], before[set * stride + from]))
+                return 0;
+        }
+    return 1;
+}
+
+int job_compacted(const char *at, const job *j, const int32_t *sets, int budget, int n_kept)
+{
+    int kept_stride = j->sets == 1 ? 0 : budget; /* one set serves all heads */
+    return view_gathered(at, &j->keys, sets, kept_stride, n_kept) &
+           (j->layer.values.data == NULL
+                ? view_unchanged(at, &j->values)
+                : view_gathered(at, &j->values, sets, kept_stride, n_kept)) &
+           positions_gathered(at, j, sets, budget, n_kept) & view_unchanged(at, &j->queries) &
+           expect_int("n_tokens after compaction", 0, j->layer.n_tokens, n_kept);
+}
+
+const int32_t *job_kept(const job *j)
+{
+    return (const int32_t *)(const void *)j->kept.data;
+}
+
+const float *job_scores(const job *j)
+{
+    return (const float *)(const void *)j->scores.data;
+}
+
+const float *job_shared(const job *j)
+{
+    return (const float *)(const void *)j->shared.data;
+}
+
+/* ---- calls ---------------------------------------------------------------------------------- */
+static rkv_layer *layers_of(const job *jobs, int n_jobs)
+{
+    rkv_layer *layers = (rkv_layer *)alloc_checked((size_t)n_jobs * sizeof *layers);
+    int i;
+    for (i = 0; i < n_jobs; i++) layers[i] = jobs[i].layer;
+    return layers;
+}
+
+rkv_status call_with(stage_function call, const rkv_backend *backend, const rkv_config *config,
+                     job *jobs, int n_jobs, void *workspace, size_t bytes)
+{
+    rkv_layer *layers = layers_of(jobs, n_jobs);
+    rkv_status status = call(backend, config, layers, n_jobs, workspace, bytes);
+    int i;
+    for (i = 0; i < n_jobs; i++) jobs[i].layer = layers[i];
+    free(layers);
+    return status;
+}
+
+rkv_status call_stage(stage_function call, const rkv_backend *backend, const rkv_config *config,
+                      job *jobs, int n_jobs)
+{
+    static int turn; /* every other workspace ends where its allocation does */
+    rkv_layer *layers = layers_of(jobs, n_jobs);
+    block workspace;
+    size_t bytes = 0;
+    rkv_status status = rkv_workspace_size(backend, config, layers, n_jobs, &bytes);
+    free(layers);
+    if (status != RKV_OK) return status;
+    turn = !turn;
+    block_make(&workspace, bytes, 1, turn);
+    status = call_with(call, backend, config, jobs, n_jobs, workspace.data, bytes);
+    block_guards("guards of the workspace", &workspace);
+    block_free(&workspace);
+    return status;
+}
+
+rkv_status call_stages(const rkv_backend *backend, const rkv_config *config, job *jobs, int n_jobs)
+{
+    rkv_status status = call_stage(rkv_score, backend, config, jobs, n_jobs);
+    if (status == RKV_OK) status = call_stage(rkv_select, backend, config, jobs, n_jobs);
+    if (status == RKV_OK) status = call_stage(rkv_compact, backend, config, jobs, n_jobs);
+    return status;
+}
+
+void reversed_for(void *pool, int n_tasks, void (*task)(void *arg, int index), void *arg)
+{
+    int *calls = (int *)pool;
+    if (calls) ++*calls;
+    while (n_tasks-- > 0) task(arg, n_tasks);
+}

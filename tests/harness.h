@@ -1,0 +1,181 @@
+/* What every test shares: checks and counters, a seeded generator, number formats, guarded memory,
+ * cache layouts, keys of many kinds, and jobs (one rkv_layer with all its buffers).
+ * Linked into each test by `make test`; knows rkv.h's public half only. */
+#ifndef RKV_TESTS_HARNESS_H
+#define RKV_TESTS_HARNESS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifndef RKV_PTHREADS
+#define RKV_PTHREADS
+#endif
+#include "rkv.h"
+
+/* ---- checks ---------------------------------------------------------------------------------
+ * A case begins with a name that says how to run it again; it passes when no check in it failed.
+ * Each check prints one line on failure (the first few of a case) and returns 1 when it held. */
+void case_begin(const char *format, ...);
+void case_end(void);
+const char *case_text(void); /* the name of the case under way */
+int expect_true(const char *at, int holds);
+int expect_int(const char *at, int i, int64_t got, int64_t want);
+int expect_near(const char *at, int i, double got, double want, double tolerance);
+int expect_bytes(const char *at, const void *got, const void *want, size_t bytes);
+int expect_status(const char *at, rkv_status got, rkv_status want);
+void skip(const char *format, ...);
+int cases_failed(void);
+int close_tests(void); /* prints the closing line; returns the exit status */
+
+/* Prints a skip for every CPU path that cannot run here, fails for those named in $EXPECT, and
+ * lists the usable ones, the best first. */
+enum { MAX_BACKENDS = 8 };
+int usable_backends(const rkv_backend *list[MAX_BACKENDS]);
+
+/* ---- memory ---------------------------------------------------------------------------------
+ * alloc_checked ends the program when memory is short. A block is `bytes` of memory between
+ * guards, with a remembered image. With rear_guard 0 it ends where the allocation ends, so that
+ * a sanitizer sees what lies behind it. */
+void *alloc_checked(size_t bytes);
+typedef struct block {
+    unsigned char *base, *data, *image;
+    size_t bytes, total;
+} block;
+void block_make(block *b, size_t bytes, size_t misalign, int rear_guard);
+void block_free(block *b);
+void block_remember(block *b);
+void block_restore(block *b);
+int block_unchanged(const char *at, const block *b); /* contents and guards as remembered */
+int block_guards(const char *at, const block *b);
+
+/* ---- random numbers ------------------------------------------------------------------------- */
+typedef struct rng {
+    uint64_t state;
+} rng;
+rng rng_seed(uint64_t seed);
+uint64_t rng_next(rng *r);
+int rng_below(rng *r, int n); /* 0 .. n - 1 */
+int rng_pick(rng *r, const int *list, int n);
+double rng_unit(rng *r); /* [0, 1) */
+double rng_normal(rng *r);
+#define RNG_PICK(r, list) rng_pick((r), (list), (int)(sizeof(list) / sizeof *(list)))
+
+/* ---- number formats, exact, nearest even ---------------------------------------------------- */
+uint16_t f16_from_float(float x);
+float f16_to_float(uint16_t bits);
+uint16_t bf16_from_float(float x);
+float bf16_to_float(uint16_t bits);
+size_t dtype_bytes(rkv_dtype dtype);
+float round_to(rkv_dtype dtype, float x);
+
+/* ---- keys ----------------------------------------------------------------------------------- */
+typedef enum key_kind {
+    KEYS_ISOTROPIC,
+    KEYS_SHARED,  /* a shared direction; `strength` is the mean cosine */
+    KEYS_REPEATS, /* a text that says its segments again, with noise */
+    KEYS_EXACT,   /* the same without noise */
+    KEYS_IDENTICAL,
+    KEYS_ZERO,
+    KEYS_ZERO_ROWS, /* isotropic, some rows zero */
+    KEYS_OUTLIER,   /* one channel carries a large constant */
+    KEYS_ROTARY,    /* low-rank repeated content under rotary embedding */
+    KEYS_TINY,      /* norms around the 1e-8 of the normalisation */
+    N_KEY_KINDS
+} key_kind;
+const char *key_kind_name(key_kind kind);
+void make_keys(rng *r, key_kind kind, double strength, float *keys, int heads, int n, int dim);
+
+/* ---- views ---------------------------------------------------------------------------------- */
+typedef enum layout {
+    LAYOUT_CONTIGUOUS, /* strides 0 */
+    LAYOUT_STRIDED,    /* [head][token][dim] with gaps, explicit strides */
+    LAYOUT_TOKEN_MAJOR,
+    LAYOUT_PAGED_NHD,
+    LAYOUT_PAGED_HND,
+    LAYOUT_ROW_LIST,
+    N_KEY_LAYOUTS,
+    LAYOUT_TRANSPOSED = N_KEY_LAYOUTS, /* values only, as the next */
+    LAYOUT_PAGED_TRANSPOSED,
+    N_LAYOUTS
+} layout;
+const char *layout_name(layout l);
+
+typedef struct view {
+    rkv_tensor tensor;
+    block memory, table;
+    size_t element; /* bytes of one */
+} view;
+/* element_bytes 0: dtype's own. misalign: bytes. Memory is filled with noise. */
+void view_make(view *v, rng *r, layout l, rkv_dtype dtype, int element_bytes, int heads, int tokens,
+               int dim, size_t misalign);
+void view_free(view *v);
+unsigned char *view_at(const view *v, int head, int token, int i);
+void view_store(view *v, const float *values, int n_tokens); /* [heads][n_tokens][dim] */
+void view_store_one(view *v, int head, int token, int i, float value);
+void view_restore(view *v);
+int view_unchanged(const char *at, const view *v);
+/* Rows [0, n_kept) of each head are the remembered rows kept[head * kept_stride + ...]; every
+ * other byte is as remembered. */
+int view_gathered(const char *at, const view *v, const int32_t *kept, int kept_stride, int n_kept);
+
+/* ---- jobs ----------------------------------------------------------------------------------- */
+typedef struct shape {
+    int kv_heads, group, head_dim, n_tokens;
+    int capacity;    /* 0 means n_tokens */
+    int value_dim;   /* 0 means head_dim */
+    int value_bytes; /* 0 means the dtype's */
+    rkv_dtype dtype;
+    layout keys, values, queries;
+    key_kind kind;
+    double strength;  /* of KEYS_SHARED */
+    double sharpness; /* spread of the logits; 0 means 1 */
+    int key_exponent; /* keys times 2^e, queries times 2^-e */
+    size_t misalign;
+    int position_stride;
+    int sequence;
+    int follower; /* RKV_PER_SEQUENCE: not the first layer of its sequence */
+} shape;
+
+/* One layer and all that it points to. keys_f32 [kv_heads][n][dim] and queries_f32
+ * [kv_heads * group][window][dim] hold the very numbers that the views encode. */
+typedef struct job {
+    shape shape;
+    int window, sets;
+    float *keys_f32, *queries_f32;
+    view keys, values, queries;
+    block kept, positions, scores, shared;
+    rkv_layer layer, remembered;
+} job;
+int config_window(const rkv_config *config);
+void job_make(job *j, rng *r, const rkv_config *config, const shape *s);
+/* The same from given numbers instead of generated ones. */
+void job_make_from(job *j, rng *r, const rkv_config *config, const shape *s, const float *keys,
+                   const float *queries);
+void job_free(job *j);
+void job_restore(job *j);                               /* every buffer and the layer as made */
+int job_unchanged(const char *at, const job *j);        /* nothing at all was written */
+int job_inputs_unchanged(const char *at, const job *j); /* keys, values, queries, positions */
+int job_guards(const char *at, const job *j);
+/* After compaction: rows, positions and layer are what gathering by hand gives. `sets` lists
+ * [sets][budget] as kept was. */
+int job_compacted(const char *at, const job *j, const int32_t *sets, int budget, int n_kept);
+const int32_t *job_kept(const job *j);
+const float *job_scores(const job *j);
+const float *job_shared(const job *j);
+
+/* ---- calls ---------------------------------------------------------------------------------- */
+typedef rkv_status (*stage_function)(const rkv_backend *, const rkv_config *, rkv_layer *, int,
+                                     void *, size_t);
+/* Runs one call with this workspace. Layers are copied in from the jobs and back. */
+rkv_status call_with(stage_function call, const rkv_backend *backend, const rkv_config *config,
+                     job *jobs, int n_jobs, void *workspace, size_t bytes);
+/* Runs one call with a workspace of exactly the size asked for, at an odd address, between
+ * guards. */
+rkv_status call_stage(stage_function call, const rkv_backend *backend, const rkv_config *config,
+                      job *jobs, int n_jobs);
+/* rkv_score, rkv_select, rkv_compact. */
+rkv_status call_stages(const rkv_backend *backend, const rkv_config *config, job *jobs, int n_jobs);
+/* A parallel_for that runs the last task first. */
+void reversed_for(void *pool, int n_tasks, void (*task)(void *arg, int index), void *arg);
+
+#endif

@@ -1,0 +1,32 @@
+#!/bin/sh
+# Runs test programs and adds up their closing lines: sh tests/run.sh PROGRAM...
+# A program that ends without its closing line, or with a wrong exit status, is a failure.
+set -u
+passed=0 failed=0 skipped=0
+out=$(mktemp) || exit 1
+trap 'rm -f "$out"' EXIT
+trap 'exit 130' HUP INT TERM
+
+for program in "$@"; do
+    "$program" >"$out"
+    status=$?
+    closing=$(tail -n 1 "$out" | grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$')
+    if [ -z "$closing" ]; then
+        cat "$out"
+        echo "FAIL  $program: ended with status $status and no closing line"
+        failed=$((failed + 1))
+        continue
+    fi
+    sed '$d' "$out"
+    echo "      $(basename "$program"): $closing"
+    # shellcheck disable=SC2086 # split into "P passed, F failed, S skipped"
+    set -- $closing "$@"
+    passed=$((passed + $1)) failed=$((failed + $3)) skipped=$((skipped + $5))
+    if [ "$status" -ne 0 ] && [ "$3" -eq 0 ]; then
+        echo "FAIL  $program: ended with status $status"
+        failed=$((failed + 1))
+    fi
+    shift 6
+done
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]

@@ -1,0 +1,1444 @@
+/* The managed cache against the same decode done by hand with rkv_compress, and the thread pool.
+ *     make test        or: build/tests/test_cache */
+#include "harness.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- texts ----------------------------------------------------------------------------------
+ * A text is a list of numbers, one per token. All rows of a token follow from its number and its
+ * position, so that any part of any history can be made again. */
+typedef enum row_kind { KEY, VALUE, QUERY } row_kind;
+
+static uint64_t text_token(int text, int position)
+{
+    rng r = rng_seed((uint64_t)text * 100003u + (uint64_t)position);
+    return rng_next(&r);
+}
+
+static void store_element(rkv_dtype dtype, unsigned char *at, float x)
+{
+    uint16_t half = dtype == RKV_F16 ? f16_from_float(x) : bf16_from_float(x);
+    if (dtype == RKV_F32) memcpy(at, &x, sizeof x);
+    else memcpy(at, &half, sizeof half);
+}
+
+/* One of twelve contents of this head, and some noise: tokens have look-alikes. */
+static void make_row(rkv_dtype dtype, row_kind kind, int layer, int head, int position,
+                     uint64_t token, int dim, unsigned char *row)
+{
+    const uint64_t place = ((uint64_t)kind * 64u + (uint64_t)layer) * 64u + (uint64_t)head;
+    rng content = rng_seed(place * 16u + token % 12u);
+    rng noise = rng_seed(token ^ (place << 20) ^ (uint64_t)position);
+    int i;
+    for (i = 0; i < dim; i++) {
+        const float x = (float)(rng_normal(&content) + 0.4 * rng_normal(&noise));
+        store_element(dtype, row + dtype_bytes(dtype) * (size_t)i, x);
+    }
+}
+
+/* ---- cases ---------------------------------------------------------------------------------- */
+typedef struct setup {
+    const char *name;
+    rkv_config (*preset)(int budget);
+    int budget, buffer, capacity; /* capacity 0: budget + buffer                                 */
+    int window, pinned;           /* 0: the preset's                                             */
+    rkv_scope scope;
+    rkv_order order;
+    rkv_dtype dtype;
+    int n_layers, kv_heads, query_heads, head_dim, value_dim;
+} setup;
+
+static rkv_config redundancy_alone(int budget)
+{
+    rkv_config config = rkv_config_default(budget);
+    config.lambda = 0.0f;
+    return config;
+}
+
+/* clang-format off */
+static const setup setups[] = {
+    { "f32, per head", rkv_config_default, 32, 16, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
+      RKV_F32, 2, 2, 4, 16, 0 },
+    { "f16, per head, pinned", rkv_config_default, 40, 8, 0, 4, 5, RKV_PER_HEAD, RKV_BY_POSITION,
+      RKV_F16, 2, 2, 2, 20, 0 },
+    { "bf16, per layer", rkv_config_paper, 32, 32, 0, 0, 0, RKV_PER_LAYER, RKV_BY_POSITION,
+      RKV_BF16, 3, 2, 6, 16, 24 },
+    { "f32, per sequence", rkv_config_default, 24, 9, 0, 0, 2, RKV_PER_SEQUENCE, RKV_BY_POSITION,
+      RKV_F32, 3, 2, 4, 16, 8 },
+    { "f16, by score", rkv_config_default, 32, 16, 0, 0, 0, RKV_PER_HEAD, RKV_BY_SCORE, RKV_F16,
+      1, 3, 3, 16, 0 },
+    { "bf16, streaming", rkv_config_streaming, 32, 16, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
+      RKV_BF16, 2, 1, 4, 16, 5 },
+    { "f32, h2o, one new row", rkv_config_h2o, 16, 1, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
+      RKV_F32, 1, 2, 4, 7, 0 },
+    { "f32, redundancy alone", redundancy_alone, 24, 12, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
+      RKV_F32, 2, 2, 4, 16, 0 },
+    { "f16, room for a long prompt", rkv_config_snapkv, 32, 16, 300, 5, 0, RKV_PER_HEAD,
+      RKV_BY_POSITION, RKV_F16, 2, 2, 4, 16, 0 },
+};
+/* clang-format on */
+enum { N_SETUPS = (int)(sizeof setups / sizeof *setups) };
+
+static int setup_value_dim(const setup *s)
+{
+    return s->value_dim ? s->value_dim : s->head_dim;
+}
+
+static int setup_capacity(const setup *s)
+{
+    return s->capacity ? s->capacity : s->budget + s->buffer;
+}
+
+static rkv_config setup_options(const setup *s)
+{
+    rkv_config options = s->preset(s->budget);
+    if (s->window) options.window = s->window;
+    if (s->pinned) options.pinned = s->pinned;
+    options.scope = s->scope;
+    options.order = s->order;
+    return options;
+}
+
+static rkv_cache_config setup_config(const setup *s, const rkv_backend *backend)
+{
+    rkv_cache_config config = RKV_INIT;
+    config.compress = setup_options(s);
+    config.backend = backend;
+    config.n_layers = s->n_layers;
+    config.kv_heads = s->kv_heads;
+    config.query_heads = s->query_heads;
+    config.head_dim = s->head_dim;
+    config.value_dim = s->value_dim;
+    config.dtype = s->dtype;
+    config.buffer = s->buffer;
+    config.capacity = s->capacity;
+    return config;
+}
+
+static rkv_cache *cache_of(const setup *s, const rkv_backend *backend)
+{
+    const rkv_cache_config config = setup_config(s, backend);
+    rkv_cache *cache = NULL;
+    if (expect_status("create", rkv_cache_create(&cache, &config), RKV_OK)) return cache;
+    exit(close_tests()); /* nothing else here can be tested */
+}
+
+/* [heads][n][dim] rows of the tokens at `position` and after */
+static rkv_tensor rows_of(const setup *s, row_kind kind, int layer, int text, int position, int n)
+{
+    const int heads = kind == QUERY ? s->query_heads : s->kv_heads;
+    const int dim = kind == VALUE ? setup_value_dim(s) : s->head_dim;
+    const size_t row_bytes = dtype_bytes(s->dtype) * (size_t)dim;
+    unsigned char *rows = (unsigned char *)alloc_checked((size_t)(heads * n) * row_bytes);
+    int h, t;
+    for (h = 0; h < heads; h++)
+        for (t = 0; t < n; t++)
+            make_row(s->dtype, kind, layer, h, position + t, text_token(text, position + t), dim,
+                     rows + (size_t)(h * n + t) * row_bytes);
+    return rkv_tensor_make(rows, s->dtype, heads, n, dim);
+}
+
+static rkv_status feed_layer(const setup *s, rkv_cache *cache, int layer, int text, int n)
+{
+    const int position = rkv_cache_position(cache, layer);
+    rkv_tensor keys = rows_of(s, KEY, layer, text, position, n);
+    rkv_tensor values = rows_of(s, VALUE, layer, text, position, n);
+    rkv_tensor queries = rows_of(s, QUERY, layer, text, position, n);
+    rkv_status status = rkv_cache_append(cache, layer, n, &keys, &values, &queries);
+    free(keys.data);
+    free(values.data);
+    free(queries.data);
+    return status;
+}
+
+/* The next n tokens of a text, to all layers; the last layer first in every other call. */
+static void feed(const setup *s, rkv_cache *cache, int text, int n)
+{
+    const int reversed = rkv_cache_position(cache, 0) % 2;
+    int l;
+    for (l = 0; l < s->n_layers; l++)
+        expect_status("append",
+                      feed_layer(s, cache, reversed ? s->n_layers - 1 - l : l, text, n), RKV_OK);
+}
+
+static int step(rkv_cache *cache)
+{
+    int n_evicted = -1;
+    expect_status("step", rkv_cache_step(cache, &n_evicted), RKV_OK);
+    return n_evicted;
+}
+
+/* Decodes n tokens one by one. */
+static void decode(const setup *s, rkv_cache *cache, int text, int n)
+{
+    for (; n > 0; n--) {
+        feed(s, cache, text, 1);
+        step(cache);
+    }
+}
+
+/* ---- images: two caches are equal when what they save is ------------------------------------ */
+typedef struct image {
+    unsigned char *bytes;
+    size_t size;
+} image;
+
+static image image_of(const rkv_cache *cache)
+{
+    image saved;
+    saved.size = rkv_cache_save_size(cache);
+    saved.bytes = (unsigned char *)alloc_checked(saved.size + 1);
+    saved.bytes[saved.size] = 0x5a;
+    expect_status("save", rkv_cache_save(cache, saved.bytes, saved.size), RKV_OK);
+    expect_int("byte behind the image", 0, saved.bytes[saved.size], 0x5a);
+    return saved;
+}
+
+static int expect_image(const char *at, const rkv_cache *cache, const image *want)
+{
+    image got = image_of(cache);
+    const int equal = expect_int("image bytes", 0, (int64_t)got.size, (int64_t)want->size) &&
+                      expect_bytes(at, got.bytes, want->bytes, want->size);
+    free(got.bytes);
+    return equal;
+}
+
+static void expect_equal_caches(const char *at, const rkv_cache *got, const rkv_cache *want)
+{
+    image saved = image_of(want);
+    expect_image(at, got, &saved);
+    free(saved.bytes);
+}
+
+/* ---- the same by hand -----------------------------------------------------------------------
+ * Rows token-major, as an engine may lay them out; queries made again from the text. */
+typedef struct plain {
+    const setup *s;
+    rkv_config options;
+    unsigned char *keys, *values; /* [layer][capacity][kv_head][dim]                             */
+    int32_t *positions;           /* [layer][kv_head][capacity]                                  */
+    int rows, next;               /* physical and logical length                                 */
+    int rounds;
+} plain;
+
+static size_t plain_row_bytes(const plain *p, int dim)
+{
+    return dtype_bytes(p->s->dtype) * (size_t)(p->s->kv_heads * dim);
+}
+
+static unsigned char *plain_row(const plain *p, row_kind kind, int layer, int row, int head)
+{
+    const int dim = kind == KEY ? p->s->head_dim : setup_value_dim(p->s);
+    return (kind == KEY ? p->keys : p->values) +
+           (size_t)(layer * setup_capacity(p->s) + row) * plain_row_bytes(p, dim) +
+           (size_t)(head * dim) * dtype_bytes(p->s->dtype);
+}
+
+static void plain_make(plain *p, const setup *s)
+{
+    const size_t rows = (size_t)(s->n_layers * setup_capacity(s));
+    p->s = s;
+    p->options = setup_options(s);
+    p->keys = (unsigned char *)alloc_checked(rows * plain_row_bytes(p, s->head_dim));
+    p->values = (unsigned char *)alloc_checked(rows * plain_row_bytes(p, setup_value_dim(s)));
+    p->positions = (int32_t *)alloc_checked(rows * (size_t)s->kv_heads * sizeof(int32_t));
+    p->rows = p->next = p->rounds = 0;
+}
+
+static void plain_free(plain *p)
+{
+    free(p->keys);
+    free(p->values);
+    free(p->positions);
+}
+
+static int32_t *plain_positions(const plain *p, int layer, int head)
+{
+    int set = layer * p->s->kv_heads + head;
+    if (p->s->scope == RKV_PER_LAYER) set = layer;
+    if (p->s->scope == RKV_PER_SEQUENCE) set = 0;
+    return p->positions + set * setup_capacity(p->s);
+}
+
+static void plain_append(plain *p, int text, int n)
+{
+    const setup *s = p->s;
+    int l, h;
+    for (; n > 0; n--, p->rows++, p->next++)
+        for (l = 0; l < s->n_layers; l++)
+            for (h = 0; h < s->kv_heads; h++) {
+                const uint64_t token = text_token(text, p->next);
+                make_row(s->dtype, KEY, l, h, p->next, token, s->head_dim,
+                         plain_row(p, KEY, l, p->rows, h));
+                make_row(s->dtype, VALUE, l, h, p->next, token, setup_value_dim(s),
+                         plain_row(p, VALUE, l, p->rows, h));
+                plain_positions(p, l, h)[p->rows] = p->next;
+            }
+}
+
+static rkv_tensor plain_view(const plain *p, row_kind kind, int layer)
+{
+    const int dim = kind == KEY ? p->s->head_dim : setup_value_dim(p->s);
+    rkv_tensor rows = rkv_tensor_make(plain_row(p, kind, layer, 0, 0), p->s->dtype,
+                                      p->s->kv_heads, setup_capacity(p->s), dim);
+    rows.token_stride = (int64_t)p->s->kv_heads * dim;
+    rows.head_stride = dim;
+    return rows;
+}
+
+/* The last queries of the text. The order of the tokens is open; sums over them are rounded, so
+ * that equal bits need equal order: position modulo window. */
+static rkv_tensor plain_queries(const plain *p, int layer, int text)
+{
+    const setup *s = p->s;
+    const int window = p->options.window;
+    const size_t row_bytes = dtype_bytes(s->dtype) * (size_t)s->head_dim;
+    unsigned char *rows =
+        (unsigned char *)alloc_checked((size_t)(s->query_heads * window) * row_bytes);
+    int h, position;
+    for (h = 0; h < s->query_heads; h++)
+        for (position = p->next - window; position < p->next; position++)
+            make_row(s->dtype, QUERY, layer, h, position, text_token(text, position),
+                     s->head_dim, rows + (size_t)(h * window + position % window) * row_bytes);
+    return rkv_tensor_make(rows, s->dtype, s->query_heads, window, s->head_dim);
+}
+
+static void plain_round(plain *p, const rkv_backend *backend, int text)
+{
+    enum { MAX_LAYERS = 4 };
+    const setup *s = p->s;
+    rkv_layer layers[MAX_LAYERS];
+    void *workspace;
+    size_t bytes = 0;
+    int l;
+    memset(layers, 0, sizeof layers);
+    for (l = 0; l < s->n_layers; l++) {
+        layers[l].keys = plain_view(p, KEY, l);
+        layers[l].values = plain_view(p, VALUE, l);
+        layers[l].queries = plain_queries(p, l, text);
+        layers[l].n_tokens = p->rows;
+        layers[l].position_stride = setup_capacity(s);
+        if (l == 0 || s->scope != RKV_PER_SEQUENCE) layers[l].positions = plain_positions(p, l, 0);
+    }
+    expect_status("size by hand",
+                  rkv_workspace_size(backend, &p->options, layers, s->n_layers, &bytes), RKV_OK);
+    workspace = alloc_checked(bytes);
+    expect_status("compress by hand",
+                  rkv_compress(backend, &p->options, layers, s->n_layers, workspace, bytes),
+                  RKV_OK);
+    free(workspace);
+    for (l = 0; l < s->n_layers; l++) free(layers[l].queries.data);
+    if (p->rows > s->budget) p->rounds++;
+    if (p->rows > s->budget) p->rows = s->budget;
+}
+
+static void expect_rows(const plain *p, row_kind kind, int layer, const rkv_tensor *got)
+{
+    const size_t element = dtype_bytes(p->s->dtype);
+    int h, row;
+    if (!expect_int("rows of the view", layer, got->tokens, p->rows)) return;
+    for (h = 0; h < p->s->kv_heads; h++)
+        for (row = 0; row < p->rows; row++) {
+            const int64_t at = h * got->head_stride + row * got->token_stride;
+            if (!expect_bytes(kind == KEY ? "key row" : "value row",
+                              (const unsigned char *)got->data + (size_t)at * element,
+                              plain_row(p, kind, layer, row, h), element * (size_t)got->dim))
+                return;
+        }
+}
+
+static void expect_like_plain(const rkv_cache *cache, const plain *p)
+{
+    int l, h;
+    for (l = 0; l < p->s->n_layers; l++) {
+        const rkv_tensor keys = rkv_cache_keys(cache, l), values = rkv_cache_values(cache, l);
+        expect_int("rows", l, rkv_cache_rows(cache, l), p->rows);
+        expect_int("position", l, rkv_cache_position(cache, l), p->next);
+        expect_int("room", l, rkv_cache_room(cache, l), setup_capacity(p->s) - p->rows);
+        expect_rows(p, KEY, l, &keys);
+        expect_rows(p, VALUE, l, &values);
+        for (h = 0; h < p->s->kv_heads; h++)
+            expect_bytes("positions", rkv_cache_positions(cache, l, h), plain_positions(p, l, h),
+                         (size_t)p->rows * sizeof(int32_t));
+    }
+    expect_int("rounds", 0, rkv_cache_get_stats(cache).rounds, p->rounds);
+    expect_int("evicted", 0, rkv_cache_get_stats(cache).n_evicted, p->next - p->rows);
+}
+
+/* ---- decoding ------------------------------------------------------------------------------- */
+
+/* The prompt in chunks of at most `chunk` tokens, then token by token. */
+static void test_decode(const setup *s, const rkv_backend *backend, int prompt, int chunk)
+{
+    enum { TEXT = 7, LENGTH = 300 };
+    rkv_cache *cache = cache_of(s, backend);
+    plain p;
+    plain_make(&p, s);
+    while (p.next < LENGTH) {
+        const int room = rkv_cache_room(cache, 0);
+        int n = p.next < prompt ? prompt - p.next : 1, evicted;
+        if (n > chunk) n = chunk;
+        if (n > room) n = room;
+        if (!expect_true("room", n > 0)) break;
+        feed(s, cache, TEXT, n);
+        plain_append(&p, TEXT, n);
+        evicted = 0;
+        if (p.rows >= s->budget + s->buffer) {
+            evicted = p.rows - s->budget;
+            plain_round(&p, backend, TEXT);
+        }
+        expect_int("evicted by step", p.next, step(cache), evicted);
+        if (evicted > 0 || p.next % 16 == 0) expect_like_plain(cache, &p);
+    }
+    expect_like_plain(cache, &p);
+    expect_true("some rounds", p.rounds > 1);
+    plain_free(&p);
+    rkv_cache_destroy(cache);
+}
+
+/* A prompt compressed right away, due or not, and a second call that finds nothing to do. */
+static void test_forced_round(const setup *s)
+{
+    enum { TEXT = 3 };
+    rkv_cache *cache = cache_of(s, NULL);
+    plain p;
+    int n_evicted = -1;
+    plain_make(&p, s);
+    expect_status("empty", rkv_cache_compress(cache, &n_evicted), RKV_OK);
+    expect_int("evicted", 0, n_evicted, 0);
+    feed(s, cache, TEXT, s->budget);
+    plain_append(&p, TEXT, s->budget);
+    expect_status("at the budget", rkv_cache_compress(cache, &n_evicted), RKV_OK);
+    expect_int("evicted", 1, n_evicted, 0);
+    feed(s, cache, TEXT, 1);
+    plain_append(&p, TEXT, 1);
+    plain_round(&p, NULL, TEXT);
+    expect_status("one more", rkv_cache_compress(cache, &n_evicted), RKV_OK);
+    expect_int("evicted", 2, n_evicted, 1);
+    expect_status("again", rkv_cache_compress(cache, NULL), RKV_OK);
+    expect_like_plain(cache, &p);
+    plain_free(&p);
+    rkv_cache_destroy(cache);
+}
+
+static void test_unequal_layers(const setup *s)
+{
+    rkv_cache *cache = cache_of(s, NULL);
+    int n_evicted = -1;
+    feed(s, cache, 1, s->budget);
+    expect_status("first layer alone", feed_layer(s, cache, 0, 1, s->buffer), RKV_OK);
+    expect_status("step", rkv_cache_step(cache, &n_evicted), RKV_ERROR_ARGUMENT);
+    expect_status("compress", rkv_cache_compress(cache, &n_evicted), RKV_ERROR_ARGUMENT);
+    expect_int("evicted", 0, n_evicted, 0);
+    expect_int("rows", 0, rkv_cache_rows(cache, 0), s->budget + s->buffer);
+    expect_int("rows", 1, rkv_cache_rows(cache, 1), s->budget);
+    /* the way out of a token that failed half way: forget it everywhere */
+    expect_status("truncate", rkv_cache_truncate(cache, s->budget), RKV_OK);
+    expect_int("rows", 0, rkv_cache_rows(cache, 0), s->budget);
+    expect_status("step", rkv_cache_step(cache, NULL), RKV_OK);
+    rkv_cache_destroy(cache);
+}
+
+/* Appended views of every layout give the same rows. */
+static void test_append_layouts(const setup *s, layout keys_layout, layout values_layout)
+{
+    enum { N = 11, FIRST = 3, TEXT = 5 };
+    rkv_cache *cache = cache_of(s, NULL), *want = cache_of(s, NULL);
+    rng r = rng_seed(1);
+    int l;
+    feed(s, cache, TEXT, FIRST);
+    feed(s, want, TEXT, FIRST + N);
+    for (l = 0; l < s->n_layers; l++) {
+        view views[3];
+        int kind, h, t;
+        for (kind = KEY; kind <= QUERY; kind++) {
+            rkv_tensor from = rows_of(s, (row_kind)kind, l, TEXT, FIRST, N);
+            const size_t row_bytes = dtype_bytes(s->dtype) * (size_t)from.dim;
+            int i;
+            view_make(&views[kind], &r, kind == VALUE ? values_layout : keys_layout, s->dtype, 0,
+                      from.heads, N + 2, from.dim, 1);
+            for (h = 0; h < from.heads; h++)
+                for (t = 0; t < N; t++)
+                    for (i = 0; i < from.dim; i++)
+                        memcpy(view_at(&views[kind], h, t, i),
+                               (unsigned char *)from.data + (size_t)(h * N + t) * row_bytes +
+                                   (size_t)i * dtype_bytes(s->dtype),
+                               dtype_bytes(s->dtype));
+            free(from.data);
+        }
+        expect_status("append",
+                      rkv_cache_append(cache, l, N, &views[KEY].tensor, &views[VALUE].tensor,
+                                       &views[QUERY].tensor),
+                      RKV_OK);
+        for (kind = KEY; kind <= QUERY; kind++) view_free(&views[kind]);
+    }
+    expect_equal_caches("rows appended", cache, want);
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(want);
+}
+
+/* ---- rollback ------------------------------------------------------------------------------- */
+
+/* Now and then a draft of another text is appended and taken back: the cache must be as if it
+ * had never been there. */
+static void test_drafts(const setup *s)
+{
+    enum { TEXT = 11, DRAFT = 12, LENGTH = 200 };
+    rkv_cache *cache = cache_of(s, NULL), *want = cache_of(s, NULL);
+    rng r = rng_seed(5);
+    int position = 0, n;
+    for (; position < LENGTH; position += n) {
+        int room = s->budget + s->buffer - rkv_cache_rows(want, 0);
+        if (!expect_true("room", room > 0)) break;
+        n = 1 + rng_below(&r, room < 5 ? room : 5);
+        feed(s, cache, DRAFT, n);
+        expect_status("truncate", rkv_cache_truncate(cache, position), RKV_OK);
+        expect_int("position", position, rkv_cache_position(cache, 0), position);
+        /* confirm at least as many: only then is the ring whole as it was */
+        feed(s, cache, TEXT, n);
+        feed(s, want, TEXT, n);
+        expect_equal_caches("after a draft", cache, want);
+        expect_int("step", position, step(cache), step(want));
+    }
+    expect_true("some rounds", rkv_cache_get_stats(want).rounds > 1);
+    expect_equal_caches("in the end", cache, want);
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(want);
+}
+
+/* How far back: to the start at first, then over the new tokens and the window. */
+static void test_truncate_reach(const setup *s)
+{
+    const int window = setup_options(s).window, evicted = s->buffer;
+    const int oldest = s->budget + evicted - window;
+    rkv_cache *cache = cache_of(s, NULL);
+    image before;
+    feed(s, cache, 1, s->budget - 1);
+    expect_status("to the start", rkv_cache_truncate(cache, 0), RKV_OK);
+    expect_int("rows", 0, rkv_cache_rows(cache, 0), 0);
+    feed(s, cache, 1, s->budget + s->buffer);
+    expect_int("evicted", 0, step(cache), evicted);
+    feed(s, cache, 1, 1);
+    before = image_of(cache);
+    expect_status("too far", rkv_cache_truncate(cache, oldest - 1), RKV_ERROR_ARGUMENT);
+    expect_status("below 0", rkv_cache_truncate(cache, -1), RKV_ERROR_ARGUMENT);
+    expect_status("nothing to forget",
+                  rkv_cache_truncate(cache, rkv_cache_position(cache, 0) + 5), RKV_OK);
+    expect_image("unchanged", cache, &before);
+    expect_status("as far as it goes", rkv_cache_truncate(cache, oldest), RKV_OK);
+    expect_int("rows", 1, rkv_cache_rows(cache, 0), s->budget - window);
+    expect_int("position", 1, rkv_cache_position(cache, 0), oldest);
+    expect_status("no further", rkv_cache_truncate(cache, oldest - 1), RKV_ERROR_ARGUMENT);
+    feed(s, cache, 1, window + 1);
+    expect_image("appended again", cache, &before);
+    free(before.bytes);
+    rkv_cache_destroy(cache);
+}
+
+/* A round needs the whole window: refused when forced, put off when due. */
+static void test_partial_window(const setup *s)
+{
+    const int window = setup_options(s).window, due = s->budget + s->buffer;
+    rkv_cache *cache = cache_of(s, NULL), *want = cache_of(s, NULL);
+    image before;
+    int n_evicted = -1;
+    feed(s, cache, 1, due + 3 * window);
+    expect_status("truncate", rkv_cache_truncate(cache, due + window), RKV_OK);
+    before = image_of(cache);
+    expect_status("forced", rkv_cache_compress(cache, &n_evicted), RKV_ERROR_ARGUMENT);
+    expect_int("evicted", 0, n_evicted, 0);
+    expect_int("put off", 0, step(cache), 0);
+    expect_image("unchanged", cache, &before);
+    feed(s, cache, 1, window - 1);
+    expect_int("put off", 1, step(cache), 0);
+    feed(s, cache, 1, 1);
+    expect_int("due", 2, step(cache), s->buffer + 2 * window);
+    feed(s, want, 1, due + 2 * window);
+    expect_int("due", 3, step(want), s->buffer + 2 * window);
+    expect_equal_caches("as if never truncated", cache, want);
+    free(before.bytes);
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(want);
+}
+
+/* ---- fork, reset, counts -------------------------------------------------------------------- */
+
+static void test_fork(const setup *s)
+{
+    enum { TRUNK = 70, BRANCH = 60 };
+    rkv_cache *cache = cache_of(s, NULL), *want = cache_of(s, NULL), *fork = NULL;
+    decode(s, cache, 1, TRUNK);
+    expect_status("fork", rkv_cache_fork(cache, &fork), RKV_OK);
+    expect_equal_caches("fork", fork, cache);
+    decode(s, cache, 2, BRANCH);
+    decode(s, want, 1, TRUNK);
+    expect_equal_caches("fork, the other having gone on", fork, want);
+    rkv_cache_destroy(cache);
+    decode(s, fork, 3, BRANCH);
+    decode(s, want, 3, BRANCH);
+    expect_equal_caches("fork, gone on alone", fork, want);
+    rkv_cache_destroy(fork);
+    rkv_cache_destroy(want);
+}
+
+static void test_fork_between_layers(const setup *s)
+{
+    rkv_cache *cache = cache_of(s, NULL), *fork = NULL;
+    int l;
+    decode(s, cache, 1, s->budget + s->buffer + 2);
+    expect_status("append", feed_layer(s, cache, 0, 1, 1), RKV_OK);
+    expect_status("fork", rkv_cache_fork(cache, &fork), RKV_OK);
+    expect_equal_caches("fork", fork, cache);
+    for (l = 1; l < s->n_layers; l++) {
+        expect_status("append", feed_layer(s, cache, l, 1, 1), RKV_OK);
+        expect_status("append", feed_layer(s, fork, l, 1, 1), RKV_OK);
+    }
+    expect_int("step", 0, step(fork), step(cache));
+    expect_equal_caches("fork, the token completed", fork, cache);
+    rkv_cache_destroy(fork);
+    expect_status("empty fork", rkv_cache_fork(NULL, &fork), RKV_ERROR_ARGUMENT);
+    expect_true("no fork", fork == NULL);
+    rkv_cache_destroy(cache);
+}
+
+static void test_reset(const setup *s)
+{
+    rkv_cache *cache = cache_of(s, NULL), *fresh = cache_of(s, NULL);
+    decode(s, cache, 1, s->budget + s->buffer + 3);
+    rkv_cache_reset(cache);
+    expect_equal_caches("as created", cache, fresh);
+    decode(s, cache, 2, s->budget + s->buffer + 3);
+    decode(s, fresh, 2, s->budget + s->buffer + 3);
+    expect_equal_caches("used again", cache, fresh);
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(fresh);
+}
+
+static void test_stats(void)
+{
+    static const setup s = { "", rkv_config_default, 32, 16, 64, 0, 0, RKV_PER_HEAD,
+                             RKV_BY_POSITION, RKV_F16, 2, 3, 6, 16, 24 };
+    rkv_cache *cache = cache_of(&s, NULL);
+    rkv_cache_stats stats = rkv_cache_get_stats(cache);
+    expect_int("held", 0, (int64_t)stats.bytes_held,
+               2 * 2 * (3 * 64 * (16 + 24) + 6 * 8 * 16)); /* layers, bytes, (k + v, queries) */
+    expect_int("full", 0, (int64_t)stats.bytes_full, 0);
+    expect_int("rounds", 0, stats.rounds, 0);
+    decode(&s, cache, 1, 100);
+    stats = rkv_cache_get_stats(cache);
+    expect_int("full", 1, (int64_t)stats.bytes_full, 2 * 2 * 3 * 100 * (16 + 24));
+    expect_int("rounds", 1, stats.rounds, 4); /* at 48, 64, 80 and 96 tokens */
+    expect_int("evicted", 1, stats.n_evicted, 64);
+    expect_int("no cache", 0, rkv_cache_get_stats(NULL).rounds, 0);
+    rkv_cache_destroy(cache);
+}
+
+/* ---- save and load -------------------------------------------------------------------------- */
+
+static void test_save(const setup *s, int length)
+{
+    setup larger = *s;
+    rkv_cache *cache = cache_of(s, NULL), *same, *roomy;
+    image saved;
+    plain p;
+    larger.capacity = setup_capacity(s) + 7;
+    same = cache_of(s, NULL);
+    roomy = cache_of(&larger, NULL);
+    decode(s, cache, 1, length);
+    saved = image_of(cache);
+    decode(s, same, 2, 90); /* a cache in use: its rows go */
+    expect_status("load", rkv_cache_load(same, saved.bytes, saved.size), RKV_OK);
+    expect_status("load", rkv_cache_load(roomy, saved.bytes, saved.size), RKV_OK);
+    expect_image("loaded", same, &saved);
+    expect_image("loaded with more room", roomy, &saved);
+    decode(s, cache, 3, 75);
+    decode(s, same, 3, 75);
+    decode(&larger, roomy, 3, 75);
+    expect_equal_caches("gone on", same, cache);
+    expect_equal_caches("gone on with more room", roomy, cache);
+
+    /* against what was decoded, and at an odd address */
+    if (length <= s->budget) {
+        unsigned char *odd = (unsigned char *)alloc_checked(saved.size + 1);
+        memcpy(odd + 1, saved.bytes, saved.size);
+        plain_make(&p, s);
+        plain_append(&p, 1, length);
+        expect_status("load", rkv_cache_load(same, odd + 1, saved.size), RKV_OK);
+        expect_like_plain(same, &p);
+        plain_free(&p);
+        free(odd);
+    }
+    free(saved.bytes);
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(same);
+    rkv_cache_destroy(roomy);
+}
+
+/* FNV-1a, written here once more: an image with a field changed and the checksum put right. */
+static void reseal(image *forged)
+{
+    uint64_t hash = 0xcbf29ce484222325u;
+    size_t i;
+    for (i = 0; i + 8 < forged->size; i++) {
+        hash ^= forged->bytes[i];
+        hash *= 0x100000001b3u;
+    }
+    for (i = 0; i < 8; i++) forged->bytes[forged->size - 8 + i] = (unsigned char)(hash >> (8 * i));
+}
+
+static void put_u32(unsigned char *at, uint32_t value)
+{
+    int i;
+    for (i = 0; i < 4; i++) at[i] = (unsigned char)(value >> (8 * i));
+}
+
+static const setup small = { "", rkv_config_default, 6, 3, 0, 2, 1, RKV_PER_LAYER,
+                             RKV_BY_POSITION, RKV_F16, 2, 1, 1, 4, 3 };
+enum { SMALL_EVICTED = 6 }; /* after 14 tokens: 9 - 3, + 3 - 3, + 2 */
+
+static rkv_cache *small_cache(void)
+{
+    rkv_cache *cache = cache_of(&small, NULL);
+    decode(&small, cache, 1, 14);
+    return cache;
+}
+
+static void expect_refused(const char *at, rkv_cache *cache, const image *before,
+                           const unsigned char *bytes, size_t size)
+{
+    expect_status(at, rkv_cache_load(cache, bytes, size), RKV_ERROR_ARGUMENT);
+    expect_image(at, cache, before);
+}
+
+/* Every bit of an image turned, and the image cut or lengthened anywhere. */
+static void test_damaged_images(void)
+{
+    rkv_cache *cache = small_cache(), *other = cache_of(&small, NULL);
+    image saved = image_of(cache), before;
+    unsigned char *copy = (unsigned char *)alloc_checked(saved.size + 9);
+    size_t i, bit;
+    decode(&small, other, 2, 11);
+    before = image_of(other);
+    for (i = 0; i < saved.size; i++)
+        for (bit = 0; bit < 8; bit++) {
+            memcpy(copy, saved.bytes, saved.size);
+            copy[i] ^= (unsigned char)(1u << bit);
+            expect_refused("a bit turned", other, &before, copy, saved.size);
+        }
+    for (i = 0; i < saved.size; i++) {
+        unsigned char *exact = (unsigned char *)alloc_checked(i); /* sanitizers see its end */
+        memcpy(exact, saved.bytes, i);
+        expect_refused("cut", other, &before, exact, i);
+        free(exact);
+    }
+    memset(copy, 0, saved.size + 9);
+    memcpy(copy, saved.bytes, saved.size);
+    for (i = 1; i < 10; i++)
+        expect_refused("lengthened", other, &before, copy, saved.size + i);
+    expect_refused("nothing", other, &before, NULL, saved.size);
+    expect_status("the image itself", rkv_cache_load(other, saved.bytes, saved.size), RKV_OK);
+    expect_image("loaded", other, &saved);
+    free(copy);
+    free(saved.bytes);
+    free(before.bytes);
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(other);
+}
+
+/* Images whose checksum is right and whose contents no cache can have. */
+static void test_forged_images(void)
+{
+    enum {
+        VERSION = 8, ROUNDS = 60, EVICTED = 68, ROWS = 76, N_QUERIES = 80,
+        POSITIONS = 76 + 2 * 8 /* [2 layers][4 rows]: budget 6, window 2 */
+    };
+    static const struct {
+        const char *name;
+        int at;
+        uint32_t value;
+    } forgeries[] = {
+        { "another version", VERSION, 2 },
+        { "no rounds, but evicted", ROUNDS, 0 },
+        { "more rounds than evicted", ROUNDS, SMALL_EVICTED + 1 },
+        { "huge rounds", ROUNDS + 4, 1 },
+        { "nothing evicted by a round", EVICTED, 0 },
+        { "evicted beyond all positions", EVICTED, 0x7fffffff },
+        { "negative evicted", EVICTED + 4, 0x80000000u },
+        { "rows beyond the capacity", ROWS, 10 },
+        { "rows below the fixed ones", ROWS, 3 },
+        { "another number of rows", ROWS, 7 },
+        { "negative rows", ROWS, 0xfffffff8u },
+        { "queries beyond the window", N_QUERIES, 3 },
+        { "a pinned row moved", POSITIONS, 1 },
+        { "positions that do not ascend", POSITIONS + 12, 0 },
+        { "a position of the window", POSITIONS + 12, SMALL_EVICTED + 4 },
+        { "a negative position", POSITIONS + 4, 0xffffffffu },
+    };
+    rkv_cache *cache = small_cache(), *other = cache_of(&small, NULL);
+    image saved = image_of(cache), before, forged;
+    size_t i;
+    expect_int("evicted", 0, rkv_cache_get_stats(cache).n_evicted, SMALL_EVICTED);
+    decode(&small, other, 2, 11);
+    before = image_of(other);
+    forged.size = saved.size;
+    forged.bytes = (unsigned char *)alloc_checked(saved.size);
+    for (i = 0; i < sizeof forgeries / sizeof *forgeries; i++) {
+        memcpy(forged.bytes, saved.bytes, saved.size);
+        put_u32(forged.bytes + forgeries[i].at, forgeries[i].value);
+        reseal(&forged);
+        expect_refused(forgeries[i].name, other, &before, forged.bytes, forged.size);
+    }
+    /* resealing itself is right: an unchanged image still loads */
+    memcpy(forged.bytes, saved.bytes, saved.size);
+    reseal(&forged);
+    expect_status("resealed", rkv_cache_load(other, forged.bytes, forged.size), RKV_OK);
+    expect_image("resealed", other, &saved);
+
+    /* a sequence at the end of all positions: room ends before the rows do */
+    put_u32(forged.bytes + EVICTED, 0x7fffffff - 8 - 1);
+    reseal(&forged);
+    expect_status("a very long one", rkv_cache_load(other, forged.bytes, forged.size), RKV_OK);
+    expect_int("rows", 0, rkv_cache_rows(other, 0), 8);
+    expect_int("room", 0, rkv_cache_room(other, 0), 1);
+    expect_status("one too many", feed_layer(&small, other, 0, 1, 2), RKV_ERROR_ARGUMENT);
+    feed(&small, other, 1, 1);
+    expect_int("room", 1, rkv_cache_room(other, 0), 0);
+    free(forged.bytes);
+    free(saved.bytes);
+    free(before.bytes);
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(other);
+}
+
+/* An image fits only a cache of the same shape and rules. */
+static void test_foreign_images(void)
+{
+    setup others[10];
+    rkv_cache *cache = small_cache();
+    image saved = image_of(cache), before;
+    size_t i;
+    for (i = 0; i < 10; i++) others[i] = small;
+    others[0].n_layers = 1;
+    others[1].query_heads = 2;
+    others[2].head_dim = 3;
+    others[3].value_dim = 4;
+    others[4].dtype = RKV_BF16;
+    others[5].budget = 7;
+    others[6].window = 3;
+    others[7].pinned = 2;
+    others[8].order = RKV_BY_SCORE;
+    others[9].scope = RKV_PER_HEAD; /* one kv head: as many sets, another meaning */
+    for (i = 0; i < 10; i++) {
+        rkv_cache *other = cache_of(&others[i], NULL);
+        before = image_of(other);
+        expect_refused("of another shape", other, &before, saved.bytes, saved.size);
+        free(before.bytes);
+        rkv_cache_destroy(other);
+    }
+    expect_status("too short", rkv_cache_save(cache, saved.bytes, saved.size - 1),
+                  RKV_ERROR_ARGUMENT);
+    expect_status("nowhere", rkv_cache_save(cache, NULL, saved.size), RKV_ERROR_ARGUMENT);
+    expect_status("nothing", rkv_cache_save(NULL, saved.bytes, saved.size), RKV_ERROR_ARGUMENT);
+    expect_int("size of nothing", 0, (int64_t)rkv_cache_save_size(NULL), 0);
+    expect_status("into nothing", rkv_cache_load(NULL, saved.bytes, saved.size),
+                  RKV_ERROR_ARGUMENT);
+    free(saved.bytes);
+    rkv_cache_destroy(cache);
+}
+
+/* The first bytes of a known image, so that the format cannot drift unseen. */
+static void test_image_format(void)
+{
+    static const unsigned char head[] = {
+        'R', 'K', 'V', 'C', 'A', 'C', 'H', 'E', 1, 0, 0, 0, /* version                           */
+        2, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0,                 /* layers, kv heads, query heads      */
+        4, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0,                 /* head dim, value dim, f16           */
+        6, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0,                 /* budget, window, pinned             */
+        1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0,                 /* per layer, by position, a ring     */
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,     /* rounds, evicted                    */
+        2, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0,     /* rows and queries of both layers    */
+    };
+    /* two rows of 1, 2, 3, ... in every tensor: keys, values, the ring */
+    static const unsigned char layer[] = {
+        0x00, 0x3c, 0x00, 0x40, 0x00, 0x42, 0x00, 0x44, 0x00, 0x45, 0x00, 0x46, 0x00, 0x47, 0x00,
+        0x48, 0x00, 0x3c, 0x00, 0x40, 0x00, 0x42, 0x00, 0x44, 0x00, 0x45, 0x00, 0x46, 0x00, 0x3c,
+        0x00, 0x40, 0x00, 0x42, 0x00, 0x44, 0x00, 0x45, 0x00, 0x46, 0x00, 0x47, 0x00, 0x48,
+    };
+    uint16_t numbers[8];
+    rkv_cache *cache = cache_of(&small, NULL);
+    rkv_tensor rows = rkv_tensor_make(numbers, RKV_F16, 1, 2, 4);
+    rkv_tensor values = rkv_tensor_make(numbers, RKV_F16, 1, 2, 3);
+    image saved;
+    int i;
+    for (i = 0; i < 8; i++) numbers[i] = f16_from_float((float)(i + 1));
+    for (i = 0; i < 2; i++)
+        expect_status("append", rkv_cache_append(cache, i, 2, &rows, &values, &rows), RKV_OK);
+    saved = image_of(cache);
+    expect_int("bytes", 0, (int64_t)saved.size, (int64_t)(sizeof head + 2 * sizeof layer + 8));
+    expect_bytes("head", saved.bytes, head, sizeof head);
+    expect_bytes("first layer", saved.bytes + sizeof head, layer, sizeof layer);
+    expect_bytes("second layer", saved.bytes + sizeof head + sizeof layer, layer, sizeof layer);
+    free(saved.bytes);
+    rkv_cache_destroy(cache);
+}
+
+/* ---- memory and devices that fail ----------------------------------------------------------- */
+
+/* One budget of allocations and one of copies, for host and backend together; -1: no end. */
+static int allocations_left = -1, copies_left = -1, blocks_held;
+
+static int spend(int *left)
+{
+    if (*left == 0) return 0;
+    if (*left > 0) --*left;
+    return 1;
+}
+
+static void *scarce_alloc(void *user, size_t bytes)
+{
+    expect_true("the caller's handle", user == (void *)&blocks_held);
+    if (!spend(&allocations_left)) return NULL;
+    blocks_held++;
+    return alloc_checked(bytes);
+}
+
+static void scarce_free(void *user, void *memory)
+{
+    expect_true("the caller's handle", user == (void *)&blocks_held);
+    blocks_held--;
+    free(memory);
+}
+
+static void *scarce_backend_alloc(const rkv_backend *self, size_t bytes)
+{
+    (void)self;
+    return scarce_alloc(&blocks_held, bytes);
+}
+
+static void scarce_backend_free(const rkv_backend *self, void *memory)
+{
+    (void)self;
+    scarce_free(&blocks_held, memory);
+}
+
+static rkv_status scarce_copy_in(const rkv_backend *self, void *dst, const void *src, size_t bytes)
+{
+    (void)self;
+    if (!spend(&copies_left)) return RKV_ERROR_DEVICE;
+    memcpy(dst, src, bytes);
+    return RKV_OK;
+}
+
+static rkv_status scarce_copy_out(const rkv_backend *self, void *dst, const void *src,
+                                  size_t bytes)
+{
+    return scarce_copy_in(self, dst, src, bytes);
+}
+
+static rkv_status scarce_copy_rows(const rkv_backend *self, const rkv_tensor *dst, int dst_token,
+                                   const rkv_tensor *src, int src_token, int n_tokens)
+{
+    (void)self;
+    if (!spend(&copies_left)) return RKV_ERROR_DEVICE;
+    return rkv_backend_find(NULL)->copy_rows(rkv_backend_find(NULL), dst, dst_token, src,
+                                             src_token, n_tokens);
+}
+
+static rkv_backend scarce_backend(void)
+{
+    rkv_backend backend = *rkv_backend_find(NULL);
+    backend.alloc = scarce_backend_alloc;
+    backend.free = scarce_backend_free;
+    backend.copy_in = scarce_copy_in;
+    backend.copy_out = scarce_copy_out;
+    backend.copy_rows = scarce_copy_rows;
+    return backend;
+}
+
+static rkv_cache_config scarce_config(const setup *s, const rkv_backend *backend)
+{
+    rkv_cache_config config = setup_config(s, backend);
+    config.alloc = scarce_alloc;
+    config.free = scarce_free;
+    config.user = &blocks_held;
+    return config;
+}
+
+static void test_failing_allocations(const setup *s)
+{
+    const rkv_backend backend = scarce_backend();
+    const rkv_cache_config config = scarce_config(s, &backend);
+    rkv_cache *cache = NULL, *fork = NULL;
+    int n, n_needed, held;
+    for (n = 0; n < 100; n++) {
+        allocations_left = n;
+        if (rkv_cache_create(&cache, &config) == RKV_OK) break;
+        expect_true("no cache", cache == NULL);
+        expect_int("blocks held after a failure", n, blocks_held, 0);
+    }
+    n_needed = n;
+    expect_true("host and backend both asked", n_needed >= 2);
+    held = blocks_held;
+    allocations_left = -1;
+    decode(s, cache, 1, s->budget + s->buffer + 1);
+    expect_int("blocks taken by decoding", 0, blocks_held, held);
+    for (n = 0; n < n_needed; n++) {
+        allocations_left = n;
+        expect_status("fork", rkv_cache_fork(cache, &fork), RKV_ERROR_MEMORY);
+        expect_true("no fork", fork == NULL);
+        expect_int("blocks held after a failed fork", n, blocks_held, held);
+    }
+    allocations_left = -1;
+    expect_status("fork", rkv_cache_fork(cache, &fork), RKV_OK);
+    rkv_cache_destroy(fork);
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(NULL);
+    expect_int("blocks held in the end", 0, blocks_held, 0);
+}
+
+/* The n-th copy fails, for every n: nothing has been appended, and trying again succeeds. */
+static void test_failing_copies(const setup *s)
+{
+    const rkv_backend backend = scarce_backend();
+    const rkv_cache_config config = scarce_config(s, &backend);
+    rkv_cache *cache = NULL, *want = NULL;
+    image before;
+    int n, l;
+    expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
+    expect_status("create", rkv_cache_create(&want, &config), RKV_OK);
+    decode(s, cache, 1, s->budget + s->buffer - 5);
+    decode(s, want, 1, s->budget + s->buffer);
+    for (l = 0; l < s->n_layers; l++)
+        for (n = 0; n < 200; n++) {
+            const int rows = rkv_cache_rows(cache, l);
+            rkv_status status;
+            copies_left = n;
+            status = feed_layer(s, cache, l, 1, 5);
+            copies_left = -1;
+            if (status == RKV_OK) break;
+            expect_status("append", status, RKV_ERROR_DEVICE);
+            expect_int("rows", l, rkv_cache_rows(cache, l), rows);
+        }
+    step(cache);
+    expect_equal_caches("after trying again", cache, want);
+
+    before = image_of(want);
+    for (n = 0; n < 200; n++) {
+        rkv_status status;
+        copies_left = n;
+        status = rkv_cache_load(cache, before.bytes, before.size);
+        copies_left = -1;
+        if (status == RKV_OK) break;
+        expect_status("load", status, RKV_ERROR_DEVICE);
+        expect_int("rows after a failed load", n, rkv_cache_rows(cache, 0), 0);
+    }
+    expect_image("loaded", cache, &before);
+    copies_left = 0;
+    expect_status("save", rkv_cache_save(cache, before.bytes, before.size), RKV_ERROR_DEVICE);
+    copies_left = 1;
+    rkv_cache_destroy(want);
+    expect_status("fork", rkv_cache_fork(cache, &want), RKV_ERROR_DEVICE);
+    copies_left = -1;
+    expect_true("no fork", want == NULL);
+    free(before.bytes);
+    rkv_cache_destroy(cache);
+    expect_int("blocks held in the end", 0, blocks_held, 0);
+}
+
+static void test_nonfinite_key(const setup *s)
+{
+    const float bad = strtof("inf", NULL);
+    rkv_fault fault = RKV_INIT;
+    rkv_cache_config config = setup_config(s, NULL);
+    rkv_cache *cache = NULL;
+    image before;
+    int n_evicted = -1;
+    config.compress.fault = &fault;
+    expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
+    feed(s, cache, 1, s->budget + s->buffer);
+    store_element(s->dtype, (unsigned char *)rkv_cache_keys(cache, 1).data, bad);
+    before = image_of(cache);
+    expect_status("step", rkv_cache_step(cache, &n_evicted), RKV_ERROR_NONFINITE);
+    expect_int("evicted", 0, n_evicted, 0);
+    expect_image("unchanged", cache, &before);
+    expect_int("fault: status", 0, fault.status, RKV_ERROR_NONFINITE);
+    expect_int("fault: layer", 0, fault.layer, 1);
+    free(before.bytes);
+    rkv_cache_destroy(cache);
+}
+
+/* ---- arguments ------------------------------------------------------------------------------ */
+
+static void expect_not_created(const char *at, const rkv_cache_config *config, rkv_status want)
+{
+    rkv_cache *cache = (rkv_cache *)(void *)&cache;
+    expect_status(at, rkv_cache_create(&cache, config), want);
+    expect_true("no cache", cache == NULL);
+}
+
+static void test_create_arguments(void)
+{
+    const setup *s = &setups[0];
+    const rkv_cache_config good = setup_config(s, NULL);
+    rkv_backend bare = *rkv_backend_find(NULL);
+    rkv_cache_config c;
+    rkv_cache *cache = NULL;
+    expect_status("no out", rkv_cache_create(NULL, &good), RKV_ERROR_ARGUMENT);
+    expect_not_created("no config", NULL, RKV_ERROR_ARGUMENT);
+#define REFUSED(change) \
+    c = good, change, expect_not_created(#change, &c, RKV_ERROR_ARGUMENT)
+    REFUSED(c.n_layers = 0);
+    REFUSED(c.n_layers = -1);
+    REFUSED(c.kv_heads = 0);
+    REFUSED(c.query_heads = 0);
+    REFUSED(c.query_heads = 3);
+    REFUSED(c.head_dim = 0);
+    REFUSED(c.value_dim = -1);
+    REFUSED(c.buffer = -1);
+    REFUSED(c.capacity = -1);
+    REFUSED(c.capacity = s->budget + s->buffer - 1);
+    REFUSED(c.dtype = (rkv_dtype)9);
+    REFUSED(c.compress.budget = 0);
+    REFUSED(c.compress.budget = INT32_MAX);
+    REFUSED(c.compress.window = -1);
+    REFUSED(c.compress.window = s->budget + 1);
+    REFUSED(c.compress.pinned = -1);
+    REFUSED(c.compress.pinned = s->budget);
+    REFUSED(c.compress.lambda = 2.0f);
+    REFUSED(c.alloc = scarce_alloc);
+    REFUSED(c.free = scarce_free);
+    REFUSED((c.n_layers = c.kv_heads = c.query_heads = INT32_MAX, c.head_dim = INT32_MAX));
+#undef REFUSED
+    bare.copy_rows = NULL;
+    c = good;
+    c.backend = &bare;
+    expect_not_created("a backend without memory", &c, RKV_ERROR_UNSUPPORTED);
+
+    /* zeros mean their defaults */
+    c = good;
+    c.compress.window = 0;
+    c.buffer = 0;
+    expect_status("defaults", rkv_cache_create(&cache, &c), RKV_OK);
+    expect_int("room", 0, rkv_cache_room(cache, 0), s->budget + 128);
+    expect_int("value dim", 0, rkv_cache_values(cache, 0).dim, s->head_dim);
+    expect_int("bytes", 0, (int64_t)rkv_cache_get_stats(cache).bytes_held,
+               2 * 4 * (2 * (s->budget + 128) * 2 * 16 + 4 * 8 * 16));
+    rkv_cache_destroy(cache);
+}
+
+static void test_append_arguments(void)
+{
+    enum { N = 3 };
+    const setup *s = &setups[2]; /* values wider than keys */
+    rkv_cache *cache = cache_of(s, NULL);
+    const rkv_tensor keys = rows_of(s, KEY, 0, 1, 0, N), values = rows_of(s, VALUE, 0, 1, 0, N);
+    const rkv_tensor queries = rows_of(s, QUERY, 0, 1, 0, N);
+    const rkv_tensor *const good[3] = { &keys, &values, &queries };
+    const int32_t table[1] = { 0 };
+    image before;
+    int i;
+    feed(s, cache, 2, 2);
+    before = image_of(cache);
+#define REFUSED(layer, n, k, v, q)                                                               \
+    expect_status(#layer ", " #n ", " #k ", " #v ", " #q,                                        \
+                  rkv_cache_append(cache, layer, n, k, v, q), RKV_ERROR_ARGUMENT)
+    REFUSED(-1, N, &keys, &values, &queries);
+    REFUSED(3, N, &keys, &values, &queries);
+    REFUSED(0, -1, &keys, &values, &queries);
+    REFUSED(0, N + 1, &keys, &values, &queries);
+    REFUSED(0, N, NULL, &values, &queries);
+    REFUSED(0, N, &keys, NULL, &queries);
+    REFUSED(0, N, &keys, &values, NULL);
+    REFUSED(0, N, &queries, &values, &queries);
+    REFUSED(0, N, &keys, &keys, &queries);
+    REFUSED(0, N, &keys, &values, &keys);
+#undef REFUSED
+    for (i = 0; i < 3; i++) {
+        rkv_tensor bad[8];
+        int b;
+        for (b = 0; b < 8; b++) bad[b] = *good[i];
+        bad[0].data = NULL;
+        bad[1].heads++;
+        bad[2].dim--;
+        bad[3].dtype = RKV_F16;
+        bad[4].element_bytes = 4;
+        bad[5].tokens = N - 1;
+        bad[6].token_stride = -1;
+        bad[7].block_table = table;
+        for (b = 0; b < 8; b++)
+            if (!expect_status("a bad view",
+                               rkv_cache_append(cache, 0, N, i == 0 ? &bad[b] : &keys,
+                                                i == 1 ? &bad[b] : &values,
+                                                i == 2 ? &bad[b] : &queries),
+                               RKV_ERROR_ARGUMENT))
+                expect_int("which view, which fault", i, b, -1);
+    }
+    expect_status("no cache", rkv_cache_append(NULL, 0, N, &keys, &values, &queries),
+                  RKV_ERROR_ARGUMENT);
+    expect_image("unchanged", cache, &before);
+    expect_status("none", rkv_cache_append(cache, 0, 0, NULL, NULL, NULL), RKV_OK);
+    expect_image("unchanged", cache, &before);
+    expect_status("more than the room", feed_layer(s, cache, 0, 1, rkv_cache_room(cache, 0) + 1),
+                  RKV_ERROR_ARGUMENT);
+    expect_image("unchanged", cache, &before);
+    expect_status("all of the room", feed_layer(s, cache, 0, 1, rkv_cache_room(cache, 0)),
+                  RKV_OK);
+    expect_int("room", 0, rkv_cache_room(cache, 0), 0);
+    for (i = 0; i < 3; i++) free(good[i]->data);
+    free(before.bytes);
+    rkv_cache_destroy(cache);
+}
+
+/* Where no query is ever read, none need be given. */
+static void test_no_queries(const setup *s)
+{
+    rkv_cache *cache = cache_of(s, NULL), *want = cache_of(s, NULL);
+    int t, l;
+    for (t = 0; t < 100; t++) {
+        for (l = 0; l < s->n_layers; l++) {
+            rkv_tensor keys = rows_of(s, KEY, l, 1, t, 1), values = rows_of(s, VALUE, l, 1, t, 1);
+            expect_status("append", rkv_cache_append(cache, l, 1, &keys, &values, NULL), RKV_OK);
+            free(keys.data);
+            free(values.data);
+        }
+        step(cache);
+    }
+    decode(s, want, 1, 100);
+    expect_equal_caches("without queries", cache, want);
+    expect_true("no ring held",
+                rkv_cache_get_stats(cache).bytes_held ==
+                    dtype_bytes(s->dtype) * (size_t)(s->n_layers * s->kv_heads *
+                                                     setup_capacity(s) *
+                                                     (s->head_dim + setup_value_dim(s))));
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(want);
+}
+
+static void test_views_out_of_range(void)
+{
+    static const int outside[] = { -1, 2 };
+    rkv_cache *cache = cache_of(&setups[0], NULL);
+    int i;
+    feed(&setups[0], cache, 1, 4);
+    for (i = 0; i < 3; i++) {
+        const rkv_cache *c = i < 2 ? cache : NULL;
+        const int layer = i < 2 ? outside[i] : 0;
+        expect_true("keys", rkv_cache_keys(c, layer).data == NULL);
+        expect_true("values", rkv_cache_values(c, layer).data == NULL);
+        expect_true("positions", rkv_cache_positions(c, layer, 0) == NULL);
+        expect_int("rows", i, rkv_cache_rows(c, layer), 0);
+        expect_int("room", i, rkv_cache_room(c, layer), 0);
+        expect_int("position", i, rkv_cache_position(c, layer), 0);
+    }
+    expect_true("positions", rkv_cache_positions(cache, 0, 2) == NULL);
+    expect_true("positions", rkv_cache_positions(cache, 0, -1) == NULL);
+    expect_status("step", rkv_cache_step(NULL, NULL), RKV_ERROR_ARGUMENT);
+    expect_status("compress", rkv_cache_compress(NULL, NULL), RKV_ERROR_ARGUMENT);
+    expect_status("truncate", rkv_cache_truncate(NULL, 0), RKV_ERROR_ARGUMENT);
+    expect_status("fork", rkv_cache_fork(cache, NULL), RKV_ERROR_ARGUMENT);
+    rkv_cache_reset(NULL);
+    rkv_cache_destroy(cache);
+}
+
+/* ---- thread pool ---------------------------------------------------------------------------- */
+
+typedef struct tally {
+    pthread_mutex_t mutex;
+    unsigned char seen[1000];
+} tally;
+
+static void count_index(void *arg, int index)
+{
+    tally *t = (tally *)arg;
+    pthread_mutex_lock(&t->mutex);
+    t->seen[index]++;
+    pthread_mutex_unlock(&t->mutex);
+}
+
+static void run_tally(const rkv_config *config, int n_tasks)
+{
+    tally t;
+    int i, wrong = 0;
+    memset(t.seen, 0, sizeof t.seen);
+    pthread_mutex_init(&t.mutex, NULL);
+    config->parallel_for(config->pool_handle, n_tasks, count_index, &t);
+    pthread_mutex_destroy(&t.mutex);
+    for (i = 0; i < 1000; i++) wrong += t.seen[i] != (i < n_tasks);
+    expect_int("indices not done once", n_tasks, wrong, 0);
+}
+
+static void test_threads(int n_threads)
+{
+    static const int counts[] = { 0, 1, 2, 3, 7, 64, 1000 };
+    rkv_config config = rkv_config_default(32);
+    rkv_threads *threads = NULL;
+    size_t i;
+    int repeat;
+    expect_status("create", rkv_threads_create(&threads, n_threads), RKV_OK);
+    rkv_threads_use(threads, &config);
+    expect_int("threads", 0, config.n_threads, n_threads);
+    for (repeat = 0; repeat < 20; repeat++)
+        for (i = 0; i < sizeof counts / sizeof *counts; i++) run_tally(&config, counts[i]);
+    rkv_threads_use(NULL, &config);
+    expect_true("taken away", config.parallel_for == NULL && config.pool_handle == NULL);
+    rkv_threads_destroy(threads);
+}
+
+static void *call_many_times(void *arg)
+{
+    const rkv_config *config = (const rkv_config *)arg;
+    tally t;
+    int i, call, *wrong = (int *)calloc(1, sizeof(int));
+    pthread_mutex_init(&t.mutex, NULL);
+    for (call = 0; call < 50; call++) {
+        memset(t.seen, 0, sizeof t.seen);
+        config->parallel_for(config->pool_handle, 100, count_index, &t);
+        for (i = 0; i < 1000; i++) *wrong += t.seen[i] != (i < 100);
+    }
+    pthread_mutex_destroy(&t.mutex);
+    return wrong;
+}
+
+/* Callers on several threads take turns. */
+static void test_threads_shared(void)
+{
+    pthread_t callers[3];
+    rkv_config config = rkv_config_default(32);
+    rkv_threads *threads = NULL;
+    int i;
+    expect_status("create", rkv_threads_create(&threads, 3), RKV_OK);
+    rkv_threads_use(threads, &config);
+    for (i = 0; i < 3; i++)
+        expect_int("caller", i, pthread_create(&callers[i], NULL, call_many_times, &config), 0);
+    for (i = 0; i < 3; i++) {
+        void *wrong = NULL;
+        pthread_join(callers[i], &wrong);
+        expect_int("indices not done once", i, *(int *)wrong, 0);
+        free(wrong);
+    }
+    rkv_threads_destroy(threads);
+}
+
+/* A cache decodes the same rows with any number of threads. */
+static void test_threads_decode(const setup *s, int n_threads)
+{
+    rkv_cache *want = cache_of(s, NULL), *cache = NULL;
+    rkv_cache_config config = setup_config(s, NULL);
+    rkv_threads *threads = NULL;
+    expect_status("create", rkv_threads_create(&threads, n_threads), RKV_OK);
+    rkv_threads_use(threads, &config.compress);
+    expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
+    decode(s, want, 1, 120);
+    decode(s, cache, 1, 120);
+    expect_equal_caches("with threads", cache, want);
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(want);
+    rkv_threads_destroy(threads);
+}
+
+static void test_threads_arguments(void)
+{
+    rkv_threads *threads = (rkv_threads *)(void *)&threads;
+    expect_status("no threads", rkv_threads_create(&threads, 0), RKV_ERROR_ARGUMENT);
+    expect_true("no pool", threads == NULL);
+    expect_status("no out", rkv_threads_create(NULL, 2), RKV_ERROR_ARGUMENT);
+    rkv_threads_destroy(NULL);
+    rkv_threads_use(NULL, NULL);
+}
+
+/* ---- all ------------------------------------------------------------------------------------ */
+
+/* The cache's own logic is the same over every table: one schedule shows that they fit. */
+static void run_on_backend(const rkv_backend *backend)
+{
+    int i;
+    for (i = 0; i < N_SETUPS; i++) {
+        case_begin("%s, %s: prompt in chunks of 7", backend->name, setups[i].name);
+        test_decode(&setups[i], backend, 150, 7);
+    }
+}
+
+static void run_on_setup(const setup *s)
+{
+    int length;
+    case_begin("%s: decode", s->name);
+    test_decode(s, NULL, 0, 1);
+    case_begin("%s: prompt in one", s->name);
+    test_decode(s, NULL, 280, 1000);
+    case_begin("%s: forced round", s->name);
+    test_forced_round(s);
+    case_begin("%s: drafts taken back", s->name);
+    test_drafts(s);
+    case_begin("%s: how far truncate reaches", s->name);
+    test_truncate_reach(s);
+    case_begin("%s: fork", s->name);
+    test_fork(s);
+    case_begin("%s: fork between two layers", s->name);
+    test_fork_between_layers(s);
+    case_begin("%s: reset", s->name);
+    test_reset(s);
+    for (length = 0; length < 100; length += 33) {
+        case_begin("%s: save after %d tokens", s->name, length);
+        test_save(s, length);
+    }
+    case_begin("%s: failing allocations", s->name);
+    test_failing_allocations(s);
+    case_begin("%s: failing copies", s->name);
+    test_failing_copies(s);
+    case_begin("%s: two and five threads", s->name);
+    test_threads_decode(s, 2);
+    test_threads_decode(s, 5);
+}
+
+int main(void)
+{
+    const rkv_backend *backends[MAX_BACKENDS];
+    const int n_backends = usable_backends(backends);
+    int i, j;
+    for (i = 0; i < n_backends; i++) run_on_backend(backends[i]);
+    for (i = 0; i < N_SETUPS; i++) run_on_setup(&setups[i]);
+    for (i = 0; i < N_KEY_LAYOUTS; i++)
+        for (j = 0; j < N_LAYOUTS; j++) {
+            case_begin("append: %s keys, %s values", layout_name((layout)i),
+                       layout_name((layout)j));
+            test_append_layouts(&setups[2], (layout)i, (layout)j);
+        }
+    case_begin("layers of unequal length");
+    test_unequal_layers(&setups[0]);
+    case_begin("a partial window");
+    test_partial_window(&setups[N_SETUPS - 1]);
+    case_begin("an infinite key");
+    test_nonfinite_key(&setups[0]);
+    case_begin("stats");
+    test_stats();
+    case_begin("image format");
+    test_image_format();
+    case_begin("damaged images");
+    test_damaged_images();
+    case_begin("forged images");
+    test_forged_images();
+    case_begin("foreign images");
+    test_foreign_images();
+    case_begin("arguments of create");
+    test_create_arguments();
+    case_begin("arguments of append");
+    test_append_arguments();
+    case_begin("no queries: streaming");
+    test_no_queries(&setups[5]);
+    case_begin("no queries: redundancy alone");
+    test_no_queries(&setups[7]);
+    case_begin("views out of range");
+    test_views_out_of_range();
+    for (i = 1; i <= 8; i++) {
+        case_begin("a pool of %d threads", i);
+        test_threads(i);
+    }
+    case_begin("a pool with three callers");
+    test_threads_shared();
+    case_begin("arguments of the pool");
+    test_threads_arguments();
+    return close_tests();
+}

@@ -1,0 +1,585 @@
+/* Every refusal: the right status, a reason in words, and not one byte of the caller's changed.
+ *     make test        or: build/tests/test_errors */
+#include "harness.h"
+
+#include <limits.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { N_LAYERS = 2, HEADS = 2, GROUP = 2, DIM = 16, WINDOW = 8, TOKENS = 40, BUDGET = 24 };
+
+static const rkv_backend *backends[MAX_BACKENDS];
+static int n_backends;
+
+/* Two layers that are in order; each test spoils the last one. */
+typedef struct scene {
+    rkv_config config;
+    rkv_fault fault;
+    job jobs[N_LAYERS];
+    block workspace;
+} scene;
+
+static scene scene_make(rkv_scope scope, rkv_dtype dtype)
+{
+    rng r = rng_seed(40);
+    rkv_layer layers[N_LAYERS];
+    size_t bytes = 0;
+    shape s;
+    scene sc;
+    int i;
+    memset(&sc, 0, sizeof sc);
+    memset(&s, 0, sizeof s);
+    s.kv_heads = HEADS;
+    s.group = GROUP;
+    s.head_dim = DIM;
+    s.n_tokens = TOKENS;
+    s.capacity = TOKENS + 4;
+    s.dtype = dtype;
+    sc.config = rkv_config_default(BUDGET);
+    sc.config.window = WINDOW;
+    sc.config.scope = scope;
+    for (i = 0; i < N_LAYERS; i++) {
+        s.follower = scope == RKV_PER_SEQUENCE && i > 0;
+        job_make(&sc.jobs[i], &r, &sc.config, &s);
+        layers[i] = sc.jobs[i].layer;
+    }
+    rkv_workspace_size(NULL, &sc.config, layers, N_LAYERS, &bytes);
+    block_make(&sc.workspace, bytes + 4096, 0, 1);
+    return sc;
+}
+
+static void scene_free(scene *sc)
+{
+    int i;
+    for (i = 0; i < N_LAYERS; i++) job_free(&sc->jobs[i]);
+    block_free(&sc->workspace);
+}
+
+static void expect_scene_unchanged(const char *at, scene *sc)
+{
+    int i;
+    for (i = 0; i < N_LAYERS; i++) job_unchanged(at, &sc->jobs[i]);
+    block_guards("guards of the workspace", &sc->workspace);
+}
+
+/* The call gives `want` and changes nothing but the workspace and *fault. */
+static void refuse(const char *at, stage_function call, const rkv_backend *backend, scene *sc,
+                   rkv_status want)
+{
+    int i;
+    for (i = 0; i < N_LAYERS; i++) sc->jobs[i].remembered = sc->jobs[i].layer;
+    expect_status(at,
+                  call_with(call, backend, &sc->config, sc->jobs, N_LAYERS, sc->workspace.data,
+                            sc->workspace.bytes),
+                  want);
+    expect_scene_unchanged(at, sc);
+}
+
+/* As refuse, for rkv_compress and rkv_check, whose text must hold `word`. */
+static void refuse_argument(const rkv_backend *backend, scene *sc, const char *word)
+{
+    rkv_layer layers[N_LAYERS];
+    const char *why = "untouched";
+    int i;
+    refuse("rkv_compress", rkv_compress, backend, sc, RKV_ERROR_ARGUMENT);
+    for (i = 0; i < N_LAYERS; i++) layers[i] = sc->jobs[i].layer;
+    expect_status("rkv_check", rkv_check(&sc->config, layers, N_LAYERS, &why), RKV_ERROR_ARGUMENT);
+    expect_status("rkv_check without why", rkv_check(&sc->config, layers, N_LAYERS, NULL),
+                  RKV_ERROR_ARGUMENT);
+    if (!expect_true("a reason", why != NULL)) return;
+    if (!expect_true(word, strstr(why, word) != NULL)) expect_true(why, 0);
+}
+
+/* clang-format off: one line per fault */
+
+/* ---- arguments ------------------------------------------------------------------------------- */
+/* Spoils one field; returns its name, then a word on how, or NULL behind the last. The name must
+ * come up in rkv_check's text. */
+static const char *spoil_config(int which, rkv_config *c)
+{
+    switch (which) {
+    case 0: c->budget = 0; return "budget 0";
+    case 1: c->budget = -5; return "budget negative";
+    case 2: c->budget = WINDOW - 1; return "budget below the window";
+    case 3: c->pinned = BUDGET - WINDOW + 1; return "budget below window + pinned";
+    case 4: c->window = -1; return "window negative";
+    case 5: c->pool = -1; return "pool negative";
+    case 6: c->recent = -1; return "recent negative";
+    case 7: c->pinned = -1; return "pinned negative";
+    case 8: c->lambda = -0.01f; return "lambda below 0";
+    case 9: c->lambda = 1.01f; return "lambda above 1";
+    case 10: c->lambda = NAN; return "lambda NaN";
+    case 11: c->threshold = -1.01f; return "threshold below -1";
+    case 12: c->threshold = 1.01f; return "threshold above 1";
+    case 13: c->threshold = NAN; return "threshold NaN";
+    case 14: c->scope = (rkv_scope)3; return "scope unknown";
+    case 15: c->pooling = (rkv_pooling)2; return "pooling unknown";
+    case 16: c->grouping = (rkv_grouping)2; return "grouping unknown";
+    case 17: c->redundancy = (rkv_redundancy)2; return "redundancy unknown";
+    case 18: c->span = (rkv_span)2; return "span unknown";
+    case 19: c->column0 = (rkv_column0)2; return "column0 unknown";
+    case 20: c->order = (rkv_order)2; return "order unknown";
+    case 21: c->n_threads = -1; return "n_threads negative";
+    case 22: c->pinned = INT_MAX; return "pinned huge: no overflow with the window";
+    default: return NULL;
+    }
+}
+
+static const char *spoil_views(int which, rkv_layer *l)
+{
+    switch (which) {
+    case 0: l->n_tokens = -1; return "n_tokens negative";
+    case 1: l->n_tokens = TOKENS + 5; return "tokens: fewer rows than n_tokens";
+    case 2: l->keys.data = NULL; return "keys without data";
+    case 3: l->keys.heads = 0; return "keys of no head";
+    case 4: l->keys.dim = 0; return "keys of no dim";
+    case 5: l->keys.dim = -DIM; return "keys of negative dim";
+    case 6: l->keys.dtype = (rkv_dtype)3; return "keys of unknown dtype";
+    case 7: l->keys.dim_stride = 2; return "keys with a dim_stride";
+    case 8: l->keys.token_stride = -DIM; return "keys with a negative stride";
+    case 9: l->queries.data = NULL; return "queries without data";
+    case 10: l->queries.tokens = WINDOW - 1; return "queries: a partial window";
+    case 11: l->queries.heads = HEADS * GROUP - 1; return "queries: heads no multiple";
+    case 12: l->queries.heads = 0; return "queries of no head";
+    case 13: l->queries.dim = DIM - 1; return "queries of another dim";
+    case 14: l->queries.dim_stride = 3; return "queries with a dim_stride";
+    case 15: l->queries.dtype = (rkv_dtype)-1; return "queries of unknown dtype";
+    case 16: l->values.heads = HEADS + 1; return "values of other heads";
+    case 17: l->values.dim = 0; return "values of no dim";
+    case 18: l->values.tokens = TOKENS - 1; return "values: fewer rows than n_tokens";
+    case 19: l->values.element_bytes = -1; return "values: negative element_bytes";
+    case 20: l->position_stride = TOKENS - 1; return "position_stride below n_tokens";
+    case 21: l->scale = NAN; return "scale NaN";
+    case 22: l->scale = INFINITY; return "scale infinite";
+    case 23: l->softcap = -1; return "softcap negative";
+    case 24: l->softcap = NAN; return "softcap NaN";
+    case 25: l->keys.head_stride = 1; return "keys: heads that overlap";
+    case 26: l->keys.token_stride = DIM - 1; return "keys: tokens that overlap";
+    case 27: l->values.head_stride = DIM; return "values: heads that overlap";
+    default: return NULL;
+    }
+}
+
+static const char *spoil_sizes(int which, rkv_layer *l)
+{
+    switch (which) {
+    case 0: l->keys.token_stride = INT64_MAX / 4; return "keys beyond the address space";
+    case 1: l->keys.head_stride = INT64_MAX - 3; return "keys beyond the address space: heads";
+    case 2: l->values.dim_stride = INT64_MAX / 8; return "values beyond the address space";
+    case 3:
+        l->values.element_bytes = INT_MAX;
+        l->values.token_stride = INT64_MAX / INT_MAX;
+        return "values beyond the address space: element_bytes";
+    case 4: l->queries.head_stride = INT64_MAX / 3; return "queries beyond the address space";
+    case 5:
+        l->keys.heads = INT_MAX;
+        l->keys.dim = INT_MAX;
+        l->keys.tokens = INT_MAX;
+        return "keys: a product that overflows";
+    default: return NULL;
+    }
+}
+
+static const char *spoil_overlaps(int which, rkv_layer *l, rkv_layer *other)
+{
+    switch (which) {
+    case 0: l->values.data = l->keys.data; return "overlap: values on keys";
+    case 1: l->keys.data = other->keys.data; return "overlap: keys of two layers";
+    case 2: l->values.data = other->values.data; return "overlap: values of two layers";
+    case 3: l->values.data = (char *)l->keys.data + 4; return "overlap: values on keys, shifted";
+    case 4: l->kept = (int32_t *)l->keys.data; return "overlap: kept on keys";
+    case 5: l->positions = (int32_t *)l->values.data; return "overlap: positions on values";
+    case 6: l->scores = (float *)l->queries.data; return "overlap: scores on queries";
+    case 7: l->kept = other->kept; return "overlap: kept of two layers";
+    case 8: l->positions = other->positions; return "overlap: positions of two layers";
+    default: return NULL;
+    }
+}
+
+/* clang-format on */
+
+static void copy_word(char word[32], const char *text)
+{
+    size_t n = strcspn(text, " :");
+    memcpy(word, text, n < 31 ? n : 31);
+    word[n < 31 ? n : 31] = 0;
+}
+
+enum { SPOIL_CONFIG, SPOIL_VIEWS, SPOIL_SIZES, SPOIL_OVERLAPS, SPOIL_KINDS };
+
+static void test_arguments(const rkv_backend *backend, int kind)
+{
+    int which;
+    for (which = 0;; which++) {
+        scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+        rkv_layer *l = &sc.jobs[1].layer;
+        const char *what = kind == SPOIL_CONFIG  ? spoil_config(which, &sc.config)
+                           : kind == SPOIL_VIEWS ? spoil_views(which, l)
+                           : kind == SPOIL_SIZES ? spoil_sizes(which, l)
+                                                 : spoil_overlaps(which, l, &sc.jobs[0].layer);
+        char word[32];
+        if (what) {
+            case_begin("%s refuses %s", backend->name, what);
+            copy_word(word, what);
+            refuse_argument(backend, &sc, word);
+        }
+        scene_free(&sc);
+        if (!what) break;
+    }
+}
+
+/* Block tables: of the keys of the last layer, contiguous pages of 4 tokens. */
+/* clang-format off */
+static const char *spoil_table(int which, rkv_tensor *t, int32_t *table)
+{
+    switch (which) {
+    case 0: t->block_tokens = 0; return "keys: block_tokens 0";
+    case 1: t->block_tokens = -4; return "keys: block_tokens negative";
+    case 2: t->block_stride = 2 * DIM; return "keys: blocks that overlap";
+    case 3: t->block_stride = INT64_MAX / 2; return "keys beyond the address space: blocks";
+    case 4: table[3] = table[7]; return "an entry twice"; /* entries: the calls look, not rkv_check */
+    case 5: table[0] = -1; return "a negative entry";
+    case 6: table[9] = table[0]; return "the last entry in use is the first";
+    default: return NULL;
+    }
+}
+/* clang-format on */
+
+static void test_tables(const rkv_backend *backend)
+{
+    int which, i;
+    for (which = -1;; which++) {
+        int32_t table[(TOKENS + 4) / 4];
+        scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+        rkv_tensor *t = &sc.jobs[1].layer.keys;
+        const char *what;
+        char word[32];
+        memset(sc.jobs[1].keys.memory.data, 0, sc.jobs[1].keys.memory.bytes); /* all finite */
+        block_remember(&sc.jobs[1].keys.memory);
+        for (i = 0; i < (TOKENS + 4) / 4; i++) table[i] = i;
+        t->block_table = table;
+        t->block_tokens = 4;
+        what = which < 0 ? NULL : spoil_table(which, t, table);
+        case_begin("%s, %s", backend->name, what ? what : "block table in order");
+        if (what && strncmp(what, "keys", 4) == 0) {
+            copy_word(word, what);
+            refuse_argument(backend, &sc, word);
+        } else if (what) {
+            refuse("rkv_compress", rkv_compress, backend, &sc, RKV_ERROR_ARGUMENT);
+            refuse("rkv_score", rkv_score, backend, &sc, RKV_ERROR_ARGUMENT);
+        } else if (which < 0) {
+            expect_status("in order",
+                          call_with(rkv_compress, backend, &sc.config, sc.jobs, N_LAYERS,
+                                    sc.workspace.data, sc.workspace.bytes),
+                          RKV_OK);
+        }
+        scene_free(&sc);
+        if (!what && which >= 0) break;
+    }
+}
+
+static void test_null_arguments(const rkv_backend *backend)
+{
+    scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+    size_t bytes = 77;
+    case_begin("%s: null pointers and counts", backend->name);
+    expect_status(
+        "config",
+        rkv_compress(backend, NULL, &sc.jobs[0].layer, 1, sc.workspace.data, sc.workspace.bytes),
+        RKV_ERROR_ARGUMENT);
+    expect_status("layers",
+                  rkv_compress(backend, &sc.config, NULL, 1, sc.workspace.data, sc.workspace.bytes),
+                  RKV_ERROR_ARGUMENT);
+    expect_status("n_layers",
+                  rkv_compress(backend, &sc.config, &sc.jobs[0].layer, -1, sc.workspace.data,
+                               sc.workspace.bytes),
+                  RKV_ERROR_ARGUMENT);
+    expect_status("bytes", rkv_workspace_size(backend, &sc.config, &sc.jobs[0].layer, 1, NULL),
+                  RKV_ERROR_ARGUMENT);
+    sc.config.budget = 0;
+    expect_status("workspace_size checks",
+                  rkv_workspace_size(backend, &sc.config, &sc.jobs[0].layer, 1, &bytes),
+                  RKV_ERROR_ARGUMENT);
+    scene_free(&sc);
+}
+
+/* What a single stage needs that rkv_compress does not. */
+static void test_stage_outputs(const rkv_backend *backend)
+{
+    scene alone = scene_make(RKV_PER_HEAD, RKV_F32), shared = scene_make(RKV_PER_LAYER, RKV_F32);
+    case_begin("%s: buffers that a stage requires", backend->name);
+    alone.jobs[1].layer.scores = NULL;
+    refuse("rkv_score without scores", rkv_score, backend, &alone, RKV_ERROR_ARGUMENT);
+    refuse("rkv_select without scores", rkv_select, backend, &alone, RKV_ERROR_ARGUMENT);
+    shared.jobs[1].layer.shared_scores = NULL;
+    refuse("rkv_score without shared_scores", rkv_score, backend, &shared, RKV_ERROR_ARGUMENT);
+    refuse("rkv_select without shared_scores", rkv_select, backend, &shared, RKV_ERROR_ARGUMENT);
+    shared.jobs[1].layer = shared.jobs[1].remembered;
+    shared.jobs[1].layer.shared_scores = (float *)(void *)shared.jobs[1].shared.data;
+    shared.jobs[1].layer.kept = NULL;
+    refuse("rkv_select without kept", rkv_select, backend, &shared, RKV_ERROR_ARGUMENT);
+    refuse("rkv_compact without kept", rkv_compact, backend, &shared, RKV_ERROR_ARGUMENT);
+    scene_free(&alone);
+    scene_free(&shared);
+}
+
+/* Scores that come from elsewhere may be anything but NaN. */
+static void test_given_scores(const rkv_backend *backend)
+{
+    scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+    float *scores = sc.jobs[1].layer.scores + (TOKENS - WINDOW);
+    int i, l;
+    case_begin("%s: rkv_select of NaN and of infinities", backend->name);
+    for (l = 0; l < N_LAYERS; l++)
+        for (i = 0; i < HEADS * (TOKENS - WINDOW); i++) sc.jobs[l].layer.scores[i] = 0;
+    scores[TOKENS - WINDOW - 1] = NAN;
+    block_remember(&sc.jobs[0].scores);
+    block_remember(&sc.jobs[1].scores);
+    refuse("rkv_select", rkv_select, backend, &sc, RKV_ERROR_NONFINITE);
+    scores[TOKENS - WINDOW - 1] = -INFINITY;
+    scores[2] = INFINITY;
+    expect_status("infinities", call_stage(rkv_select, backend, &sc.config, sc.jobs, N_LAYERS),
+                  RKV_OK);
+    expect_int("the best row is kept", 0, sc.jobs[1].layer.kept[BUDGET], 2);
+    expect_int("the worst is not", 0, sc.jobs[1].layer.kept[2 * BUDGET - WINDOW - 1],
+               TOKENS - WINDOW - 2);
+    scene_free(&sc);
+}
+
+/* clang-format off */
+static const char *spoil_sequence(int which, rkv_layer *l, rkv_layer *first)
+{
+    switch (which) {
+    case 0: l->n_tokens--; return "n_tokens: not the same in a sequence";
+    case 1: l->kept = first->kept + BUDGET; return "kept in a follower";
+    case 2: l->positions = first->positions; return "positions in a follower";
+    case 3: l->shared_scores = l->scores; return "shared_scores in a follower";
+    default: return NULL;
+    }
+}
+/* clang-format on */
+
+static void test_sequences(const rkv_backend *backend)
+{
+    int which;
+    for (which = 0;; which++) {
+        scene sc = scene_make(RKV_PER_SEQUENCE, RKV_F32);
+        const char *what = spoil_sequence(which, &sc.jobs[1].layer, &sc.jobs[0].layer);
+        char word[32];
+        if (what) {
+            case_begin("%s refuses %s", backend->name, what);
+            copy_word(word, what);
+            refuse_argument(backend, &sc, word);
+        }
+        scene_free(&sc);
+        if (!what) break;
+    }
+}
+
+/* ---- kept lists that rkv_compact must not carry out --------------------------------------------- */
+/* clang-format off */
+static const char *spoil_kept(int which, int32_t *kept, rkv_config *c, rkv_layer *l)
+{
+    int32_t swapped = kept[1];
+    switch (which) {
+    case 0: kept[5] = kept[6]; return "a row twice";
+    case 1: kept[0] = -1; return "a negative row";
+    case 2: kept[BUDGET - 1] = TOKENS; return "a row behind the last";
+    case 3: kept[1] = kept[2]; kept[2] = swapped; return "rows not ascending";
+    case 4: c->pinned = 2; kept[1] = 2; kept[2] = 3; kept[3] = 4; return "a pinned row dropped";
+    case 5: c->pinned = 2; c->order = RKV_BY_SCORE; kept[0] = 1; kept[1] = 0;
+            return "a pinned row out of its place";
+    case 6: c->order = RKV_BY_SCORE; kept[9] = kept[3]; return "a row twice, by score";
+    case 7: l->n_kept = -1; return "n_kept negative";
+    case 8: l->n_kept = BUDGET + 1; return "n_kept above the budget";
+    case 9: kept[BUDGET - 1] = INT32_MAX; return "a row far away";
+    default: return NULL;
+    }
+}
+/* clang-format on */
+
+static void test_kept_lists(const rkv_backend *backend)
+{
+    int which, i;
+    for (which = -1;; which++) {
+        scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+        const char *what = NULL;
+        for (i = 0; i < N_LAYERS; i++) {
+            int k;
+            for (k = 0; k < HEADS * BUDGET; k++) {
+                int row = k % BUDGET;
+                sc.jobs[i].layer.kept[k] = row < 4 ? row : TOKENS - BUDGET + row;
+            }
+            sc.jobs[i].layer.n_kept = BUDGET;
+            sc.jobs[i].layer.n_evicted = TOKENS - BUDGET;
+        }
+        if (which >= 0)
+            what = spoil_kept(which, sc.jobs[1].layer.kept + BUDGET, &sc.config, &sc.jobs[1].layer);
+        for (i = 0; i < N_LAYERS; i++) block_remember(&sc.jobs[i].kept);
+        case_begin("%s, rkv_compact of %s", backend->name, what ? what : "a list in order");
+        if (what)
+            refuse(what, rkv_compact, backend, &sc, RKV_ERROR_ARGUMENT);
+        else if (which < 0)
+            expect_status("in order",
+                          call_with(rkv_compact, backend, &sc.config, sc.jobs, N_LAYERS,
+                                    sc.workspace.data, sc.workspace.bytes),
+                          RKV_OK);
+        scene_free(&sc);
+        if (!what && which >= 0) break;
+    }
+}
+
+/* ---- workspace --------------------------------------------------------------------------------- */
+static void test_workspace(const rkv_backend *backend)
+{
+    static const stage_function calls[] = { rkv_compress, rkv_score, rkv_select, rkv_compact };
+    scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+    rkv_layer layers[N_LAYERS];
+    size_t bytes = 0, i;
+    case_begin("%s: workspace missing or a byte too small", backend->name);
+    layers[0] = sc.jobs[0].layer;
+    layers[1] = sc.jobs[1].layer;
+    expect_status("size", rkv_workspace_size(backend, &sc.config, layers, N_LAYERS, &bytes),
+                  RKV_OK);
+    for (i = 0; i < sizeof calls / sizeof *calls; i++) {
+        if (calls[i] == rkv_compact) { /* wants a list in order first */
+            call_with(rkv_score, backend, &sc.config, sc.jobs, N_LAYERS, sc.workspace.data, bytes);
+            call_with(rkv_select, backend, &sc.config, sc.jobs, N_LAYERS, sc.workspace.data, bytes);
+            block_remember(&sc.jobs[0].kept);
+            block_remember(&sc.jobs[1].kept);
+            block_remember(&sc.jobs[0].scores);
+            block_remember(&sc.jobs[1].scores);
+        }
+        sc.jobs[0].remembered = sc.jobs[0].layer;
+        sc.jobs[1].remembered = sc.jobs[1].layer;
+        expect_status("too small",
+                      call_with(calls[i], backend, &sc.config, sc.jobs, N_LAYERS, sc.workspace.data,
+                                bytes - 1),
+                      RKV_ERROR_WORKSPACE);
+        expect_status("NULL",
+                      call_with(calls[i], backend, &sc.config, sc.jobs, N_LAYERS, NULL, bytes),
+                      RKV_ERROR_WORKSPACE);
+        expect_scene_unchanged("all buffers", &sc);
+    }
+    scene_free(&sc);
+}
+
+/* A workspace that lies on the rows it would spoil. */
+static void test_workspace_overlap(const rkv_backend *backend)
+{
+    scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+    case_begin("%s: workspace on keys", backend->name);
+    expect_status("rkv_compress",
+                  call_with(rkv_compress, backend, &sc.config, sc.jobs, N_LAYERS,
+                            (char *)sc.jobs[1].layer.keys.data + 8, (size_t)1 << 20),
+                  RKV_ERROR_ARGUMENT);
+    expect_scene_unchanged("all buffers", &sc);
+    scene_free(&sc);
+}
+
+/* ---- numbers that are none ---------------------------------------------------------------------- */
+typedef struct poison {
+    const char *name;
+    int query, layer, head, token, i;
+    double value;
+} poison;
+
+static void test_poison(const rkv_backend *backend, const poison *p, rkv_dtype dtype,
+                        rkv_scope scope, stage_function call)
+{
+    scene sc = scene_make(scope, dtype);
+    job *j = &sc.jobs[p->layer];
+    view *v = p->query ? &j->queries : &j->keys;
+    case_begin("%s: %s, dtype %d, scope %d", backend->name, p->name, (int)dtype, (int)scope);
+    view_store_one(v, p->head, p->token, p->i, (float)p->value);
+    block_remember(&v->memory);
+    sc.fault.status = -7;
+    sc.config.fault = &sc.fault;
+    refuse("call", call, backend, &sc, RKV_ERROR_NONFINITE);
+    expect_int("fault.status", 0, sc.fault.status, RKV_ERROR_NONFINITE);
+    expect_int("fault.layer", 0, sc.fault.layer, p->layer);
+    expect_int("fault.head", 0, sc.fault.head, p->head);
+    expect_int("fault.token", 0, sc.fault.token, p->token);
+    expect_int("fault.query", 0, sc.fault.query, p->query);
+    sc.config.fault = NULL;
+    refuse("call without fault", call, backend, &sc, RKV_ERROR_NONFINITE);
+    scene_free(&sc);
+}
+
+static void test_nonfinite(const rkv_backend *backend)
+{
+    static const poison list[] = {
+        { "NaN in the first key", 0, 0, 0, 0, 0, (double)NAN },
+        { "NaN in the last key", 0, N_LAYERS - 1, HEADS - 1, TOKENS - 1, DIM - 1, (double)NAN },
+        { "infinity in a key", 0, 0, 1, 20, 3, (double)INFINITY },
+        { "minus infinity in a key", 0, 1, 0, 31, 15, -(double)INFINITY },
+        { "NaN in a window key", 0, 1, 1, TOKENS - WINDOW, 7, (double)NAN },
+        { "NaN in the first query", 1, 0, 0, 0, 0, (double)NAN },
+        { "NaN in the last query", 1, 1, HEADS * GROUP - 1, WINDOW - 1, DIM - 1, (double)NAN },
+        { "infinity in a query", 1, 1, 2, 3, 4, (double)INFINITY },
+        { "minus infinity in a query", 1, 0, 1, 7, 9, -(double)INFINITY },
+    };
+    static const poison large[] = {
+        { "a key of norm 1e19", 0, 1, 1, 12, 2, 1e19 },
+        { "a key whose square overflows", 0, 1, 0, 39, 0, 3e38 },
+        { "a query of norm 1e19", 1, 1, 3, 2, 1, -1e19 },
+        { "a query whose square overflows", 1, 0, 0, 1, 1, 3e38 },
+    };
+    size_t i;
+    int dtype;
+    for (i = 0; i < sizeof list / sizeof *list; i++)
+        for (dtype = RKV_F32; dtype <= RKV_BF16; dtype++) {
+            test_poison(backend, &list[i], (rkv_dtype)dtype, RKV_PER_HEAD, rkv_compress);
+            test_poison(backend, &list[i], (rkv_dtype)dtype, RKV_PER_SEQUENCE, rkv_score);
+        }
+    for (i = 0; i < sizeof large / sizeof *large; i++) {
+        test_poison(backend, &large[i], RKV_F32, RKV_PER_LAYER, rkv_compress);
+        test_poison(backend, &large[i], RKV_BF16, RKV_PER_HEAD, rkv_score);
+    }
+}
+
+static void test_fault_after_success(const rkv_backend *backend)
+{
+    scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+    case_begin("%s: the fault of a call without one", backend->name);
+    sc.fault.status = RKV_ERROR_NONFINITE;
+    sc.config.fault = &sc.fault;
+    expect_status("rkv_compress", call_stage(rkv_compress, backend, &sc.config, sc.jobs, N_LAYERS),
+                  RKV_OK);
+    expect_int("fault.status", 0, sc.fault.status, RKV_OK);
+    scene_free(&sc);
+}
+
+/* lambda 0 reads no query: what they hold is no matter. */
+static void test_unread_queries(const rkv_backend *backend)
+{
+    scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+    case_begin("%s: NaN in a query that is not read", backend->name);
+    view_store_one(&sc.jobs[1].queries, 0, 0, 0, NAN);
+    sc.config.lambda = 0;
+    expect_status("rkv_compress", call_stage(rkv_compress, backend, &sc.config, sc.jobs, N_LAYERS),
+                  RKV_OK);
+    scene_free(&sc);
+}
+
+int main(void)
+{
+    int i, kind;
+    n_backends = usable_backends(backends);
+    for (i = 0; i < n_backends; i++) {
+        for (kind = 0; kind < SPOIL_KINDS; kind++) test_arguments(backends[i], kind);
+        test_tables(backends[i]);
+        test_null_arguments(backends[i]);
+        test_stage_outputs(backends[i]);
+        test_given_scores(backends[i]);
+        test_sequences(backends[i]);
+        test_kept_lists(backends[i]);
+        test_workspace(backends[i]);
+        test_workspace_overlap(backends[i]);
+        test_nonfinite(backends[i]);
+        test_fault_after_success(backends[i]);
+        test_unread_queries(backends[i]);
+    }
+    return close_tests();
+}

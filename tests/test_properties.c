@@ -1,0 +1,613 @@
+/* What must hold whatever the numbers: invariances, ties, pinned rows, rounds, layouts, threads.
+ *     make test        or: build/tests/test_properties */
+#define _POSIX_C_SOURCE 200809L
+#include "harness.h"
+#include "oracle.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static const rkv_backend *backends[MAX_BACKENDS];
+static int n_backends;
+
+static shape plain_shape(int kv_heads, int group, int head_dim, int n_tokens)
+{
+    shape s;
+    memset(&s, 0, sizeof s);
+    s.kv_heads = kv_heads;
+    s.group = group;
+    s.head_dim = head_dim;
+    s.n_tokens = n_tokens;
+    s.kind = KEYS_SHARED;
+    s.strength = 0.5;
+    return s;
+}
+
+static int run(stage_function call, const rkv_backend *backend, const rkv_config *config, job *jobs,
+               int n_jobs)
+{
+    return expect_status("status", call_stage(call, backend, config, jobs, n_jobs), RKV_OK);
+}
+
+/* Are the scores of two jobs of the same shape the same bits? */
+static void expect_same_scores(const char *at, const job *a, const job *b)
+{
+    expect_int("score bytes", 0, (int64_t)a->scores.bytes, (int64_t)b->scores.bytes);
+    expect_bytes(at, a->scores.data, b->scores.data, a->scores.bytes);
+}
+
+/* ---- invariances ----------------------------------------------------------------------------- */
+/* A cosine does not see a key's length: powers of two are exact, so the bits stay. */
+static void test_key_scale(const rkv_backend *backend)
+{
+    rng r = rng_seed(11);
+    rkv_config config = rkv_config_default(40);
+    shape s = plain_shape(2, 2, 67, 90);
+    size_t count = 2 * 90 * 67, i;
+    job a, b;
+    float *keys;
+    case_begin("%s: keys times powers of two, redundancy alone", backend->name);
+    config.lambda = 0;
+    job_make(&a, &r, &config, &s);
+    keys = (float *)alloc_checked(count * sizeof *keys);
+    for (i = 0; i < count; i++) keys[i] = (float)ldexp((double)a.keys_f32[i], (int)(i / 67 % 21));
+    job_make_from(&b, &r, &config, &s, keys, a.queries_f32);
+    run(rkv_score, backend, &config, &a, 1);
+    run(rkv_score, backend, &config, &b, 1);
+    expect_same_scores("scores", &a, &b);
+    free(keys);
+    job_free(&a);
+    job_free(&b);
+}
+
+/* lambda 1: neither the redundancy options nor the window's keys matter. */
+static void test_attention_only(const rkv_backend *backend)
+{
+    rng r = rng_seed(12);
+    rkv_config config = rkv_config_snapkv(40), other;
+    shape s = plain_shape(2, 4, 64, 90);
+    job a, b;
+    int t, i;
+    case_begin("%s: lambda 1 is attention alone", backend->name);
+    job_make(&a, &r, &config, &s);
+    for (t = 90 - 8; t < 90; t++)
+        for (i = 0; i < 64; i++) a.keys_f32[t * 64 + i] *= 3;
+    job_make_from(&b, &r, &config, &s, a.keys_f32, a.queries_f32);
+    other = rkv_config_default(40);
+    other.lambda = 1;
+    other.threshold = -0.5f;
+    other.recent = 4;
+    other.redundancy = RKV_REDUNDANCY_OWN;
+    other.span = RKV_SPAN_CANDIDATES;
+    run(rkv_score, backend, &config, &a, 1);
+    run(rkv_score, backend, &other, &b, 1);
+    expect_same_scores("scores", &a, &b);
+    job_free(&a);
+    job_free(&b);
+}
+
+/* A ring of queries may start anywhere. */
+static void test_query_order(const rkv_backend *backend)
+{
+    enum { W = 8, D = 64, N = 100, G = 4 };
+    rng r = rng_seed(13);
+    rkv_config config = rkv_config_default(50);
+    shape s = plain_shape(1, G, D, N);
+    float turned[G * W * D];
+    job a, b;
+    int g, a_row, k;
+    case_begin("%s: order of the queries", backend->name);
+    job_make(&a, &r, &config, &s);
+    for (g = 0; g < G; g++)
+        for (a_row = 0; a_row < W; a_row++)
+            memcpy(turned + (g * W + (a_row + 3) % W) * D, a.queries_f32 + (g * W + a_row) * D,
+                   D * sizeof *turned);
+    job_make_from(&b, &r, &config, &s, a.keys_f32, turned);
+    run(rkv_compress, backend, &config, &a, 1);
+    run(rkv_compress, backend, &config, &b, 1);
+    for (k = 0; k < N - W; k++)
+        expect_near("score", k, (double)job_scores(&a)[k], (double)job_scores(&b)[k], 1e-8);
+    expect_bytes("kept", a.kept.data, b.kept.data, a.kept.bytes);
+    job_free(&a);
+    job_free(&b);
+}
+
+/* A head's answer does not depend on the other heads and layers of the call. */
+static void test_independence(const rkv_backend *backend)
+{
+    enum { H = 3, N = 150, D = 96, G = 2, W = 8 };
+    rng r = rng_seed(14);
+    rkv_config config = rkv_config_default(64);
+    shape s = plain_shape(H, G, D, N), one = plain_shape(1, G, D, N);
+    job all[2], alone;
+    int h;
+    case_begin("%s: a head alone and among others", backend->name);
+    job_make(&all[1], &r, &config, &s);
+    s.n_tokens = 77;
+    job_make(&all[0], &r, &config, &s);
+    run(rkv_compress, backend, &config, all, 2);
+    for (h = 0; h < H; h++) {
+        job_make_from(&alone, &r, &config, &one, all[1].keys_f32 + h * N * D,
+                      all[1].queries_f32 + h * G * W * D);
+        run(rkv_compress, backend, &config, &alone, 1);
+        expect_bytes("scores", alone.scores.data, job_scores(&all[1]) + h * (N - W),
+                     (N - W) * sizeof(float));
+        expect_bytes("kept", alone.kept.data, job_kept(&all[1]) + h * 64, 64 * sizeof(int32_t));
+        job_free(&alone);
+    }
+    job_free(&all[0]);
+    job_free(&all[1]);
+}
+
+/* Every finite code of a half format is read as the number that it is: the same keys in f32 give
+ * the same bits. 64 adjacent codes a row have one exponent or two, so each of them counts. bf16's
+ * exponents are kept within what a norm may be. */
+static void test_half_codes(const rkv_backend *backend, rkv_dtype dtype)
+{
+    enum { D = 64, G = 1 };
+    rng r = rng_seed(15);
+    rkv_config config = rkv_config_default(100);
+    shape s = plain_shape(1, G, D, 0);
+    float *keys = (float *)alloc_checked(65536 * sizeof *keys), *queries;
+    job half, full;
+    int code, n = 0, i;
+    case_begin("%s: every %s code", backend->name, dtype == RKV_F16 ? "f16" : "bf16");
+    for (code = 0; code < 65536; code++) {
+        float x = dtype == RKV_F16 ? f16_to_float((uint16_t)code) : bf16_to_float((uint16_t)code);
+        int coarse = dtype == RKV_BF16 && (code >> 7 & 0xFF) > 180;
+        if (isnan(x) || isinf(x) || coarse) continue;
+        expect_true("conversion and back",
+                    code == (dtype == RKV_F16 ? f16_from_float(x) : bf16_from_float(x)));
+        keys[n++] = x;
+    }
+    s.n_tokens = n / D;
+    queries = (float *)alloc_checked(8 * D * sizeof *queries);
+    for (i = 0; i < 8 * D; i++)
+        queries[i] = round_to(dtype, (float)ldexp(rng_normal(&r), dtype == RKV_F16 ? -12 : -50));
+    s.dtype = dtype;
+    job_make_from(&half, &r, &config, &s, keys, queries);
+    s.dtype = RKV_F32;
+    job_make_from(&full, &r, &config, &s, keys, queries);
+    run(rkv_score, backend, &config, &half, 1);
+    run(rkv_score, backend, &config, &full, 1);
+    expect_same_scores("scores", &half, &full);
+    free(keys);
+    free(queries);
+    job_free(&half);
+    job_free(&full);
+}
+
+/* ---- ties and no-ops ------------------------------------------------------------------------- */
+/* All scores equal: the pinned rows and the newest stay. */
+static void test_ties(const rkv_backend *backend, float lambda, rkv_scope scope, int pinned)
+{
+    rng r = rng_seed(16);
+    rkv_config config = rkv_config_default(30);
+    shape s = plain_shape(2, 2, 20, 70);
+    job j;
+    int set, k;
+    case_begin("%s: all scores equal, lambda %.0f, scope %d, pinned %d", backend->name,
+               (double)lambda, (int)scope, pinned);
+    config.lambda = lambda;
+    config.scope = scope;
+    config.pinned = pinned;
+    s.kind = KEYS_ZERO;
+    job_make(&j, &r, &config, &s);
+    run(rkv_compress, backend, &config, &j, 1);
+    for (set = 0; set < j.sets; set++)
+        for (k = 0; k < 30; k++)
+            expect_int("kept", k, job_kept(&j)[set * 30 + k], k < pinned ? k : 70 - 30 + k);
+    job_free(&j);
+}
+
+static void test_no_op(const rkv_backend *backend, int n_tokens)
+{
+    rng r = rng_seed(17);
+    rkv_config config = rkv_config_default(50);
+    shape s = plain_shape(2, 2, 64, n_tokens);
+    job j;
+    int k;
+    case_begin("%s: %d tokens within a budget of 50", backend->name, n_tokens);
+    job_make(&j, &r, &config, &s);
+    j.layer.queries.data = NULL; /* nothing to choose: not read */
+    run(rkv_compress, backend, &config, &j, 1);
+    job_inputs_unchanged("inputs", &j);
+    block_unchanged("scores", &j.scores);
+    expect_int("n_tokens", 0, j.layer.n_tokens, n_tokens);
+    expect_int("n_kept", 0, j.layer.n_kept, n_tokens);
+    expect_int("n_evicted", 0, j.layer.n_evicted, 0);
+    for (k = 0; k < n_tokens; k++) {
+        expect_int("kept, head 0", k, job_kept(&j)[k], k);
+        expect_int("kept, head 1", k, job_kept(&j)[50 + k], k);
+    }
+    job_free(&j);
+}
+
+/* What lies behind the rows in use is no key, whatever it holds. */
+static void test_unused_rows(const rkv_backend *backend)
+{
+    rng r = rng_seed(18);
+    rkv_config config = rkv_config_default(20);
+    shape s = plain_shape(2, 1, 16, 40);
+    job j;
+    int h, t, i;
+    case_begin("%s: NaN behind the rows in use", backend->name);
+    s.capacity = 60;
+    job_make(&j, &r, &config, &s);
+    for (h = 0; h < 2; h++)
+        for (t = 40; t < 60; t++)
+            for (i = 0; i < 16; i++) view_store_one(&j.keys, h, t, i, NAN);
+    block_remember(&j.keys.memory);
+    run(rkv_compress, backend, &config, &j, 1);
+    job_compacted("compaction", &j, job_kept(&j), 20, 20);
+    job_free(&j);
+}
+
+/* ---- presets --------------------------------------------------------------------------------- */
+/* The kept sets of a preset are the oracle's with the options that the method is known by. */
+static void test_preset(const rkv_backend *backend, const char *name, rkv_config preset,
+                        rkv_config known)
+{
+    rng r = rng_seed(19);
+    shape s = plain_shape(2, 4, 64, 200);
+    oracle_head *heads;
+    job j;
+    int h, k;
+    case_begin("%s: preset %s keeps what the method keeps", backend->name, name);
+    job_make(&j, &r, &preset, &s);
+    run(rkv_compress, backend, &preset, &j, 1);
+    heads = oracle_score_job(&j, &known);
+    for (h = 0; h < j.sets; h++) {
+        double gap, sum[200];
+        int32_t want[200];
+        int n;
+        memset(sum, 0, sizeof sum);
+        if (j.sets == 1)
+            oracle_add_layer(sum, heads, 2);
+        else
+            memcpy(sum, heads[h].score, (size_t)(200 - j.window) * sizeof *sum);
+        n = oracle_select(&known, sum, 200, want, &gap);
+        expect_true("the cut is clear", gap > 2 * oracle_tolerance(&heads[h], &known));
+        for (k = 0; k < n; k++) expect_int("kept", k, job_kept(&j)[h * 64 + k], want[k]);
+    }
+    oracle_free_job(heads, &j);
+    job_free(&j);
+}
+
+static void test_presets(const rkv_backend *backend)
+{
+    rkv_config known = RKV_INIT;
+    known.budget = 64;
+    known.window = 8;
+    known.pool = 7;
+    known.recent = 1;
+    known.lambda = 0.1f;
+    known.threshold = 0.5f;
+    test_preset(backend, "default", rkv_config_default(64), known);
+    known.scope = RKV_PER_LAYER;
+    known.pooling = RKV_POOL_BEFORE_MEAN;
+    known.redundancy = RKV_REDUNDANCY_OWN;
+    known.span = RKV_SPAN_CANDIDATES;
+    test_preset(backend, "paper", rkv_config_paper(64), known);
+    known.scope = RKV_PER_HEAD;
+    known.pooling = RKV_POOL_AFTER_MEAN;
+    known.lambda = 1;
+    test_preset(backend, "snapkv", rkv_config_snapkv(64), known);
+    known.window = 1;
+    known.pool = 1;
+    test_preset(backend, "h2o", rkv_config_h2o(64), known);
+}
+
+/* First 4 and newest budget - 4, from keys alone, without a query or a score. */
+static void test_streaming(const rkv_backend *backend)
+{
+    rng r = rng_seed(20);
+    rkv_config config = rkv_config_streaming(24);
+    shape s = plain_shape(2, 2, 20, 60);
+    job j;
+    int h, k;
+    case_begin("%s: preset streaming", backend->name);
+    job_make(&j, &r, &config, &s);
+    memset(&j.layer.queries, 0, sizeof j.layer.queries);
+    j.layer.scores = NULL;
+    run(rkv_compress, backend, &config, &j, 1);
+    for (h = 0; h < 2; h++)
+        for (k = 0; k < 24; k++)
+            expect_int("kept", k, job_kept(&j)[h * 24 + k], k < 4 ? k : 60 - 24 + k);
+    job_compacted("compaction", &j, job_kept(&j), 24, 24);
+    job_free(&j);
+}
+
+/* ---- pinned rows, on pages that cannot be written ---------------------------------------------- */
+/* [token][head][dim] rows of one page each; the pinned ones read-only. A write would end the
+ * program, which run.sh reports. */
+static void test_pinned_pages(const rkv_backend *backend, rkv_order order)
+{
+    enum { N = 24, PINNED = 4, HEADS = 2, BUDGET = 14 };
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), i;
+    int dim = (int)(page / sizeof(float) / HEADS);
+    rng r = rng_seed(21);
+    rkv_config config = rkv_config_default(BUDGET);
+    shape s = plain_shape(HEADS, 1, dim, N);
+    void *memory[2] = { NULL, NULL };
+    job j;
+    int v;
+    case_begin("%s: pinned rows on read-only pages, order %d", backend->name, (int)order);
+    config.pinned = PINNED;
+    config.order = order;
+    s.keys = s.values = LAYOUT_TOKEN_MAJOR;
+    job_make(&j, &r, &config, &s);
+    for (v = 0; v < 2; v++) {
+        view *from = v ? &j.values : &j.keys;
+        rkv_tensor *to = v ? &j.layer.values : &j.layer.keys;
+        int h, t;
+        if (posix_memalign(&memory[v], page, N * page)) memory[v] = NULL;
+        if (!expect_true("pages", memory[v] != NULL)) return;
+        to->data = memory[v];
+        to->head_stride = dim;
+        to->token_stride = HEADS * dim;
+        for (t = 0; t < N; t++)
+            for (h = 0; h < HEADS; h++)
+                memcpy((float *)memory[v] + (t * HEADS + h) * dim, view_at(from, h, t, 0),
+                       (size_t)dim * sizeof(float));
+        expect_int("mprotect", v, mprotect(memory[v], PINNED * page, PROT_READ), 0);
+    }
+    run(rkv_compress, backend, &config, &j, 1);
+    for (v = 0; v < 2; v++) {
+        for (i = 0; i < BUDGET * HEADS; i++) {
+            int h = (int)i % HEADS, row = (int)i / HEADS;
+            expect_bytes("row", (float *)memory[v] + i * (size_t)dim,
+                         view_at(v ? &j.values : &j.keys, h, job_kept(&j)[h * BUDGET + row], 0),
+                         (size_t)dim * sizeof(float));
+        }
+        mprotect(memory[v], N * page, PROT_READ | PROT_WRITE);
+        free(memory[v]);
+    }
+    job_free(&j);
+}
+
+/* ---- many rounds ----------------------------------------------------------------------------- */
+/* Decodes 600 tokens; each value row carries its token's position, and so must `positions`. */
+static void test_rounds(const rkv_backend *backend, rkv_scope scope, int pinned)
+{
+    enum { BUDGET = 40, BUFFER = 24, ROWS = BUDGET + BUFFER, D = 32, HEADS = 2, TOKENS = 600 };
+    rng r = rng_seed(22);
+    rkv_config config = rkv_config_default(BUDGET);
+    shape s = plain_shape(HEADS, 2, D, ROWS);
+    int n = 0, position, h, i, row, rounds = 0, sets = scope == RKV_PER_HEAD ? HEADS : 1;
+    job j;
+    case_begin("%s: %d tokens, scope %d, pinned %d", backend->name, TOKENS, (int)scope, pinned);
+    config.scope = scope;
+    config.pinned = pinned;
+    s.value_dim = 1;
+    s.value_bytes = 4;
+    job_make(&j, &r, &config, &s);
+    j.layer.kept = NULL;
+    j.layer.scores = j.layer.shared_scores = NULL;
+    for (position = 0; position < TOKENS; position++, n++) {
+        if (n == ROWS) {
+            j.layer.n_tokens = n;
+            if (!run(rkv_compress, backend, &config, &j, 1)) break;
+            expect_int("rows left", rounds, n = j.layer.n_tokens, BUDGET);
+            expect_int("rows evicted", rounds++, j.layer.n_evicted, BUFFER);
+            for (h = 0; h < HEADS; h++)
+                for (row = 0; row < n; row++) {
+                    const int32_t *list = j.layer.positions + (h % sets) * ROWS;
+                    int32_t carried;
+                    memcpy(&carried, view_at(&j.values, h, row, 0), sizeof carried);
+                    expect_int("position of the row", row, list[row], carried);
+                    if (row) expect_true("ascending", list[row] > list[row - 1]);
+                    if (row < pinned) expect_int("pinned", row, list[row], row);
+                    if (row >= n - 8) expect_int("window", row, list[row], position - n + row);
+                }
+        }
+        for (h = 0; h < HEADS; h++) {
+            for (i = 0; i < D; i++) view_store_one(&j.keys, h, n, i, (float)rng_normal(&r));
+            memcpy(view_at(&j.values, h, n, 0), &position, 4);
+            j.layer.positions[(h % sets) * ROWS + n] = position;
+        }
+    }
+    expect_int("rounds", 0, rounds, (TOKENS - BUDGET - 1) / BUFFER);
+    job_free(&j);
+}
+
+/* ---- pools that hold more than one view -------------------------------------------------------- */
+/* Keys and values of two layers in one allocation, interleaved as engines do: pages of
+ * [block][key or value][token][head][dim], or rows of [token][layer][key or value][head][dim]. */
+static void test_fused_pool(const rkv_backend *backend, int paged)
+{
+    enum { LAYERS = 2, PAGE = 4, PAGES = 10, N = PAGE * PAGES, H = 2, D = 16, ROW = H * D };
+    rng r = rng_seed(23);
+    rkv_config config = rkv_config_default(20);
+    shape s = plain_shape(H, 2, D, N);
+    static int32_t table[LAYERS][PAGES];
+    float *pool = (float *)alloc_checked(LAYERS * 2 * N * ROW * sizeof *pool);
+    job jobs[LAYERS];
+    int l, i, h, t;
+    case_begin("%s: one pool for keys and values, %s", backend->name, paged ? "paged" : "rows");
+    for (l = 0; l < LAYERS; l++) {
+        rkv_layer *layer;
+        job_make(&jobs[l], &r, &config, &s);
+        layer = &jobs[l].layer;
+        for (i = 0; i < PAGES; i++) table[l][i] = (i * 7 % PAGES) * LAYERS + l;
+        layer->keys.head_stride = layer->values.head_stride = D;
+        layer->keys.data = pool + (paged ? 0 : l * 2 * ROW);
+        layer->values.data = (float *)layer->keys.data + (paged ? PAGE * ROW : ROW);
+        layer->keys.token_stride = paged ? ROW : LAYERS * 2 * ROW;
+        if (paged) {
+            layer->keys.block_table = table[l];
+            layer->keys.block_tokens = PAGE;
+            layer->keys.block_stride = 2 * PAGE * ROW;
+        }
+        layer->values.token_stride = layer->keys.token_stride;
+        layer->values.block_table = layer->keys.block_table;
+        layer->values.block_tokens = layer->keys.block_tokens;
+        layer->values.block_stride = layer->keys.block_stride;
+        for (t = 0; t < N; t++)
+            for (h = 0; h < H; h++) {
+                int64_t at = h * D + (paged ? table[l][t / PAGE] * 2 * PAGE * ROW + t % PAGE * ROW
+                                            : t * layer->keys.token_stride);
+                memcpy((float *)layer->keys.data + at, view_at(&jobs[l].keys, h, t, 0), D * 4);
+                memcpy((float *)layer->values.data + at, view_at(&jobs[l].values, h, t, 0), D * 4);
+            }
+    }
+    run(rkv_compress, backend, &config, jobs, LAYERS);
+    for (l = 0; l < LAYERS; l++) {
+        const rkv_layer *layer = &jobs[l].layer;
+        for (t = 0; t < 20; t++)
+            for (h = 0; h < H; h++) {
+                int from = job_kept(&jobs[l])[h * 20 + t];
+                int64_t at = h * D + (paged ? table[l][t / PAGE] * 2 * PAGE * ROW + t % PAGE * ROW
+                                            : t * layer->keys.token_stride);
+                expect_bytes("key", (float *)layer->keys.data + at,
+                             view_at(&jobs[l].keys, h, from, 0), D * 4);
+                expect_bytes("value", (float *)layer->values.data + at,
+                             view_at(&jobs[l].values, h, from, 0), D * 4);
+            }
+        job_free(&jobs[l]);
+    }
+    free(pool);
+}
+
+/* ---- shared scopes ----------------------------------------------------------------------------- */
+/* Two ranks hold two heads each of one layer; with their sums added, each selects what one rank
+ * with all four heads selects. */
+static void test_tensor_parallel(const rkv_backend *backend)
+{
+    enum { N = 120, D = 64, G = 2, W = 8, BUDGET = 50 };
+    rng r = rng_seed(24);
+    rkv_config config = rkv_config_default(BUDGET);
+    shape whole = plain_shape(4, G, D, N), half = plain_shape(2, G, D, N);
+    job all, rank[2];
+    int k, i;
+    case_begin("%s: shared scores reduced over two ranks", backend->name);
+    config.scope = RKV_PER_LAYER;
+    job_make(&all, &r, &config, &whole);
+    run(rkv_score, backend, &config, &all, 1);
+    for (i = 0; i < 2; i++) {
+        job_make_from(&rank[i], &r, &config, &half, all.keys_f32 + i * 2 * N * D,
+                      all.queries_f32 + i * 2 * G * W * D);
+        run(rkv_score, backend, &config, &rank[i], 1);
+    }
+    for (k = 0; k < N - W; k++) {
+        float sum = rank[0].layer.shared_scores[k] + rank[1].layer.shared_scores[k];
+        expect_near("sum", k, (double)sum / 2, (double)job_shared(&all)[k], 1e-8);
+        rank[0].layer.shared_scores[k] = rank[1].layer.shared_scores[k] = sum;
+    }
+    run(rkv_select, backend, &config, &all, 1);
+    for (i = 0; i < 2; i++) {
+        run(rkv_select, backend, &config, &rank[i], 1);
+        expect_bytes("kept", rank[i].kept.data, all.kept.data, all.kept.bytes);
+        job_free(&rank[i]);
+    }
+    job_free(&all);
+}
+
+/* ---- threads ----------------------------------------------------------------------------------- */
+typedef struct caller {
+    job job;
+    rkv_config config;
+    const rkv_backend *backend;
+    void *workspace;
+    size_t bytes;
+    rkv_status status;
+} caller;
+
+static void *call_one(void *argument)
+{
+    caller *c = (caller *)argument;
+    c->status = rkv_compress(c->backend, &c->config, &c->job.layer, 1, c->workspace, c->bytes);
+    return NULL;
+}
+
+/* Calls on distinct data at the same time give what they give one by one. */
+static void test_concurrent_calls(const rkv_backend *backend)
+{
+    enum { CALLERS = 4 };
+    caller list[CALLERS];
+    pthread_t thread[CALLERS];
+    int i;
+    case_begin("%s: calls at the same time", backend->name);
+    for (i = 0; i < CALLERS; i++) {
+        rng r = rng_seed((uint64_t)(25 + i));
+        shape s = plain_shape(2, 4, 64, 300 + i);
+        list[i].config = rkv_config_default(100);
+        list[i].backend = backend;
+        job_make(&list[i].job, &r, &list[i].config, &s);
+        rkv_workspace_size(backend, &list[i].config, &list[i].job.layer, 1, &list[i].bytes);
+        list[i].workspace = alloc_checked(list[i].bytes);
+    }
+    for (i = 0; i < CALLERS; i++) pthread_create(&thread[i], NULL, call_one, &list[i]);
+    for (i = 0; i < CALLERS; i++) pthread_join(thread[i], NULL);
+    for (i = 0; i < CALLERS; i++) {
+        int32_t *kept = (int32_t *)alloc_checked(list[i].job.kept.bytes);
+        expect_status("status", list[i].status, RKV_OK);
+        memcpy(kept, list[i].job.kept.data, list[i].job.kept.bytes);
+        job_restore(&list[i].job);
+        run(rkv_compress, backend, &list[i].config, &list[i].job, 1);
+        expect_bytes("kept", list[i].job.kept.data, kept, list[i].job.kept.bytes);
+        free(kept);
+        free(list[i].workspace);
+        job_free(&list[i].job);
+    }
+}
+
+static void test_parallel_for_is_used(const rkv_backend *backend)
+{
+    rng r = rng_seed(30);
+    rkv_config config = rkv_config_default(40);
+    shape s = plain_shape(4, 1, 64, 100);
+    int calls = 0;
+    job j;
+    case_begin("%s: parallel_for is given tasks", backend->name);
+    config.n_threads = 3;
+    config.parallel_for = reversed_for;
+    config.pool_handle = &calls;
+    job_make(&j, &r, &config, &s);
+    run(rkv_compress, backend, &config, &j, 1);
+    expect_true("called", calls > 0);
+    job_free(&j);
+}
+
+static void test_all(const rkv_backend *backend)
+{
+    int pinned;
+    test_key_scale(backend);
+    test_attention_only(backend);
+    test_query_order(backend);
+    test_independence(backend);
+    test_half_codes(backend, RKV_F16);
+    test_half_codes(backend, RKV_BF16);
+    for (pinned = 0; pinned <= 5; pinned += 5) {
+        test_ties(backend, 0, RKV_PER_HEAD, pinned);
+        test_ties(backend, 1, RKV_PER_HEAD, pinned);
+        test_ties(backend, 0, RKV_PER_LAYER, pinned);
+        test_rounds(backend, RKV_PER_HEAD, pinned);
+        test_rounds(backend, RKV_PER_LAYER, pinned);
+    }
+    test_no_op(backend, 1);
+    test_no_op(backend, 8);
+    test_no_op(backend, 50);
+    test_unused_rows(backend);
+    test_presets(backend);
+    test_streaming(backend);
+    test_pinned_pages(backend, RKV_BY_POSITION);
+    test_pinned_pages(backend, RKV_BY_SCORE);
+    test_fused_pool(backend, 0);
+    test_fused_pool(backend, 1);
+    test_tensor_parallel(backend);
+    test_concurrent_calls(backend);
+    test_parallel_for_is_used(backend);
+}
+
+int main(void)
+{
+    int i;
+    n_backends = usable_backends(backends);
+    for (i = 0; i < n_backends; i++) test_all(backends[i]);
+    return close_tests();
+}
