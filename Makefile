@@ -25,11 +25,13 @@ help:
 	@echo '                      (EXPECT="scalar avx2" fails if one of these did not run)'
 	@echo '  make bench          timings beside the limits of this machine; CSV in $(BUILD)/'
 	@echo '                      (BENCH=--full: the worst case in every type and length)'
-	@echo '  make check          README, licence, version and symbols agree with the header'
+	@echo '  make check          README, licence and version agree with the header'
 	@echo '  make lint           clang-format, cppcheck, clang-tidy'
 	@echo '  make format         lets clang-format rewrite the sources'
 	@echo '  make fuzz           libFuzzer, or its target on random bytes (FUZZ_SECONDS=60)'
 	@echo '  make test-std       the header as C99, C11, C++11, C++17, with gcc and clang'
+	@echo '  make test-symbols   what the header brings into a program'
+	@echo '  make test-mutants   wrong kernels, put in on purpose, are noticed'
 	@echo '  make test-sanitize  the tests under the address and undefined behaviour sanitizers'
 	@echo '  make test-valgrind  the tests under valgrind'
 	@echo '  make test-qemu      the tests on AArch64 (NEON) and s390x (big-endian), emulated'
@@ -127,11 +129,15 @@ test-qemu: test-qemu-aarch64 test-qemu-s390x
 test-qemu-aarch64 test-qemu-s390x: test-qemu-%:
 	$(call suite,$*-linux-gnu-gcc qemu-$*,$*,CC=$*-linux-gnu-gcc LDFLAGS=-static RUNNER=qemu-$*)
 
-.PHONY: test-std check lint format
+.PHONY: test-std test-symbols test-mutants check lint format
 test-std:
 	@BUILD=$(BUILD) sh .ci/std.sh
 check:
 	@BUILD=$(BUILD) CC='$(CC)' sh .ci/check.sh
+test-symbols:
+	@CC='$(CC)' sh tests/symbols.sh
+test-mutants:
+	@CC='$(CC)' sh tests/test_mutants.sh
 lint:
 	@BUILD=$(BUILD) sh .ci/lint.sh
 format:

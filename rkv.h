@@ -73,10 +73,12 @@
 #define RKV_VERSION_MINOR 1
 #define RKV_VERSION_PATCH 0
 
-#ifdef RKV_STATIC
-#define RKV_API static
-#else
+#ifndef RKV_STATIC
 #define RKV_API extern
+#elif defined(__GNUC__)
+#define RKV_API static __attribute__((unused))
+#else
+#define RKV_API static
 #endif
 
 /* clang-format off */
@@ -496,8 +498,11 @@ RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t b
 #include <limits.h>
 #include <math.h>
 #include <string.h>
-#ifndef RKV_NO_CACHE
+#if !defined(RKV_NO_CACHE) || defined(RKV_PTHREADS)
 #include <stdlib.h>
+#endif
+#ifdef RKV_PTHREADS
+#include <pthread.h>
 #endif
 
 #if defined(_MSC_VER) && !defined(__clang__)
@@ -1140,35 +1145,45 @@ RKVI_TARGET_AVX2 static void rkvi_add_rows_avx2(float *sum, const float *rows, s
     for (; i < n; i += 16) rkvi_add_columns_avx2(sum + i, rows + i, stride, weights, n_rows, 2);
 }
 
-/* n_rows x n_vectors accumulators: 3 x 4 or 6 x 2, twelve of the sixteen registers. */
+/* n_rows x n_vectors accumulators: 3 x 4 or 6 x 2, twelve of the sixteen registers. There is room
+ * for the fewer of keys and query vectors besides; the others pass one at a time. */
 RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_query_rows_avx2(const float *panel, int n_rows,
                                                        int n_vectors, const float *rows,
                                                        size_t stride, size_t dim, float *out,
                                                        size_t out_stride)
 {
-    __m256 dot_x8[6][4];
+    const int n_held = n_rows < n_vectors ? n_rows : n_vectors;
+    const int n_passing = n_rows < n_vectors ? n_vectors : n_rows;
+    __m256 dot_x8[6][3], held_x8[3];
     size_t i;
-    int r, v;
+    int p, k;
     RKVI_UNROLL
-    for (r = 0; r < n_rows; r++) {
+    for (p = 0; p < n_passing; p++) {
         RKVI_UNROLL
-        for (v = 0; v < n_vectors; v++) dot_x8[r][v] = _mm256_setzero_ps();
+        for (k = 0; k < n_held; k++) dot_x8[p][k] = _mm256_setzero_ps();
     }
     for (i = 0; i < dim; i++, panel += 8 * n_vectors) {
         RKVI_UNROLL
-        for (r = 0; r < n_rows; r++) {
-            __m256 key_x8 = _mm256_broadcast_ss(rows + (size_t)r * stride + i);
+        for (k = 0; k < n_held; k++)
+            held_x8[k] = n_rows < n_vectors ? _mm256_broadcast_ss(rows + (size_t)k * stride + i)
+                                            : _mm256_loadu_ps(panel + 8 * k);
+        RKVI_UNROLL
+        for (p = 0; p < n_passing; p++) {
+            __m256 passing_x8 = n_rows < n_vectors
+                                    ? _mm256_loadu_ps(panel + 8 * p)
+                                    : _mm256_broadcast_ss(rows + (size_t)p * stride + i);
             RKVI_UNROLL
-            for (v = 0; v < n_vectors; v++)
-                dot_x8[r][v] =
-                    _mm256_fmadd_ps(_mm256_loadu_ps(panel + 8 * v), key_x8, dot_x8[r][v]);
+            for (k = 0; k < n_held; k++)
+                dot_x8[p][k] = _mm256_fmadd_ps(passing_x8, held_x8[k], dot_x8[p][k]);
         }
     }
     RKVI_UNROLL
-    for (r = 0; r < n_rows; r++) {
+    for (p = 0; p < n_passing; p++) {
         RKVI_UNROLL
-        for (v = 0; v < n_vectors; v++)
-            _mm256_storeu_ps(out + (size_t)r * out_stride + 8 * v, dot_x8[r][v]);
+        for (k = 0; k < n_held; k++) {
+            int row = n_rows < n_vectors ? k : p, vector = n_rows < n_vectors ? p : k;
+            _mm256_storeu_ps(out + (size_t)row * out_stride + 8 * vector, dot_x8[p][k]);
+        }
     }
 }
 
@@ -4777,9 +4792,6 @@ RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t b
  * Workers sleep until a call leaves indices to take; the caller takes indices too. Tasks are
  * whole kv heads, so one lock for each costs nothing, and C99 has no atomics. */
 #ifdef RKV_PTHREADS
-#include <pthread.h>
-#include <stdlib.h>
-
 struct rkv_threads {
     pthread_mutex_t turn;  /* held for a whole call: calls from several threads queue */
     pthread_mutex_t mutex; /* guards all that follows */

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What the documents say agrees with the header: programs, versions, licence, symbols.
+# What the documents say agrees with the header: programs, versions, licence.
 # make check
 set -u
 out=${BUILD:-build}/check
@@ -63,23 +63,4 @@ flat() { tr -cs 'A-Za-z0-9(),."' ' '; }
 body=$(sed -n '/^Alternative A/,$p' LICENSE | flat)
 report 'LICENSE stands at the end of rkv.h' \
     "$(flat <rkv.h | grep -qF "$body" || echo 'not word for word')"
-
-symbols() { # variant flags, nm filter
-    printf '#define RKV_IMPLEMENTATION\n#include "rkv.h"\n' >"$out/whole.c"
-    # shellcheck disable=SC2086
-    $cc -O2 -I. $1 -c "$out/whole.c" -o "$out/whole.o" && nm "$out/whole.o" >"$out/symbols"
-}
-if command -v nm >/dev/null 2>&1; then
-    symbols ''
-    report 'no symbol leaves rkv.h but rkv_*' \
-        "$(awk '$2 ~ /^[A-Z]$/ && $2 != "U" && $3 !~ /^_?rkv_/' "$out/symbols")"
-    report 'no output, no exit, no environment' \
-        "$(awk '$1 == "U" && $2 ~ /^_?(printf|fprintf|puts|abort|exit|getenv|__assert)/' \
-            "$out/symbols")"
-    symbols -DRKV_NO_CACHE
-    report 'without the managed cache no allocation' \
-        "$(awk '$1 == "U" && $2 ~ /^_?(malloc|calloc|realloc|free|aligned_alloc)$/' "$out/symbols")"
-else
-    echo 'skip  symbols: no nm'
-fi
 exit $failed
