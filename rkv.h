@@ -982,6 +982,7 @@ RKVI_TARGET_AVX2 static void rkvi_load_f16_avx2(float *dst, const unsigned char 
         __m128i half_x8 = _mm_loadu_si128((const __m128i *)(const void *)(src + 2 * i));
         _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(half_x8));
     }
+    _mm256_zeroupper(); /* gcc 12 forgets it before a tail call, and SSE code then crawls */
     rkvi_load_f16_scalar(dst + i, src + 2 * i, n - i);
 }
 
@@ -993,6 +994,7 @@ RKVI_TARGET_AVX2 static void rkvi_load_bf16_avx2(float *dst, const unsigned char
         __m256i bits_x8 = _mm256_slli_epi32(_mm256_cvtepu16_epi32(half_x8), 16);
         _mm256_storeu_ps(dst + i, _mm256_castsi256_ps(bits_x8));
     }
+    _mm256_zeroupper(); /* gcc 12 forgets it before a tail call, and SSE code then crawls */
     rkvi_load_bf16_scalar(dst + i, src + 2 * i, n - i);
 }
 
@@ -1331,6 +1333,7 @@ RKVI_TARGET_AVX512 static void rkvi_load_f16_avx512(float *dst, const unsigned c
         __m256i half_x16 = _mm256_loadu_si256((const __m256i *)(const void *)(src + 2 * i));
         _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(half_x16));
     }
+    _mm256_zeroupper(); /* gcc 12 forgets it before a tail call, and SSE code then crawls */
     rkvi_load_f16_scalar(dst + i, src + 2 * i, n - i);
 }
 
@@ -1342,6 +1345,7 @@ RKVI_TARGET_AVX512 static void rkvi_load_bf16_avx512(float *dst, const unsigned 
         __m512i bits_x16 = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half_x16), 16);
         _mm512_storeu_ps(dst + i, _mm512_castsi512_ps(bits_x16));
     }
+    _mm256_zeroupper(); /* gcc 12 forgets it before a tail call, and SSE code then crawls */
     rkvi_load_bf16_scalar(dst + i, src + 2 * i, n - i);
 }
 
@@ -1975,9 +1979,10 @@ static rkvi_needs rkvi_needs_of(const rkv_config *config, const rkv_layer *layer
         if (!rkvi_is_scored(config, layer->n_tokens)) continue;
         needs.any_scored = 1;
         rkvi_raise(&needs.dim, (size_t)layer->keys.dim);
-        if (rkvi_reads_queries(config))
-            rkvi_raise(&needs.queries,
-                       (size_t)(layer->queries.heads / layer->keys.heads) * (size_t)config->window);
+        if (!rkvi_reads_queries(config)) continue;
+        rkvi_raise(&needs.blocks, rkvi_n_blocks(&layer->queries, config->window));
+        rkvi_raise(&needs.queries,
+                   (size_t)(layer->queries.heads / layer->keys.heads) * (size_t)config->window);
     }
     return needs;
 }
@@ -3000,8 +3005,10 @@ static rkv_status rkvi_check_blocks(const rkvi_job *job)
         int32_t *set = job->scratches[0].blocks;
         if (n_tokens == job->plans[l].n_kept) continue;
         if (!rkvi_blocks_are_sound(&layer->keys, n_tokens, set)) return RKV_ERROR_ARGUMENT;
-        if (layer->values.data && layer->values.block_table != layer->keys.block_table &&
-            !rkvi_blocks_are_sound(&layer->values, n_tokens, set))
+        if (layer->values.data && !rkvi_blocks_are_sound(&layer->values, n_tokens, set))
+            return RKV_ERROR_ARGUMENT;
+        if (job->plans[l].scored && rkvi_reads_queries(job->config) &&
+            !rkvi_blocks_are_sound(&layer->queries, job->config->window, set))
             return RKV_ERROR_ARGUMENT;
     }
     return RKV_OK;

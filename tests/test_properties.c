@@ -4,6 +4,7 @@
 #include "harness.h"
 #include "oracle.h"
 
+#include <float.h>
 #include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -50,6 +51,11 @@ static void test_key_scale(const rkv_backend *backend)
     size_t count = 2 * 90 * 67, i;
     job a, b;
     float *keys;
+    if (FLT_EVAL_METHOD != 0) {
+        skip("%s: keys times powers of two: this compiler computes floats in more precision",
+             backend->name);
+        return;
+    }
     case_begin("%s: keys times powers of two, redundancy alone", backend->name);
     config.lambda = 0;
     job_make(&a, &r, &config, &s);

@@ -1,0 +1,162 @@
+#!/bin/sh
+# Puts faults into a copy of rkv.h, one at a time, and shows that the tests notice each of them:
+#     sh tests/test_mutants.sh [NAME...]     (from the top; CC, RUNNER; a few minutes)
+# A fault is a name, the machine it shows on ("any", or a code path), and sed expressions. One that
+# changes nothing is a failure too: the header has moved on and the fault must follow.
+set -u
+cc=${CC:-cc}
+runner=${RUNNER:-}
+flags='-std=c99 -O2 -I. -Itests -DRKV_PTHREADS'
+dir=$(mktemp -d) || exit 1
+trap 'rm -rf "$dir"' EXIT
+trap 'exit 130' HUP INT TERM
+passed=0 failed=0 skipped=0
+programs='test_random test_properties test_errors test_golden test_api'
+export RKV_TEST_CASES="${RKV_TEST_CASES:-400}"
+
+# Builds the test programs around the header in $1; returns whether that worked.
+link_tests() {
+    # shellcheck disable=SC2086 # flags are words
+    $cc -I"$1" $flags -c tests/rkv_impl.c -o "$dir/impl.o" || return 1
+    for program in $programs; do
+        # shellcheck disable=SC2086
+        $cc $flags "$dir/$program.o" "$dir/harness.o" "$dir/oracle.o" "$dir/impl.o" \
+            -o "$dir/$program" -lm -pthread || return 1
+    done
+}
+
+# Runs them until one fails; prints its name. A hanging or crashing one has noticed as well.
+first_failure() {
+    for program in $programs; do
+        # shellcheck disable=SC2086 # RUNNER is words: an emulator and its options
+        timeout 60 $runner "$dir/$program" >"$dir/out" 2>&1 || { echo "$program"; return; }
+    done
+}
+
+fault() { # name, code path, sed expression...
+    name=$1 path=$2
+    shift 2
+    case " $wanted " in "  " | *" $name "*) ;; *) return ;; esac
+    if [ "$path" != any ] && ! grep -q "^$path$" "$dir/usable"; then
+        echo "skip  $name: $path is not usable here"
+        skipped=$((skipped + 1))
+        return
+    fi
+    cp "$dir/original/rkv.h" "$dir/mutant/rkv.h"
+    for expression in "$@"; do
+        cp "$dir/mutant/rkv.h" "$dir/before"
+        sed "$expression" "$dir/before" >"$dir/mutant/rkv.h"
+        if cmp -s "$dir/before" "$dir/mutant/rkv.h"; then
+            echo "FAIL  $name: nothing matches $expression"
+            failed=$((failed + 1))
+            return
+        fi
+    done
+    if ! link_tests "$dir/mutant" 2>"$dir/errors"; then
+        echo "FAIL  $name: does not compile"
+        sed -n 1,5p "$dir/errors"
+        failed=$((failed + 1))
+        return
+    fi
+    noticed=$(first_failure)
+    if [ -n "$noticed" ]; then
+        echo "ok    $name: $noticed"
+        passed=$((passed + 1))
+    else
+        echo "FAIL  $name: no test notices"
+        failed=$((failed + 1))
+    fi
+}
+
+wanted=$*
+mkdir "$dir/mutant" "$dir/original"
+cp rkv.h "$dir/original/rkv.h"
+for source in harness oracle $programs; do
+    # shellcheck disable=SC2086
+    $cc $flags -c "tests/$source.c" -o "$dir/$source.o" || exit 1
+done
+link_tests "$dir/original" || exit 1
+# shellcheck disable=SC2086
+$runner "$dir/test_api" | sed -n 's/^skip  \([a-z0-9]*\): not usable.*/\1/p' >"$dir/unusable"
+printf 'avx512\navx2\nneon\nscalar\n' | grep -vxF -f "$dir/unusable" >"$dir/usable"
+noticed=$(first_failure)
+if [ -n "$noticed" ]; then
+    echo "FAIL  the header as it is: $noticed"
+    grep FAIL "$dir/out" | sed -n 1,5p
+    echo "0 passed, 1 failed, 0 skipped"
+    exit 1
+fi
+
+# ---- kernels: first those that give other bits, then those that give other numbers ---------------
+fault scalar-lanes any '/^static float rkvi_dot_scalar/,/^}/s/i % RKVI_LANES/i % 8/g'
+fault scalar-at-threshold any \
+    '/^static void rkvi_cosine_tile_scalar/,/^}/s/out\[i\] > threshold/out[i] >= threshold/'
+fault avx2-reduction avx2 \
+    '/rkvi_reduce8_avx2(__m256 sums_x8)/,/^}/s/_mm_movehl_ps(x4, x4)/_mm_shuffle_ps(x4, x4, 0xb1)/' \
+    '/rkvi_reduce8_avx2(__m256 sums_x8)/,/^}/s/_mm_shuffle_ps(x2, x2, 1)/_mm_movehl_ps(x2, x2)/'
+fault avx2-unfused avx2 \
+    '/^RKVI_TARGET_AVX2 static void rkvi_sum_squares_avx2/,/^}/s/_mm256_fmadd_ps(a_x8, a_x8, low_x8)/_mm256_add_ps(_mm256_mul_ps(a_x8, a_x8), low_x8)/'
+fault avx2-exp avx2 '/rkvi_exp_avx2(__m256 x_x8)/,/^}/s/RKVI_EXP_C4/RKVI_EXP_C5/'
+fault avx2-rows avx2 \
+    '/^RKVI_TARGET_AVX2 static void rkvi_query_tile_avx2/,/^}/s/rows + r \* stride, stride, dim, out + r/rows, stride, dim, out + r/'
+fault avx512-reduction avx512 '/rkvi_reduce_four_avx512/,/^}/s/sum, sum, 0xb1/sum, sum, 0x4e/'
+fault avx512-columns avx512 \
+    '/^RKVI_TARGET_AVX512 static void rkvi_add_rows_avx512/,/^}/s/i < n; i += 16/i + 16 < n; i += 16/'
+fault neon-reduction neon '/rkvi_reduce.*_neon/,/^}/s/vaddq_f32/vmaxq_f32/'
+fault f16-subnormal any 's/(float)magnitude \* (1.0f \/ 16777216.0f)/0.0f/'
+fault bf16-shift any '/^static void rkvi_load_bf16_scalar/,/^}/s/half << 16/(half \& 0xfffeu) << 16/'
+fault exp-ln2 any 's/^#define RKVI_LN2_LOW .*/#define RKVI_LN2_LOW 0.0f/'
+fault dot-tail any '/^static void rkvi_load_key/,/^}/s/size_t dim = token < 0 ? 0 : (size_t)h->keys->dim/size_t dim = token < 0 ? 0 : (size_t)(h->keys->dim \& ~1)/'
+
+# ---- importance ------------------------------------------------------------------------------------
+fault pool-left any '/^static int rkvi_pool_before/,/^}/s/config->pool \/ 2/(config->pool - 1) \/ 2/'
+fault pool-right any '/^static int rkvi_pool_after/,/^}/s/(config->pool - 1) \/ 2/config->pool \/ 2/'
+fault pool-order any 's/pool_first = h->config->pooling == RKV_POOL_BEFORE_MEAN/pool_first = 0/'
+fault group-mean any '/^static void rkvi_chunk_logits/,/^}/s/mean ? 1.0f \/ (float)h->group : 1.0f/1.0f/'
+fault group-folded any \
+    '/^static void rkvi_chunk_logits/,/^}/s/fold_group(s->tile, tile_stride, h->group/fold_group(s->tile, tile_stride, 1/'
+fault softcap-ratio any 's/h->scale \/ h->softcap, h->softcap/h->scale, h->softcap/'
+fault softmax-maximum any 's/exp_sum(x, padded, max) :/exp_sum(x, padded, 0.0f) :/'
+
+# ---- redundancy ------------------------------------------------------------------------------------
+fault span any 's/h.n_span = job->config->span == RKV_SPAN_ALL/h.n_span = job->config->span != RKV_SPAN_ALL/'
+fault norm-epsilon any 's/^#define RKVI_NORM_EPSILON .*/#define RKVI_NORM_EPSILON 1e-30f/'
+fault column0-dropped any 's/return config->redundancy == RKV_REDUNDANCY_ROW \&\&/return 0 \&\&/'
+fault column0-some-found any 's/s->missing\[i\] == recent) \/\* found none/s->missing[i] > 0) \/* found none/'
+fault diagonal any 's/(double)s->column\[i\] - (double)s->self\[i\] - exempt/(double)s->column[i] - exempt/'
+fault diagonal-exempt any '/^static void rkvi_found/,/^}/s/if (i == j) return;//' \
+    '/^static void rkvi_found/,/^}/s/ || (i == j && h->config->threshold >= 0)//'
+fault recent-ignored any '/^static void rkvi_found/,/^}/s/s->missing\[i\]--;/s->missing[i] = 0;/'
+fault recent-uncounted any '/^static void rkvi_found/,/^}/s/s->missing\[i\] <= 0 || //'
+fault own-form any 's/== RKV_REDUNDANCY_OWN ? i : j/== RKV_REDUNDANCY_OWN ? j : j/'
+fault oldest-first any \
+    '/^static void rkvi_search_block/,/^}/s/for (b = block->end - block->first - 1; b >= 0; b--)/for (b = 0; b < block->end - block->first; b++)/'
+fault pairs-one-sided any '/^static void rkvi_search_pair(/,/^}/s/rkvi_found(h, s, j, i, .*//'
+fault pairs-order any '/^static void rkvi_search_pair(/,/^}/s/for (a = 3; above\[b\] \&\& a >= 0; a--)/for (a = 0; a < 4; a++)/'
+fault second-newest any '/^static void rkvi_read_columns/,/^}/s/out\[4 \* r + 2\]/out[4 * r + 1]/'
+
+# ---- selection, compaction, sharing --------------------------------------------------------------------
+fault tie-to-the-older any \
+    '/^static void rkvi_choose/,/^}/s/for (i = end - 1; at > first; i--)/for (i = at = first; at < first + n_keep; i++)/' \
+    '/^static void rkvi_choose/,/^}/s/kept\[at - 1\] = i;/kept[at] = i;/' \
+    '/^static void rkvi_choose/,/^}/s/at -= s->ranks/at += s->ranks/'
+fault tie-by-score any '/^static int rkvi_is_better/,/^}/s/: a > b/: a < b/'
+fault pinned-unpinned any '/^static void rkvi_choose/,/^}/s/first = config->pinned, end/first = 0 * config->pinned, end/'
+fault run-length any '/^static int rkvi_run_length/,/^}/s/kept\[from + n\] == kept\[from\] + n/kept[from + n] <= kept[from] + n + 1/'
+fault cycles any '/^static void rkvi_follow/,/^}/s/rkvi_copy_row(view, to, view->dim_stride, aside, view->element);//'
+fault transposed any '/^static void rkvi_move_down/,/^}/s/piece < pieces.n/piece < 1/'
+fault positions-of-one-head any 's/index >= plan->sets) return;/index >= 1) return;/'
+fault shared-mean any 's/const float share = 1.0f \/ (float)from->kv_heads/const float share = 1.0f/'
+fault shared-one-layer any 's/job->plans\[member\].owner == l; member++/member == l; member++/'
+
+# ---- checks ----------------------------------------------------------------------------------------
+fault nonfinite-keys any '/^static rkv_status rkvi_chunk_norms/,/^}/s/if (!(square\[r\] <= RKVI_MAX_SQUARE))/if (0)/'
+fault nonfinite-queries any '/^static rkv_status rkvi_pack_queries/,/^}/s/if (!(square <= RKVI_MAX_SQUARE))/if (0)/'
+fault list-twice any '/^static int rkvi_list_is_sound/,/^}/s/ || seen\[kept\[i\]\]//'
+fault block-twice any '/^static int rkvi_blocks_are_sound/,/^}/s/if (set\[slot\] == block) return 0;//'
+fault workspace-short any 's/\*bytes = arena.used + RKVI_ALIGN;/*bytes = arena.used - 2 * RKVI_ALIGN;/' \
+    's/if (!workspace || bytes < needed) return/if (!workspace) return/'
+fault workspace-unchecked any 's/if (!workspace || bytes < needed) return/if (!workspace) return/'
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
