@@ -40,7 +40,8 @@
  * Errors     Every fallible call returns rkv_status. On any error no caller buffer has changed
  *            (the workspace and *config->fault excepted). rkv_check says in words what is wrong.
  * Precision  Keys and queries are read as f32, f16 or bf16 and computed in f32. Scores and kept
- *            sets are bit-identical on every CPU backend and for any number of threads.
+ *            sets are bit-identical on every CPU backend and for any number of threads, and from
+ *            machine to machine where float is float (FLT_EVAL_METHOD 0: not x87, not s390x).
  *
  * What you must know before you ship it:
  *  - Compress confirmed tokens only: an evicted token does not come back when a speculative
@@ -303,9 +304,10 @@ RKV_API const rkv_backend *rkv_backend_find(const char *name);
 RKV_API const rkv_backend *rkv_backend_at(int index);
 RKV_API rkv_status rkv_backend_register(const rkv_backend *backend);
 
-/* rkv_check: what rkv_compress checks before it starts. *why (may be NULL) gets a static text
- * that names the field and the rule, NULL when all is well. The other functions return the same
- * status without the text. */
+/* rkv_check: what every call checks before it reads a byte of the layers' buffers. *why (may be
+ * NULL) gets a static text that names the field and the rule, NULL when all is well. The other
+ * functions return the same status without the text; they also check what needs those bytes:
+ * block tables, kept lists, finiteness. */
 RKV_API rkv_status rkv_check(const rkv_config *config, const rkv_layer *layers, int n_layers,
                              const char **why);
 
@@ -337,8 +339,9 @@ RKV_API rkv_status rkv_compress(const rkv_backend *backend, const rkv_config *co
                                 rkv_layer *layers, int n_layers, void *workspace, size_t bytes);
 
 /* The same in three steps, for engines that reduce, select or move by themselves.
- *   rkv_score    reads keys and queries; writes scores (required) and, with a shared scope,
- *                shared_scores (required). Layers with n_tokens <= budget get none.
+ *   rkv_score    reads keys and queries; writes scores or, with a shared scope, shared_scores
+ *                (required), and then scores too where given. Layers with n_tokens <= budget get
+ *                none.
  *   rkv_select   reads scores or shared_scores; writes kept (required), n_kept, n_evicted.
  *   rkv_compact  reads kept (n_kept entries per set); moves rows of keys, values and positions,
  *                sets n_tokens to n_kept. A list that is not unique and in range, or not

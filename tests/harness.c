@@ -205,6 +205,12 @@ int block_unchanged(const char *at, const block *b)
     return b->base == NULL || expect_bytes(at, b->base, b->image, b->total);
 }
 
+/* The remembered contents. */
+static const unsigned char *block_before(const block *b)
+{
+    return b->base ? b->image + (b->data - b->base) : NULL;
+}
+
 int block_guards(const char *at, const block *b)
 {
     size_t front = b->base ? (size_t)(b->data - b->base) : 0;
@@ -591,7 +597,7 @@ int view_unchanged(const char *at, const view *v)
 int view_gathered(const char *at, const view *v, const int32_t *kept, int kept_stride, int n_kept)
 {
     unsigned char *want, *want_data;
-    const unsigned char *before = v->memory.image + (v->memory.data - v->memory.base);
+    const unsigned char *before = block_before(&v->memory);
     int h, row, i, same;
     if (v->memory.base == NULL) return 1;
     want = (unsigned char *)alloc_checked(v->memory.total);
@@ -764,9 +770,7 @@ int job_guards(const char *at, const job *j)
 static int positions_gathered(const char *at, const job *j, const int32_t *sets, int budget,
                               int n_kept)
 {
-    const int32_t *before =
-        (const int32_t *)(const void *)(j->positions.image +
-                                        (j->positions.data - j->positions.base));
+    const int32_t *before = (const int32_t *)(const void *)block_before(&j->positions);
     const int32_t *now = (const int32_t *)(const void *)j->positions.data;
     int stride = j->shape.position_stride ? j->shape.position_stride : j->shape.capacity;
     int set, row;

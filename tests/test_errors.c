@@ -279,6 +279,26 @@ static void test_tables(const rkv_backend *backend)
     }
 }
 
+/* Queries are only read, but a wild block number would be read too. */
+static void test_query_blocks(const rkv_backend *backend)
+{
+    int bad;
+    for (bad = 0; bad < 2; bad++) {
+        int32_t table[WINDOW];
+        scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+        rkv_tensor *t = &sc.jobs[1].layer.queries;
+        int i;
+        for (i = 0; i < WINDOW; i++) table[i] = i;
+        table[WINDOW - 1] = bad ? -1 : 0;
+        t->block_table = table;
+        t->block_tokens = 1;
+        case_begin("%s, query block table: %s", backend->name, bad ? "negative" : "twice");
+        refuse("rkv_compress", rkv_compress, backend, &sc, RKV_ERROR_ARGUMENT);
+        refuse("rkv_score", rkv_score, backend, &sc, RKV_ERROR_ARGUMENT);
+        scene_free(&sc);
+    }
+}
+
 static void test_null_arguments(const rkv_backend *backend)
 {
     scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
@@ -579,6 +599,7 @@ int main(void)
         test_workspace_overlap(backends[i]);
         test_nonfinite(backends[i]);
         test_fault_after_success(backends[i]);
+        test_query_blocks(backends[i]);
         test_unread_queries(backends[i]);
     }
     return close_tests();
