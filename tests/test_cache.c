@@ -21,8 +21,10 @@ static uint64_t text_token(int text, int position)
 static void store_element(rkv_dtype dtype, unsigned char *at, float x)
 {
     uint16_t half = dtype == RKV_F16 ? f16_from_float(x) : bf16_from_float(x);
-    if (dtype == RKV_F32) memcpy(at, &x, sizeof x);
-    else memcpy(at, &half, sizeof half);
+    if (dtype == RKV_F32)
+        memcpy(at, &x, sizeof x);
+    else
+        memcpy(at, &half, sizeof half);
 }
 
 /* One of twelve contents of this head, and some noise: tokens have look-alikes. */
@@ -160,8 +162,8 @@ static void feed(const setup *s, rkv_cache *cache, int text, int n)
     const int reversed = rkv_cache_position(cache, 0) % 2;
     int l;
     for (l = 0; l < s->n_layers; l++)
-        expect_status("append",
-                      feed_layer(s, cache, reversed ? s->n_layers - 1 - l : l, text, n), RKV_OK);
+        expect_status("append", feed_layer(s, cache, reversed ? s->n_layers - 1 - l : l, text, n),
+                      RKV_OK);
 }
 
 static int step(rkv_cache *cache)
@@ -282,8 +284,8 @@ static void plain_append(plain *p, int text, int n)
 static rkv_tensor plain_view(const plain *p, row_kind kind, int layer)
 {
     const int dim = kind == KEY ? p->s->head_dim : setup_value_dim(p->s);
-    rkv_tensor rows = rkv_tensor_make(plain_row(p, kind, layer, 0, 0), p->s->dtype,
-                                      p->s->kv_heads, setup_capacity(p->s), dim);
+    rkv_tensor rows = rkv_tensor_make(plain_row(p, kind, layer, 0, 0), p->s->dtype, p->s->kv_heads,
+                                      setup_capacity(p->s), dim);
     rows.token_stride = (int64_t)p->s->kv_heads * dim;
     rows.head_stride = dim;
     return rows;
@@ -301,8 +303,8 @@ static rkv_tensor plain_queries(const plain *p, int layer, int text)
     int h, position;
     for (h = 0; h < s->query_heads; h++)
         for (position = p->next - window; position < p->next; position++)
-            make_row(s->dtype, QUERY, layer, h, position, text_token(text, position),
-                     s->head_dim, rows + (size_t)(h * window + position % window) * row_bytes);
+            make_row(s->dtype, QUERY, layer, h, position, text_token(text, position), s->head_dim,
+                     rows + (size_t)(h * window + position % window) * row_bytes);
     return rkv_tensor_make(rows, s->dtype, s->query_heads, window, s->head_dim);
 }
 
@@ -525,8 +527,8 @@ static void test_truncate_reach(const setup *s)
     before = image_of(cache);
     expect_status("too far", rkv_cache_truncate(cache, oldest - 1), RKV_ERROR_ARGUMENT);
     expect_status("below 0", rkv_cache_truncate(cache, -1), RKV_ERROR_ARGUMENT);
-    expect_status("nothing to forget",
-                  rkv_cache_truncate(cache, rkv_cache_position(cache, 0) + 5), RKV_OK);
+    expect_status("nothing to forget", rkv_cache_truncate(cache, rkv_cache_position(cache, 0) + 5),
+                  RKV_OK);
     expect_image("unchanged", cache, &before);
     expect_status("as far as it goes", rkv_cache_truncate(cache, oldest), RKV_OK);
     expect_int("rows", 1, rkv_cache_rows(cache, 0), s->budget - window);
@@ -619,8 +621,21 @@ static void test_reset(const setup *s)
 
 static void test_stats(void)
 {
-    static const setup s = { "", rkv_config_default, 32, 16, 64, 0, 0, RKV_PER_HEAD,
-                             RKV_BY_POSITION, RKV_F16, 2, 3, 6, 16, 24 };
+    static const setup s = { "",
+                             rkv_config_default,
+                             32,
+                             16,
+                             64,
+                             0,
+                             0,
+                             RKV_PER_HEAD,
+                             RKV_BY_POSITION,
+                             RKV_F16,
+                             2,
+                             3,
+                             6,
+                             16,
+                             24 };
     rkv_cache *cache = cache_of(&s, NULL);
     rkv_cache_stats stats = rkv_cache_get_stats(cache);
     expect_int("held", 0, (int64_t)stats.bytes_held,
@@ -695,8 +710,9 @@ static void put_u32(unsigned char *at, uint32_t value)
     for (i = 0; i < 4; i++) at[i] = (unsigned char)(value >> (8 * i));
 }
 
-static const setup small = { "", rkv_config_default, 6, 3, 0, 2, 1, RKV_PER_LAYER,
-                             RKV_BY_POSITION, RKV_F16, 2, 1, 1, 4, 3 };
+static const setup small = {
+    "", rkv_config_default, 6, 3, 0, 2, 1, RKV_PER_LAYER, RKV_BY_POSITION, RKV_F16, 2, 1, 1, 4, 3
+};
 enum { SMALL_EVICTED = 6 }; /* after 14 tokens: 9 - 3, + 3 - 3, + 2 */
 
 static rkv_cache *small_cache(void)
@@ -736,8 +752,7 @@ static void test_damaged_images(void)
     }
     memset(copy, 0, saved.size + 9);
     memcpy(copy, saved.bytes, saved.size);
-    for (i = 1; i < 10; i++)
-        expect_refused("lengthened", other, &before, copy, saved.size + i);
+    for (i = 1; i < 10; i++) expect_refused("lengthened", other, &before, copy, saved.size + i);
     expect_refused("nothing", other, &before, NULL, saved.size);
     expect_status("the image itself", rkv_cache_load(other, saved.bytes, saved.size), RKV_OK);
     expect_image("loaded", other, &saved);
@@ -752,7 +767,11 @@ static void test_damaged_images(void)
 static void test_forged_images(void)
 {
     enum {
-        VERSION = 8, ROUNDS = 60, EVICTED = 68, ROWS = 76, N_QUERIES = 80,
+        VERSION = 8,
+        ROUNDS = 60,
+        EVICTED = 68,
+        ROWS = 76,
+        N_QUERIES = 80,
         POSITIONS = 76 + 2 * 8 /* [2 layers][4 rows]: budget 6, window 2 */
     };
     static const struct {
@@ -852,6 +871,7 @@ static void test_foreign_images(void)
 /* The first bytes of a known image, so that the format cannot drift unseen. */
 static void test_image_format(void)
 {
+    /* clang-format off */
     static const unsigned char head[] = {
         'R', 'K', 'V', 'C', 'A', 'C', 'H', 'E', 1, 0, 0, 0, /* version                           */
         2, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0,                 /* layers, kv heads, query heads      */
@@ -861,6 +881,7 @@ static void test_image_format(void)
         0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,     /* rounds, evicted                    */
         2, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0,     /* rows and queries of both layers    */
     };
+    /* clang-format on */
     /* two rows of 1, 2, 3, ... in every tensor: keys, values, the ring */
     static const unsigned char layer[] = {
         0x00, 0x3c, 0x00, 0x40, 0x00, 0x42, 0x00, 0x44, 0x00, 0x45, 0x00, 0x46, 0x00, 0x47, 0x00,
@@ -932,8 +953,7 @@ static rkv_status scarce_copy_in(const rkv_backend *self, void *dst, const void 
     return RKV_OK;
 }
 
-static rkv_status scarce_copy_out(const rkv_backend *self, void *dst, const void *src,
-                                  size_t bytes)
+static rkv_status scarce_copy_out(const rkv_backend *self, void *dst, const void *src, size_t bytes)
 {
     return scarce_copy_in(self, dst, src, bytes);
 }
@@ -943,8 +963,8 @@ static rkv_status scarce_copy_rows(const rkv_backend *self, const rkv_tensor *ds
 {
     (void)self;
     if (!spend(&copies_left)) return RKV_ERROR_DEVICE;
-    return rkv_backend_find(NULL)->copy_rows(rkv_backend_find(NULL), dst, dst_token, src,
-                                             src_token, n_tokens);
+    return rkv_backend_find(NULL)->copy_rows(rkv_backend_find(NULL), dst, dst_token, src, src_token,
+                                             n_tokens);
 }
 
 static rkv_backend scarce_backend(void)
@@ -1088,8 +1108,7 @@ static void test_create_arguments(void)
     rkv_cache *cache = NULL;
     expect_status("no out", rkv_cache_create(NULL, &good), RKV_ERROR_ARGUMENT);
     expect_not_created("no config", NULL, RKV_ERROR_ARGUMENT);
-#define REFUSED(change) \
-    c = good, change, expect_not_created(#change, &c, RKV_ERROR_ARGUMENT)
+#define REFUSED(change) c = good, change, expect_not_created(#change, &c, RKV_ERROR_ARGUMENT)
     REFUSED(c.n_layers = 0);
     REFUSED(c.n_layers = -1);
     REFUSED(c.kv_heads = 0);
@@ -1142,8 +1161,8 @@ static void test_append_arguments(void)
     int i;
     feed(s, cache, 2, 2);
     before = image_of(cache);
-#define REFUSED(layer, n, k, v, q)                                                               \
-    expect_status(#layer ", " #n ", " #k ", " #v ", " #q,                                        \
+#define REFUSED(layer, n, k, v, q)                        \
+    expect_status(#layer ", " #n ", " #k ", " #v ", " #q, \
                   rkv_cache_append(cache, layer, n, k, v, q), RKV_ERROR_ARGUMENT)
     REFUSED(-1, N, &keys, &values, &queries);
     REFUSED(3, N, &keys, &values, &queries);
@@ -1184,8 +1203,7 @@ static void test_append_arguments(void)
     expect_status("more than the room", feed_layer(s, cache, 0, 1, rkv_cache_room(cache, 0) + 1),
                   RKV_ERROR_ARGUMENT);
     expect_image("unchanged", cache, &before);
-    expect_status("all of the room", feed_layer(s, cache, 0, 1, rkv_cache_room(cache, 0)),
-                  RKV_OK);
+    expect_status("all of the room", feed_layer(s, cache, 0, 1, rkv_cache_room(cache, 0)), RKV_OK);
     expect_int("room", 0, rkv_cache_room(cache, 0), 0);
     for (i = 0; i < 3; i++) free(good[i]->data);
     free(before.bytes);
@@ -1210,8 +1228,7 @@ static void test_no_queries(const setup *s)
     expect_equal_caches("without queries", cache, want);
     expect_true("no ring held",
                 rkv_cache_get_stats(cache).bytes_held ==
-                    dtype_bytes(s->dtype) * (size_t)(s->n_layers * s->kv_heads *
-                                                     setup_capacity(s) *
+                    dtype_bytes(s->dtype) * (size_t)(s->n_layers * s->kv_heads * setup_capacity(s) *
                                                      (s->head_dim + setup_value_dim(s))));
     rkv_cache_destroy(cache);
     rkv_cache_destroy(want);
