@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- checks --------------------------------------------------------------------------------- */
+/* ---- checks ---- */
 static int passed, failed, skipped; /* cases */
 static int case_failures, case_open;
 static char case_name[512];
@@ -155,7 +155,7 @@ int usable_backends(const rkv_backend *list[MAX_BACKENDS])
     return n;
 }
 
-/* ---- memory --------------------------------------------------------------------------------- */
+/* ---- memory ---- */
 enum { GUARD = 64 };
 
 void *alloc_checked(size_t bytes)
@@ -220,7 +220,7 @@ int block_guards(const char *at, const block *b)
                         b->total - front - b->bytes);
 }
 
-/* ---- random numbers ------------------------------------------------------------------------- */
+/* ---- random numbers ---- */
 rng rng_seed(uint64_t seed)
 {
     rng r;
@@ -263,7 +263,7 @@ double rng_normal(rng *r) /* twelve uniforms: no libm, so the same numbers every
     return sum;
 }
 
-/* ---- number formats ------------------------------------------------------------------------- */
+/* ---- number formats ---- */
 /* Rounds x to `mantissa` bits below the leading one, exponents down to min_exponent. */
 static double round_binary(double x, int mantissa, int min_exponent)
 {
@@ -326,7 +326,7 @@ float round_to(rkv_dtype dtype, float x)
     return x;
 }
 
-/* ---- keys ----------------------------------------------------------------------------------- */
+/* ---- keys ---- */
 const char *key_kind_name(key_kind kind)
 {
     static const char *const list[N_KEY_KINDS] = {
@@ -437,7 +437,7 @@ void make_keys(rng *r, key_kind kind, double strength, float *keys, int heads, i
         head_keys(r, kind, strength, keys + (size_t)h * (size_t)n * (size_t)dim, n, dim);
 }
 
-/* ---- views ---------------------------------------------------------------------------------- */
+/* ---- views ---- */
 const char *layout_name(layout l)
 {
     static const char *const list[N_LAYOUTS] = {
@@ -613,7 +613,7 @@ int view_gathered(const char *at, const view *v, const int32_t *kept, int kept_s
     return same & block_unchanged(at, &v->table);
 }
 
-/* ---- jobs ----------------------------------------------------------------------------------- */
+/* ---- jobs ---- */
 int config_window(const rkv_config *config)
 {
     return config->window ? config->window : 8;
@@ -810,7 +810,7 @@ const float *job_shared(const job *j)
     return (const float *)(const void *)j->shared.data;
 }
 
-/* ---- calls ---------------------------------------------------------------------------------- */
+/* ---- calls ---- */
 static rkv_layer *layers_of(const job *jobs, int n_jobs)
 {
     rkv_layer *layers = (rkv_layer *)alloc_checked((size_t)n_jobs * sizeof *layers);

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- presets and texts ----------------------------------------------------------------------- */
+/* ---- presets and texts ---- */
 static void expect_config(const char *name, rkv_config c, int window, int pool, int pinned,
                           double lambda)
 {
@@ -77,7 +77,7 @@ static void test_tensor_make(void)
     expect_int("head_stride", 0, t.head_stride ? t.head_stride : 12, 12);
 }
 
-/* ---- workspace sizes --------------------------------------------------------------------------- */
+/* ---- workspace sizes ---- */
 /* A layer of n tokens in memory that does not exist: sizes must not read it. */
 static rkv_layer absent_layer(int index, int n_tokens, int window)
 {
@@ -150,7 +150,7 @@ static void test_workspace_growth(const rkv_backend *backend)
     expect_true("twice the tokens, at most twice the bytes", now <= 2 * before);
 }
 
-/* ---- moves and runs ------------------------------------------------------------------------------ */
+/* ---- moves and runs ---- */
 /* Random ascending subset of n rows. */
 static int random_kept(rng *r, int32_t *kept, int n)
 {
@@ -228,7 +228,7 @@ static void test_runs(void)
     }
 }
 
-/* ---- registry -------------------------------------------------------------------------------------- */
+/* ---- registry ---- */
 static rkv_status fake_result;
 static rkv_config fake_seen;
 

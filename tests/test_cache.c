@@ -41,7 +41,7 @@ static void make_row(rkv_dtype dtype, row_kind kind, int layer, int head, int po
     }
 }
 
-/* ---- cases ---------------------------------------------------------------------------------- */
+/* ---- cases ---- */
 typedef struct setup {
     const char *name;
     rkv_config (*preset)(int budget);
@@ -182,7 +182,7 @@ static void decode(const setup *s, rkv_cache *cache, int text, int n)
     }
 }
 
-/* ---- images: two caches are equal when what they save is ------------------------------------ */
+/* ---- images: two caches are equal when what they save is ---- */
 typedef struct image {
     unsigned char *bytes;
     size_t size;
@@ -370,7 +370,7 @@ static void expect_like_plain(const rkv_cache *cache, const plain *p)
     expect_int("evicted", 0, rkv_cache_get_stats(cache).n_evicted, p->next - p->rows);
 }
 
-/* ---- decoding ------------------------------------------------------------------------------- */
+/* ---- decoding ---- */
 
 /* The prompt in chunks of at most `chunk` tokens, then token by token. */
 static void test_decode(const setup *s, const rkv_backend *backend, int prompt, int chunk)
@@ -482,7 +482,7 @@ static void test_append_layouts(const setup *s, layout keys_layout, layout value
     rkv_cache_destroy(want);
 }
 
-/* ---- rollback ------------------------------------------------------------------------------- */
+/* ---- rollback ---- */
 
 /* Now and then a draft of another text is appended and taken back: the cache must be as if it
  * had never been there. */
@@ -566,7 +566,7 @@ static void test_partial_window(const setup *s)
     rkv_cache_destroy(want);
 }
 
-/* ---- fork, reset, counts -------------------------------------------------------------------- */
+/* ---- fork, reset, counts ---- */
 
 static void test_fork(const setup *s)
 {
@@ -651,7 +651,7 @@ static void test_stats(void)
     rkv_cache_destroy(cache);
 }
 
-/* ---- save and load -------------------------------------------------------------------------- */
+/* ---- save and load ---- */
 
 static void test_save(const setup *s, int length)
 {
@@ -906,7 +906,7 @@ static void test_image_format(void)
     rkv_cache_destroy(cache);
 }
 
-/* ---- memory and devices that fail ----------------------------------------------------------- */
+/* ---- memory and devices that fail ---- */
 
 /* One budget of allocations and one of copies, for host and backend together; -1: no end. */
 static int allocations_left = -1, copies_left = -1, blocks_held;
@@ -1090,7 +1090,7 @@ static void test_nonfinite_key(const setup *s)
     rkv_cache_destroy(cache);
 }
 
-/* ---- arguments ------------------------------------------------------------------------------ */
+/* ---- arguments ---- */
 
 static void expect_not_created(const char *at, const rkv_cache_config *config, rkv_status want)
 {
@@ -1260,7 +1260,7 @@ static void test_views_out_of_range(void)
     rkv_cache_destroy(cache);
 }
 
-/* ---- thread pool ---------------------------------------------------------------------------- */
+/* ---- thread pool ---- */
 
 typedef struct tally {
     pthread_mutex_t mutex;
@@ -1366,7 +1366,7 @@ static void test_threads_arguments(void)
     rkv_threads_use(NULL, NULL);
 }
 
-/* ---- all ------------------------------------------------------------------------------------ */
+/* ---- all ---- */
 
 /* The cache's own logic is the same over every table: one schedule shows that they fit. */
 static void run_on_backend(const rkv_backend *backend)

@@ -93,7 +93,7 @@ static void refuse_argument(const rkv_backend *backend, scene *sc, const char *w
 
 /* clang-format off: one line per fault */
 
-/* ---- arguments ------------------------------------------------------------------------------- */
+/* ---- arguments ---- */
 /* Spoils one field; returns its name, then a word on how, or NULL behind the last. The name must
  * come up in rkv_check's text. */
 static const char *spoil_config(int which, rkv_config *c)
@@ -238,7 +238,7 @@ static const char *spoil_table(int which, rkv_tensor *t, int32_t *table)
     case 1: t->block_tokens = -4; return "keys: block_tokens negative";
     case 2: t->block_stride = 2 * DIM; return "keys: blocks that overlap";
     case 3: t->block_stride = INT64_MAX / 2; return "keys beyond the address space: blocks";
-    case 4: table[3] = table[7]; return "an entry twice"; /* entries: the calls look, not rkv_check */
+    case 4: table[3] = table[7]; return "an entry twice"; /* the calls look, not rkv_check */
     case 5: table[0] = -1; return "a negative entry";
     case 6: table[9] = table[0]; return "the last entry in use is the first";
     default: return NULL;
@@ -397,7 +397,7 @@ static void test_sequences(const rkv_backend *backend)
     }
 }
 
-/* ---- kept lists that rkv_compact must not carry out --------------------------------------------- */
+/* ---- kept lists that rkv_compact must not carry out ---- */
 /* clang-format off */
 static const char *spoil_kept(int which, int32_t *kept, rkv_config *c, rkv_layer *l)
 {
@@ -450,7 +450,7 @@ static void test_kept_lists(const rkv_backend *backend)
     }
 }
 
-/* ---- workspace --------------------------------------------------------------------------------- */
+/* ---- workspace ---- */
 static void test_workspace(const rkv_backend *backend)
 {
     static const stage_function calls[] = { rkv_compress, rkv_score, rkv_select, rkv_compact };
@@ -498,7 +498,7 @@ static void test_workspace_overlap(const rkv_backend *backend)
     scene_free(&sc);
 }
 
-/* ---- numbers that are none ---------------------------------------------------------------------- */
+/* ---- numbers that are none ---- */
 typedef struct poison {
     const char *name;
     int query, layer, head, token, i;

@@ -235,7 +235,7 @@ static void expect_same_set(const char *at, const int32_t *got, const int32_t *w
     free(b);
 }
 
-/* ---- one implementation, oracle or backend, behind one function ------------------------------ */
+/* ---- one implementation, oracle or backend, behind one function ---- */
 typedef struct answer {
     double *score; /* [kv_heads][n - window] */
     int32_t *kept; /* [kv_heads][budget], rows */
@@ -299,7 +299,7 @@ static const char *who(const rkv_backend *backend)
     return backend ? backend->name : "oracle";
 }
 
-/* ---- single-round files ---------------------------------------------------------------------- */
+/* ---- single-round files ---- */
 /* got is `sign` times want[head * stride + j], for every candidate j. */
 static void expect_scores(const char *at, const golden *g, const double *got, double sign,
                           const float *want, int stride, double tolerance)
@@ -336,7 +336,7 @@ static void test_single(const char *name, const golden *g, const rkv_backend *ba
     answer_free(&a);
 }
 
-/* ---- multi-round files ----------------------------------------------------------------------- */
+/* ---- multi-round files ---- */
 /* The cache before round r: true positions [kv_heads][rows], earlier survivors (from `kept`, in
  * its order) and then the appended tokens. */
 static int32_t *cache_positions(const golden *g, int r, const int32_t *kept)

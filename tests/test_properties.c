@@ -41,7 +41,7 @@ static void expect_same_scores(const char *at, const job *a, const job *b)
     expect_bytes(at, a->scores.data, b->scores.data, a->scores.bytes);
 }
 
-/* ---- invariances ----------------------------------------------------------------------------- */
+/* ---- invariances ---- */
 /* A cosine does not see a key's length: powers of two are exact, so the bits stay. */
 static void test_key_scale(const rkv_backend *backend)
 {
@@ -187,7 +187,7 @@ static void test_half_codes(const rkv_backend *backend, rkv_dtype dtype)
     job_free(&full);
 }
 
-/* ---- ties and no-ops ------------------------------------------------------------------------- */
+/* ---- ties and no-ops ---- */
 /* All scores equal: the pinned rows and the newest stay. */
 static void test_ties(const rkv_backend *backend, float lambda, rkv_scope scope, int pinned)
 {
@@ -253,7 +253,7 @@ static void test_unused_rows(const rkv_backend *backend)
     job_free(&j);
 }
 
-/* ---- presets --------------------------------------------------------------------------------- */
+/* ---- presets ---- */
 /* The kept sets of a preset are the oracle's with the options that the method is known by. */
 static void test_preset(const rkv_backend *backend, const char *name, rkv_config preset,
                         rkv_config known)
@@ -328,7 +328,7 @@ static void test_streaming(const rkv_backend *backend)
     job_free(&j);
 }
 
-/* ---- pinned rows, on pages that cannot be written ---------------------------------------------- */
+/* ---- pinned rows, on pages that cannot be written ---- */
 /* [token][head][dim] rows of one page each; the pinned ones read-only. A write would end the
  * program, which run.sh reports. */
 static void test_pinned_pages(const rkv_backend *backend, rkv_order order)
@@ -376,7 +376,7 @@ static void test_pinned_pages(const rkv_backend *backend, rkv_order order)
     job_free(&j);
 }
 
-/* ---- many rounds ----------------------------------------------------------------------------- */
+/* ---- many rounds ---- */
 /* Decodes 600 tokens; each value row carries its token's position, and so must `positions`. */
 static void test_rounds(const rkv_backend *backend, rkv_scope scope, int pinned)
 {
@@ -421,7 +421,7 @@ static void test_rounds(const rkv_backend *backend, rkv_scope scope, int pinned)
     job_free(&j);
 }
 
-/* ---- pools that hold more than one view -------------------------------------------------------- */
+/* ---- pools that hold more than one view ---- */
 /* Keys and values of two layers in one allocation, interleaved as engines do: pages of
  * [block][key or value][token][head][dim], or rows of [token][layer][key or value][head][dim]. */
 static void test_fused_pool(const rkv_backend *backend, int paged)
@@ -479,7 +479,7 @@ static void test_fused_pool(const rkv_backend *backend, int paged)
     free(pool);
 }
 
-/* ---- shared scopes ----------------------------------------------------------------------------- */
+/* ---- shared scopes ---- */
 /* Two ranks hold two heads each of one layer; with their sums added, each selects what one rank
  * with all four heads selects. */
 static void test_tensor_parallel(const rkv_backend *backend)
@@ -513,7 +513,7 @@ static void test_tensor_parallel(const rkv_backend *backend)
     job_free(&all);
 }
 
-/* ---- threads ----------------------------------------------------------------------------------- */
+/* ---- threads ---- */
 typedef struct caller {
     job job;
     rkv_config config;

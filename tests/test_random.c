@@ -35,7 +35,7 @@ typedef struct variant {
 static rkv_threads *two_threads, *seven_threads;
 static long heads_compared, heads_near_threshold, sets_compared, sets_near_tie;
 
-/* ---- generating a trial ---------------------------------------------------------------------- */
+/* ---- generating a trial ---- */
 static rkv_config make_config(rng *r, int n_tokens)
 {
     static const int windows[] = { 0, 0, 1, 2, 3, 5, 8, 16, 32 };
@@ -158,7 +158,7 @@ static size_t score_count(const job *j) /* per head */
     return (size_t)(j->shape.n_tokens - j->window);
 }
 
-/* ---- judging a run against the oracle -------------------------------------------------------- */
+/* ---- judging a run against the oracle ---- */
 static int layers_in_set(const trial *t, int leader)
 {
     int end = leader + 1;
@@ -302,7 +302,7 @@ static void judge(const trial *t)
     }
 }
 
-/* ---- running --------------------------------------------------------------------------------- */
+/* ---- running ---- */
 static void lend_threads(rkv_config *config, const variant *v)
 {
     if (v->n_threads == 0) {
