@@ -80,7 +80,7 @@ static int64_t stride(input *in, int64_t usual)
 
 /* ==== Memory ================================================================================ */
 
-/* Exactly as large as it has to be, so that a sanitizer sees a step too far; NULL when too large. */
+/* Exactly as large as it has to be, so that a sanitizer sees a step too far; NULL: too large. */
 static void *exact(double elements, size_t size)
 {
     if (!(elements >= 0 && elements * (double)size <= (double)MAX_BYTES)) return NULL;
