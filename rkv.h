@@ -151,7 +151,8 @@ typedef enum rkv_order {
 /* Where a key or query that is not finite was found; -1 = not known. On a GPU backend this lies
  * in memory that the device can write, and is read after the stream has been synchronised. */
 typedef struct rkv_fault {
-    int32_t status; /* RKV_OK, or RKV_ERROR_NONFINITE                                         */
+    int32_t status; /* RKV_OK, or RKV_ERROR_NONFINITE; on a device also RKV_ERROR_ARGUMENT,
+                       a block table or kept list that is not sound                        */
     int32_t layer;  /* index into the call's layers                                           */
     int32_t head;   /* kv head; for a query, the query head                                   */
     int32_t token;  /* row of the key; for a query, its row in the queries view               */
@@ -299,7 +300,9 @@ RKV_API rkv_tensor rkv_tensor_make(void *data, rkv_dtype dtype, int heads, int t
  * rkv_backend_at: the index-th usable table, NULL behind the last.
  * rkv_backend_register: adds a table, which must outlive its use; one of the same name is
  * replaced. Not thread-safe: call it at start-up. RKV_ERROR_ARGUMENT: a nameless or built-in
- * name, or a missing stage; RKV_ERROR_MEMORY: 16 are registered already. */
+ * name, or a missing stage; RKV_ERROR_MEMORY: 16 are registered already.
+ * rkv_cuda.cu, the companion file, has rkv_cuda_register(stream), which registers "cuda", and
+ * rkv_cuda_backend(&table, stream), for one table per stream. */
 RKV_API const rkv_backend *rkv_backend_find(const char *name);
 RKV_API const rkv_backend *rkv_backend_at(int index);
 RKV_API rkv_status rkv_backend_register(const rkv_backend *backend);

@@ -1,0 +1,464 @@
+/* One table of rkv_cuda.cu's times beside the time that the bytes alone would take on this card.
+ *     make bench-cuda        (one case: build/cuda/bench_cuda --only NAME)
+ *
+ * Floor: bytes that must move over the bandwidth of a device copy measured in this run. The bytes
+ * are keys and queries read once, rows that change place written (keys) or read and written
+ * (values). Times are medians of event pairs around one call, as a graph replay and as plain
+ * launches, warmed up, on sets of inputs that together are three times the L2 and that are filled
+ * afresh before every pass. The kept rows of the first layer are checked against the CPU. */
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "rkv.h"
+
+extern "C" rkv_status rkv_cuda_backend(rkv_backend *out, void *stream);
+
+struct bench_case {
+    const char *name;
+    int layers, batch, kv_heads, group, head_dim, n_tokens, budget;
+    rkv_dtype dtype;
+    float cosine; /* mean cosine of the keys; 0: no two alike */
+};
+static const bench_case cases[] = {
+    { "28 layers, batch 1", 28, 1, 2, 6, 128, 1152, 1024, RKV_BF16, 0.7f },
+    { "28 layers, batch 16", 28, 16, 2, 6, 128, 1152, 1024, RKV_BF16, 0.7f },
+    { "32 layers, batch 1", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.7f },
+    { "32 layers, batch 16", 32, 16, 8, 4, 128, 1152, 1024, RKV_BF16, 0.7f },
+    { "32 layers, batch 1, f16", 32, 1, 8, 4, 128, 1152, 1024, RKV_F16, 0.7f },
+    { "32 layers, batch 1, f32", 32, 1, 8, 4, 128, 1152, 1024, RKV_F32, 0.7f },
+    { "32 layers, batch 16, f32", 32, 16, 8, 4, 128, 1152, 1024, RKV_F32, 0.7f },
+    { "32 layers, batch 1, none alike", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.0f },
+    { "32 layers, batch 16, none alike", 32, 16, 8, 4, 128, 1152, 1024, RKV_BF16, 0.0f },
+    { "36 layers, long", 36, 1, 8, 4, 128, 16807, 8403, RKV_BF16, 0.7f },
+    { "36 layers, long, none alike", 36, 1, 8, 4, 128, 16807, 8403, RKV_BF16, 0.0f },
+};
+enum { N_CASES = sizeof cases / sizeof *cases, WINDOW = 8, PASSES = 12 };
+
+static void must(cudaError_t error, const char *what)
+{
+    if (error == cudaSuccess) return;
+    printf("FAIL  %s: %s\n", what, cudaGetErrorString(error));
+    exit(1);
+}
+static void must(rkv_status status, const char *what)
+{
+    if (status == RKV_OK) return;
+    printf("FAIL  %s: %s\n", what, rkv_status_string(status));
+    exit(1);
+}
+
+/* ---- Inputs ---------------------------------------------------------------------------------- */
+/* A number from a place and a seed: splitmix64, Box-Muller. */
+static __device__ float normal_at(uint64_t i, uint64_t seed)
+{
+    uint64_t z = i * 0x9e3779b97f4a7c15ull + seed;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    z ^= z >> 31;
+    const float u = (static_cast<float>(z >> 40) + 0.5f) / 16777216.0f;
+    const float v = static_cast<float>(z & 0xffffff) / 16777216.0f;
+    return sqrtf(-2.0f * logf(u)) * cospif(2.0f * v);
+}
+static __device__ void store(float *at, float x)
+{
+    *at = x;
+}
+static __device__ void store(__half *at, float x)
+{
+    *at = __float2half(x);
+}
+static __device__ void store(__nv_bfloat16 *at, float x)
+{
+    *at = __float2bfloat16(x);
+}
+
+/* rows of `dim`; every `rows_per_head` of them share a direction. */
+template <typename T>
+static __global__ void fill_rows(T *rows, uint64_t n, int dim, int rows_per_head, float cosine,
+                                 uint64_t seed)
+{
+    const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
+    uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    for (; i < n; i += step) {
+        const uint64_t head = i / static_cast<uint64_t>(dim) / static_cast<uint64_t>(rows_per_head);
+        const uint64_t element = i % static_cast<uint64_t>(dim);
+        const float shared = normal_at(head * 4096 + element, seed + 1);
+        store(rows + i, sqrtf(cosine) * shared + sqrtf(1.0f - cosine) * normal_at(i, seed));
+    }
+}
+static void fill(void *rows, rkv_dtype dtype, uint64_t n, int dim, int rows_per_head, float cosine,
+                 uint64_t seed)
+{
+    if (dtype == RKV_F32)
+        fill_rows<<<2048, 256>>>(static_cast<float *>(rows), n, dim, rows_per_head, cosine, seed);
+    else if (dtype == RKV_F16)
+        fill_rows<<<2048, 256>>>(static_cast<__half *>(rows), n, dim, rows_per_head, cosine, seed);
+    else
+        fill_rows<<<2048, 256>>>(static_cast<__nv_bfloat16 *>(rows), n, dim, rows_per_head, cosine,
+                                 seed);
+    must(cudaGetLastError(), "filling the inputs");
+}
+
+/* One set of inputs, the call on it, and the call as a graph. */
+struct bench_set {
+    char *keys, *values;
+    std::vector<rkv_layer> layers;
+    cudaGraphExec_t graph;
+};
+struct bench_job {
+    bench_case c;
+    rkv_config config;
+    size_t element, row_bytes, tensor_bytes;
+    char *fresh_keys, *fresh_values, *queries;
+    int32_t *kept;
+    void *workspace;
+    size_t workspace_bytes;
+    rkv_backend backend;
+    cudaStream_t stream;
+    std::vector<bench_set> sets;
+};
+
+static char *device_memory(size_t bytes)
+{
+    void *memory = NULL;
+    must(cudaMalloc(&memory, bytes), "device memory");
+    return static_cast<char *>(memory);
+}
+
+static int n_jobs(const bench_case &c)
+{
+    return c.layers * c.batch;
+}
+
+static void make_set(bench_job *job, bench_set *set)
+{
+    const bench_case &c = job->c;
+    const size_t layer_bytes = job->tensor_bytes / static_cast<size_t>(n_jobs(c));
+    const size_t query_bytes = static_cast<size_t>(c.kv_heads * c.group) * WINDOW * job->row_bytes;
+    set->keys = device_memory(job->tensor_bytes);
+    set->values = device_memory(job->tensor_bytes);
+    for (int l = 0; l < n_jobs(c); l++) {
+        const size_t at = static_cast<size_t>(l);
+        rkv_layer layer = RKV_INIT;
+        layer.keys = rkv_tensor_make(set->keys + at * layer_bytes, c.dtype, c.kv_heads, c.n_tokens,
+                                     c.head_dim);
+        layer.values = rkv_tensor_make(set->values + at * layer_bytes, c.dtype, c.kv_heads,
+                                       c.n_tokens, c.head_dim);
+        layer.queries = rkv_tensor_make(job->queries + at * query_bytes, c.dtype,
+                                        c.kv_heads * c.group, WINDOW, c.head_dim);
+        layer.n_tokens = c.n_tokens;
+        layer.kept = job->kept + at * static_cast<size_t>(c.kv_heads * c.budget);
+        set->layers.push_back(layer);
+    }
+}
+
+static void compress(bench_job *job, bench_set *set)
+{
+    for (size_t l = 0; l < set->layers.size(); l++) set->layers[l].n_tokens = job->c.n_tokens;
+    must(rkv_compress(&job->backend, &job->config, set->layers.data(),
+                      static_cast<int>(set->layers.size()), job->workspace, job->workspace_bytes),
+         "rkv_compress");
+}
+
+static void capture(bench_job *job, bench_set *set)
+{
+    cudaGraph_t graph;
+    must(cudaStreamBeginCapture(job->stream, cudaStreamCaptureModeGlobal), "capture");
+    compress(job, set);
+    must(cudaStreamEndCapture(job->stream, &graph), "capture");
+    must(cudaGraphInstantiate(&set->graph, graph, 0), "graph");
+    must(cudaGraphDestroy(graph), "graph");
+}
+
+static void refill(const bench_job &job, const bench_set &set)
+{
+    must(cudaMemcpyAsync(set.keys, job.fresh_keys, job.tensor_bytes, cudaMemcpyDeviceToDevice,
+                         job.stream),
+         "copy");
+    must(cudaMemcpyAsync(set.values, job.fresh_values, job.tensor_bytes, cudaMemcpyDeviceToDevice,
+                         job.stream),
+         "copy");
+}
+
+static void make_job(bench_job *job, const bench_case &c, size_t l2_bytes)
+{
+    const uint64_t rows = static_cast<uint64_t>(n_jobs(c)) * static_cast<uint64_t>(c.kv_heads) *
+                          static_cast<uint64_t>(c.n_tokens);
+    const uint64_t dim = static_cast<uint64_t>(c.head_dim);
+    const uint64_t query_rows =
+        static_cast<uint64_t>(n_jobs(c)) * WINDOW * static_cast<uint64_t>(c.kv_heads * c.group);
+    job->c = c;
+    job->config = rkv_config_default(c.budget);
+    job->element = c.dtype == RKV_F32 ? 4 : 2;
+    job->row_bytes = dim * job->element;
+    job->tensor_bytes = rows * job->row_bytes;
+    must(cudaStreamCreate(&job->stream), "stream");
+    must(rkv_cuda_backend(&job->backend, job->stream), "rkv_cuda_backend");
+    job->fresh_keys = device_memory(job->tensor_bytes);
+    job->fresh_values = device_memory(job->tensor_bytes);
+    job->queries = device_memory(query_rows * job->row_bytes);
+    job->kept = reinterpret_cast<int32_t *>(device_memory(
+        static_cast<size_t>(n_jobs(c)) * static_cast<size_t>(c.kv_heads * c.budget) * 4));
+    fill(job->fresh_keys, c.dtype, rows * dim, c.head_dim, c.n_tokens, c.cosine, 1);
+    fill(job->fresh_values, c.dtype, rows * dim, c.head_dim, c.n_tokens, 0.0f, 2);
+    fill(job->queries, c.dtype, query_rows * dim, c.head_dim, WINDOW, 0.0f, 3);
+    must(cudaDeviceSynchronize(), "filling the inputs");
+    const size_t n_sets = 1 + 3 * l2_bytes / (2 * job->tensor_bytes);
+    job->sets.resize(n_sets < 2 ? 2 : n_sets);
+    for (size_t i = 0; i < job->sets.size(); i++) make_set(job, &job->sets[i]);
+    must(rkv_workspace_size(&job->backend, &job->config, job->sets[0].layers.data(), n_jobs(c),
+                            &job->workspace_bytes),
+         "rkv_workspace_size");
+    job->workspace = device_memory(job->workspace_bytes);
+    refill(*job, job->sets[0]);
+    compress(job, &job->sets[0]); /* loads the kernels, which a capture must not */
+    must(cudaStreamSynchronize(job->stream), "rkv_compress");
+    for (size_t i = 0; i < job->sets.size(); i++) capture(job, &job->sets[i]);
+}
+
+static void free_job(bench_job *job)
+{
+    for (size_t i = 0; i < job->sets.size(); i++) {
+        (void)cudaGraphExecDestroy(job->sets[i].graph);
+        (void)cudaFree(job->sets[i].keys);
+        (void)cudaFree(job->sets[i].values);
+    }
+    (void)cudaFree(job->fresh_keys);
+    (void)cudaFree(job->fresh_values);
+    (void)cudaFree(job->queries);
+    (void)cudaFree(job->kept);
+    (void)cudaFree(job->workspace);
+    (void)cudaStreamDestroy(job->stream);
+}
+
+/* ---- Checking and measuring ------------------------------------------------------------------ */
+/* Rows that change place, over all heads; runs the call once. */
+static double count_moved(bench_job *job)
+{
+    const size_t n =
+        static_cast<size_t>(n_jobs(job->c)) * static_cast<size_t>(job->c.kv_heads * job->c.budget);
+    std::vector<int32_t> kept(n);
+    double moved = 0;
+    refill(*job, job->sets[0]);
+    compress(job, &job->sets[0]);
+    must(cudaStreamSynchronize(job->stream), "rkv_compress");
+    must(cudaMemcpy(kept.data(), job->kept, n * 4, cudaMemcpyDeviceToHost), "copy");
+    for (size_t i = 0; i < n; i++)
+        moved += kept[i] != static_cast<int32_t>(i % static_cast<size_t>(job->c.budget));
+    return moved;
+}
+
+/* Tokens of the first layer that only one of CPU and GPU keeps; after count_moved. */
+static int differing_tokens(const bench_job &job)
+{
+    const bench_case &c = job.c;
+    const size_t keys =
+        static_cast<size_t>(c.kv_heads) * static_cast<size_t>(c.n_tokens) * job.row_bytes;
+    const size_t queries = static_cast<size_t>(c.kv_heads * c.group) * WINDOW * job.row_bytes;
+    const size_t n_kept = static_cast<size_t>(c.kv_heads * c.budget);
+    std::vector<char> k(keys), q(queries);
+    std::vector<int32_t> kept(n_kept), want(n_kept);
+    std::vector<unsigned char> workspace;
+    rkv_layer layer = job.sets[0].layers[0];
+    size_t bytes = 0;
+    int differ = 0;
+    must(cudaMemcpy(k.data(), job.fresh_keys, keys, cudaMemcpyDeviceToHost), "copy");
+    must(cudaMemcpy(q.data(), job.queries, queries, cudaMemcpyDeviceToHost), "copy");
+    must(cudaMemcpy(kept.data(), job.kept, n_kept * 4, cudaMemcpyDeviceToHost), "copy");
+    layer.n_tokens = c.n_tokens;
+    layer.keys.data = k.data();
+    layer.values.data = NULL;
+    layer.queries.data = q.data();
+    layer.kept = want.data();
+    must(rkv_workspace_size(NULL, &job.config, &layer, 1, &bytes), "rkv_workspace_size");
+    workspace.resize(bytes);
+    must(rkv_compress(NULL, &job.config, &layer, 1, workspace.data(), bytes), "rkv_compress");
+    for (int h = 0; h < c.kv_heads; h++) {
+        std::vector<char> in_want(static_cast<size_t>(c.n_tokens), 0);
+        for (int i = 0; i < c.budget; i++)
+            in_want[static_cast<size_t>(want[static_cast<size_t>(h * c.budget + i)])] = 1;
+        for (int i = 0; i < c.budget; i++)
+            differ += !in_want[static_cast<size_t>(kept[static_cast<size_t>(h * c.budget + i)])];
+    }
+    return differ;
+}
+
+static double median(std::vector<double> *list)
+{
+    std::sort(list->begin(), list->end());
+    return (*list)[list->size() / 2];
+}
+
+/* Median microseconds of one call. The first two passes warm up. */
+static double time_calls(bench_job *job, bool as_graph)
+{
+    std::vector<cudaEvent_t> begin(job->sets.size()), end(job->sets.size());
+    std::vector<double> us;
+    for (size_t i = 0; i < job->sets.size(); i++) {
+        must(cudaEventCreate(&begin[i]), "event");
+        must(cudaEventCreate(&end[i]), "event");
+    }
+    for (int pass = 0; pass < PASSES; pass++) {
+        for (size_t i = 0; i < job->sets.size(); i++) refill(*job, job->sets[i]);
+        for (size_t i = 0; i < job->sets.size(); i++) {
+            must(cudaEventRecord(begin[i], job->stream), "event");
+            if (as_graph)
+                must(cudaGraphLaunch(job->sets[i].graph, job->stream), "graph");
+            else
+                compress(job, &job->sets[i]);
+            must(cudaEventRecord(end[i], job->stream), "event");
+        }
+        must(cudaStreamSynchronize(job->stream), "a timed pass");
+        for (size_t i = 0; i < job->sets.size() && pass >= 2; i++) {
+            float ms = 0;
+            must(cudaEventElapsedTime(&ms, begin[i], end[i]), "event");
+            us.push_back(static_cast<double>(ms) * 1e3);
+        }
+    }
+    for (size_t i = 0; i < job->sets.size(); i++) {
+        (void)cudaEventDestroy(begin[i]);
+        (void)cudaEventDestroy(end[i]);
+    }
+    return median(&us);
+}
+
+/* GB/s of a device copy, read and written bytes counted. */
+static double copy_bandwidth()
+{
+    const size_t bytes = static_cast<size_t>(1) << 30;
+    char *from = device_memory(bytes), *to = device_memory(bytes);
+    cudaEvent_t begin, end;
+    std::vector<double> rate;
+    must(cudaMemset(from, 0x3c, bytes), "memory");
+    must(cudaEventCreate(&begin), "event");
+    must(cudaEventCreate(&end), "event");
+    for (int pass = 0; pass < PASSES; pass++) {
+        float ms = 0;
+        must(cudaEventRecord(begin), "event");
+        must(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice), "copy");
+        must(cudaEventRecord(end), "event");
+        must(cudaEventSynchronize(end), "copy");
+        must(cudaEventElapsedTime(&ms, begin, end), "event");
+        if (pass >= 2)
+            rate.push_back(2 * static_cast<double>(bytes) / (static_cast<double>(ms) * 1e6));
+    }
+    (void)cudaEventDestroy(begin);
+    (void)cudaEventDestroy(end);
+    (void)cudaFree(from);
+    (void)cudaFree(to);
+    return median(&rate);
+}
+
+/* Microseconds of a case in PyTorch, from bench/peer_torch_cuda.py; 0: not there. */
+static double peer_time(const char *path, const char *name)
+{
+    char line[256];
+    double us = 0;
+    FILE *file = path ? fopen(path, "r") : NULL;
+    while (file && fgets(line, sizeof line, file)) {
+        char *tab = strchr(line, '\t');
+        if (!tab) continue;
+        *tab = '\0';
+        if (strcmp(line, name) == 0) us = atof(tab + 1);
+    }
+    if (file) fclose(file);
+    return us;
+}
+
+struct bench_options {
+    const char *csv, *only, *peer, *commit, *date;
+};
+
+static bool run_case(const bench_case &c, const bench_options &options, size_t l2_bytes,
+                     double bandwidth, FILE *csv)
+{
+    static const char *const types[] = { "f32", "f16", "bf16" };
+    bench_job job;
+    make_job(&job, c, l2_bytes);
+    const double row = static_cast<double>(job.row_bytes), jobs = n_jobs(c);
+    const double rows = jobs * c.kv_heads * (c.n_tokens + c.group * WINDOW);
+    const double bytes = rows * row + 3 * count_moved(&job) * row;
+    const int differ = differing_tokens(job);
+    const double floor_us = bytes / (bandwidth * 1e3);
+    const double graph_us = time_calls(&job, true), stream_us = time_calls(&job, false);
+    const double peer_us = peer_time(options.peer, c.name);
+    printf("  %-32s %6d %6d %5s %8.3f %9.1f %10.1f %10.1f %8.2f %7d", c.name, c.n_tokens, c.budget,
+           types[c.dtype], bytes * 1e-9, floor_us, graph_us, stream_us, graph_us / floor_us,
+           differ);
+    if (peer_us > 0)
+        printf(" %12.0f %8.0f\n", peer_us, peer_us / graph_us);
+    else
+        printf(" %12s %8s\n", "-", "-");
+    fflush(stdout);
+    if (csv)
+        fprintf(csv, "\"%s\",%d,%d,%d,%d,%d,%d,%d,%s,%.0f,%.1f,%.1f,%.1f,%.3f,%d,%zu,%.0f\n",
+                c.name, c.layers, c.batch, c.kv_heads, c.group, c.head_dim, c.n_tokens, c.budget,
+                types[c.dtype], bytes, floor_us, graph_us, stream_us, graph_us / floor_us, differ,
+                job.workspace_bytes, peer_us);
+    free_job(&job);
+    return differ * 200 <= c.kv_heads * c.budget; /* ties apart */
+}
+
+static void print_head(FILE *out, const bench_options &options, const cudaDeviceProp &device,
+                       double bandwidth)
+{
+    int runtime = 0, driver = 0;
+    (void)cudaRuntimeGetVersion(&runtime);
+    (void)cudaDriverGetVersion(&driver);
+    fprintf(out,
+            "# rkv %d.%d.%d, commit %s, %s, %s, %d SMs, L2 %.0f MB, CUDA %d.%d (driver %d.%d), "
+            "device copy %.0f GB/s\n",
+            RKV_VERSION_MAJOR, RKV_VERSION_MINOR, RKV_VERSION_PATCH, options.commit, options.date,
+            device.name, device.multiProcessorCount, device.l2CacheSize * 1e-6, runtime / 1000,
+            runtime % 1000 / 10, driver / 1000, driver % 1000 / 10, bandwidth);
+}
+
+int main(int argc, char **argv)
+{
+    bench_options options = { NULL, NULL, NULL, "-", "-" };
+    cudaDeviceProp device;
+    int failed = 0, n_devices = 0;
+    for (int i = 1; i + 1 < argc; i += 2) {
+        if (strcmp(argv[i], "--csv") == 0) options.csv = argv[i + 1];
+        if (strcmp(argv[i], "--only") == 0) options.only = argv[i + 1];
+        if (strcmp(argv[i], "--peer") == 0) options.peer = argv[i + 1];
+        if (strcmp(argv[i], "--commit") == 0) options.commit = argv[i + 1];
+        if (strcmp(argv[i], "--date") == 0) options.date = argv[i + 1];
+    }
+    if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices < 1) {
+        printf("skip  bench_cuda: no CUDA device\n");
+        return 0;
+    }
+    must(cudaGetDeviceProperties(&device, 0), "device");
+    const double bandwidth = copy_bandwidth();
+    FILE *csv = options.csv ? fopen(options.csv, "w") : NULL;
+    print_head(stdout, options, device, bandwidth);
+    printf("# graph, stream: one rkv_compress call for all layers, replayed or launched; x floor: "
+           "graph over floor;\n# differ: tokens of the first layer that only the GPU keeps; torch: "
+           "the plain formulation on this card\n# %-32s %6s %6s %5s %8s %9s %10s %10s %8s %7s %12s "
+           "%8s\n",
+           "case", "n", "kept", "type", "GB", "floor us", "graph us", "stream us", "x floor",
+           "differ", "torch us", "x graph");
+    if (csv) {
+        print_head(csv, options, device, bandwidth);
+        fprintf(csv,
+                "case,layers,batch,kv_heads,group,head_dim,n_tokens,budget,dtype,bytes,floor_us,"
+                "graph_us,stream_us,x_floor,differ,workspace_bytes,torch_us\n");
+    }
+    for (int i = 0; i < N_CASES; i++)
+        if (!options.only || strcmp(options.only, cases[i].name) == 0)
+            failed += !run_case(cases[i], options, static_cast<size_t>(device.l2CacheSize),
+                                bandwidth, csv);
+    if (csv) fclose(csv);
+    if (failed) printf("FAIL  %d cases keep other rows than the CPU\n", failed);
+    return failed > 0;
+}

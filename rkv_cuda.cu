@@ -1,0 +1,2265 @@
+/* rkv_cuda.cu - the R-KV method of rkv.h on NVIDIA GPUs, through the same function table.
+ * SPDX-License-Identifier: MIT OR Unlicense                  (both texts are at the end of rkv.h)
+ *
+ * ==== 1. Usage ==============================================================================
+ * Compile this file with nvcc (C++14, sm_70 and later, without --use_fast_math, which would decide
+ * look-alikes otherwise than the CPU), link it and the CUDA runtime, and declare
+ *
+ *     extern "C" rkv_status rkv_cuda_register(void *stream);
+ *     extern "C" rkv_status rkv_cuda_backend(rkv_backend *out, void *stream);
+ *
+ *     rkv_cuda_register(stream);                                once, at start-up
+ *     const rkv_backend *cuda = rkv_backend_find("cuda");
+ *     rkv_compress(cuda, &config, layers, n_layers, workspace, bytes);
+ *
+ * Keys, values, queries, block tables, positions, kept lists, scores, the workspace and
+ * *config->fault are device memory; config and layers are host memory and are read only during
+ * the call. `stream` is a cudaStream_t; every call works on that stream of the current device.
+ * For several streams make a table for each with rkv_cuda_backend: it fills *out, which the
+ * caller owns and whose `context` is the stream, and registers nothing.
+ *
+ * What a serving engine can rely on
+ *  - Nothing is allocated, nothing synchronises and nothing is read back inside rkv_compress and
+ *    its stages: they can be captured in a CUDA graph. A replay works on what the buffers then
+ *    hold, with the sizes and pointers of the capture. Make one call before the first capture: it
+ *    loads the kernels.
+ *  - At most 8 launches for 28 layers of one shape (CUDA 12.1 and later: 250); one more for every
+ *    further 28 (250) and every change of shape, one for block tables, three for a second element
+ *    type.
+ *  - Workspace: 24 + 4 * window bytes per token and kv head.
+ *  - Host fields (n_tokens, n_kept, n_evicted) are right when the call returns, before the device
+ *    has seen the data. A fault in the data (NaN, infinity, an invalid kept list or block number)
+ *    leaves every row, position, score and list as it was and shows in *config->fault once the
+ *    stream has got there. After RKV_ERROR_NONFINITE from rkv_score, rkv_select and rkv_compact
+ *    given the same `fault` do nothing, so the three can be queued without a look in between.
+ *  - The same bits in every run: sums whose order is open are made in integers.
+ *  - Agreement with the CPU: look-alikes are decided in the CPU's own order of additions, so that
+ *    both see the same ones; scores agree within 1e-5 of the largest.
+ *
+ * What it refuses (RKV_ERROR_UNSUPPORTED): queries of another element type than the keys, keys or
+ * queries that are not aligned to their element size, rows of 2 GB and more. Values may lie
+ * anywhere.
+ *
+ * Macro RKV_CUDA_PARAMETER_BYTES: the size of kernel parameters, 32764 from CUDA 12.1 on, which
+ * asks for a driver of that age, 4096 before. Define it as 4096 to run on older drivers.
+ *
+ * The rooms follow rkv.h: portability, helpers, kernels in data-flow order (attention,
+ * redundancy, score, selection, compaction), the host side, memory, the table. */
+#include "rkv.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+extern "C" rkv_status rkv_cuda_backend(rkv_backend *out, void *stream);
+extern "C" rkv_status rkv_cuda_register(void *stream);
+
+/* ==== 2. Portability ========================================================================
+ * The kernels use little of CUDA, so that tests/cuda_shim.h can run them on a host: it defines
+ * RKV_CUDA_SHIM, the built-ins used here, shim_launch, shim_shared and shim_mma. */
+#ifndef RKV_CUDA_SHIM
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define RKVI_TENSOR_CORES 1
+#else
+#define RKVI_TENSOR_CORES 0
+#endif
+/* Kernel parameters may take 4 KB, from CUDA 12.1 on (and its driver) 32764 bytes. */
+#ifndef RKV_CUDA_PARAMETER_BYTES
+#if CUDART_VERSION >= 12010
+#define RKV_CUDA_PARAMETER_BYTES 32764
+#else
+#define RKV_CUDA_PARAMETER_BYTES 4096
+#endif
+#endif
+
+static __device__ __forceinline__ char *rkvi_shared_memory()
+{
+    extern __shared__ __align__(16) char rkvi_shared_bytes[];
+    return rkvi_shared_bytes;
+}
+#else
+#define RKVI_TENSOR_CORES        1
+#define RKV_CUDA_PARAMETER_BYTES 4096
+static char *rkvi_shared_memory()
+{
+    return static_cast<char *>(shim_shared());
+}
+#endif
+
+template <typename P>
+static rkv_status rkvi_launch(void (*kernel)(P), int64_t n_items, int threads, size_t shared_bytes,
+                              cudaStream_t stream, const P &parameters)
+{
+    const int64_t max_blocks = INT32_MAX; /* kernels walk over their items, however many blocks */
+    if (n_items == 0) return RKV_OK;
+    const int blocks = static_cast<int>(n_items < max_blocks ? n_items : max_blocks);
+#ifndef RKV_CUDA_SHIM
+    void *arguments[] = { const_cast<P *>(&parameters) };
+    const cudaError_t error = cudaLaunchKernel(
+        reinterpret_cast<const void *>(kernel), dim3(static_cast<unsigned>(blocks)),
+        dim3(static_cast<unsigned>(threads)), arguments, shared_bytes, stream);
+#else
+    const cudaError_t error =
+        shim_launch(kernel, blocks, threads, shared_bytes, stream, parameters);
+#endif
+    return error == cudaSuccess ? RKV_OK : RKV_ERROR_DEVICE;
+}
+
+/* ==== 3. Helpers ============================================================================
+ * Element types, the descriptors that the host hands over, and addresses. */
+
+struct rkvi_f16 {
+    uint16_t bits;
+};
+struct rkvi_bf16 {
+    uint16_t bits;
+};
+
+static __device__ __forceinline__ float rkvi_to_float(float x)
+{
+    return x;
+}
+static __device__ __forceinline__ float rkvi_to_float(rkvi_f16 x)
+{
+    return __half2float(__ushort_as_half(x.bits));
+}
+static __device__ __forceinline__ float rkvi_to_float(rkvi_bf16 x)
+{
+    return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
+}
+
+template <typename T> struct rkvi_dtype_of;
+template <> struct rkvi_dtype_of<float> {
+    enum { value = RKV_F32 };
+};
+template <> struct rkvi_dtype_of<rkvi_f16> {
+    enum { value = RKV_F16 };
+};
+template <> struct rkvi_dtype_of<rkvi_bf16> {
+    enum { value = RKV_BF16 };
+};
+
+enum {
+    RKVI_TILE = 64,          /* rows of a tile: keys, queries or the columns of the scan         */
+    RKVI_TILE_THREADS = 128, /* 4 warps of 16 rows                                              */
+    RKVI_CHUNK_BYTES = 256,  /* of a row, in shared memory at a time                            */
+    RKVI_PITCH = RKVI_CHUNK_BYTES + 16, /* rows of a tile lie 4 banks apart                    */
+    RKVI_NEAR_TILES = 4,     /* scan: newest columns that every row looks at in the first launch */
+    RKVI_HEAD_THREADS = 512, /* kernels with one block per head                                 */
+    RKVI_HEAD_WARPS = RKVI_HEAD_THREADS / 32,
+    RKVI_RADIX_BITS = 11,
+    RKVI_BINS = 1 << RKVI_RADIX_BITS,
+    RKVI_MOVE_THREADS = 256,
+    RKVI_MOVE_UNROLL = 4, /* units that a thread holds while its block waits                  */
+    RKVI_SLICE_UNITS = 8  /* units of a row that one block moves: 128 bytes at best           */
+};
+
+/* Rows of one head: byte strides, the head's offset applied. */
+struct rkvi_view {
+    char *data;
+    int64_t token_stride, block_stride;
+    const int32_t *table;
+    int block_tokens;
+};
+static __device__ __forceinline__ char *rkvi_row(const rkvi_view &view, int token)
+{
+    if (!view.table) return view.data + token * view.token_stride;
+    const int block = token / view.block_tokens;
+    return view.data + view.table[block] * view.block_stride +
+           (token - block * view.block_tokens) * view.token_stride;
+}
+
+/* A tensor to compact. A row is n_units units of `unit` bytes, of which `run` lie side by side. */
+struct rkvi_moved {
+    rkvi_view rows;
+    int64_t run_stride; /* bytes from one run to the next */
+    int unit, run, n_units;
+    int tokens_adjacent; /* transposed: neighbouring threads take neighbouring tokens */
+};
+
+/* All that a kernel must know of one kv head. */
+struct rkvi_job {
+    rkvi_moved moved[3]; /* keys, values, positions; data NULL: not there */
+    rkvi_view queries;
+    int64_t query_head_stride;
+    float *logits;       /* [window][n_tokens]: logits, then probabilities                     */
+    float *inv_norm;     /* [n_tokens] 1 / (norm + 1e-8)                                       */
+    float *redundancy;   /* [n_tokens] dot with the sum of all unit keys, then redundancy      */
+    long long *exempt;   /* [n_tokens] exempted entries, fixed point                           */
+    long long *unit_sum; /* [head_dim] sum of the unit keys, fixed point                       */
+    int32_t *open_rows;  /* [n_tokens] rows that the first scan left open                      */
+    int32_t *open_need;  /* [n_tokens] look-alikes they still want                             */
+    int32_t *ranked;     /* [n_tokens] RKV_BY_SCORE: the kept candidates by position           */
+    char *stage;         /* [n_tokens] units of 16 bytes, RKV_BY_SCORE                         */
+    float *scores;       /* [n_tokens - window]                                                */
+    float *set_scores;   /* what selection reads: scores, or the set's shared scores           */
+    int32_t *kept;       /* [n_keep] of the job's set                                          */
+    float scale, softcap;
+    int dtype, key_load, query_load; /* bytes per load that the alignment allows                */
+    int layer, head, heads, group, head_dim;
+    int n_tokens, n_keep;
+    int scored;              /* tokens are chosen by score */
+    int set_first, set_jobs; /* the jobs that share a kept set are adjacent */
+};
+
+struct rkvi_control {
+    unsigned long long fault; /* the smallest of all faults found, or RKVI_NO_FAULT */
+};
+/* A fault as a number, so that the least of them is the one the CPU finds first: kind, job,
+ * queries before keys, row. RKVI_EARLIER: a stage before this one has failed. */
+#define RKVI_NO_FAULT 0xffffffffffffffffull
+enum { RKVI_EARLIER, RKVI_BAD_INDEX, RKVI_NONFINITE };
+enum { RKVI_QUERY, RKVI_KEY };
+enum { RKVI_NO_ROW = INT32_MAX, RKVI_MAX_JOBS = 1 << 29 };
+static __device__ void rkvi_fault_at(rkvi_control *control, int kind, int job, int what, int row)
+{
+    atomicMin(&control->fault, static_cast<unsigned long long>(kind) << 62 |
+                                   static_cast<unsigned long long>(job) << 33 |
+                                   static_cast<unsigned long long>(what) << 32 |
+                                   static_cast<unsigned>(row));
+}
+
+struct rkvi_args {
+    rkv_config config;
+    rkvi_job *jobs;
+    rkvi_control *control;
+    int *open_count; /* [n_jobs] */
+    int n_jobs;
+    int items;          /* per job; what an item is, each kernel says */
+    int tiles_per_item; /* attention */
+    int scoring;        /* this call scores: it resets *config.fault */
+    int importance;     /* lambda > 0: queries are read              */
+    int redundancy;     /* lambda < 1                                */
+    int select_too;     /* the score kernel also selects             */
+};
+
+static __device__ __forceinline__ bool rkvi_faulted(const rkvi_args &args)
+{
+    return args.control->fault != RKVI_NO_FAULT;
+}
+/* Something that no kernel can work with. Faults in keys and queries do not count: it is the pass
+ * over these that finds them, all of them. */
+static __device__ __forceinline__ bool rkvi_refused(const rkvi_args &args)
+{
+    return rkvi_faulted(args) && args.control->fault >> 62 != RKVI_NONFINITE;
+}
+/* Tokens that redundancy is taken over. */
+static __device__ __forceinline__ int rkvi_span(const rkvi_args &args, const rkvi_job &job)
+{
+    return job.n_tokens - (args.config.span == RKV_SPAN_ALL ? 0 : args.config.window);
+}
+
+/* Fixed point with 32 fractional bits, truncated: integer sums do not depend on their order. */
+static __device__ __forceinline__ void rkvi_add_fixed(long long *sum, float value)
+{
+    const long long fixed = static_cast<long long>(value * 4294967296.0f);
+    atomicAdd(reinterpret_cast<unsigned long long *>(sum), static_cast<unsigned long long>(fixed));
+}
+static __device__ __forceinline__ double rkvi_from_fixed(long long sum)
+{
+    return static_cast<double>(sum) * (1.0 / 4294967296.0);
+}
+
+static __device__ __forceinline__ float rkvi_cosine(float dot, float inv_a, float inv_b)
+{
+    return __fmul_rn(dot, __fmul_rn(inv_a, inv_b));
+}
+
+/* ==== 4. Tiles ==============================================================================
+ * 64 rows, a chunk of 256 bytes each, in shared memory; dot products of two tiles; exact dots. */
+
+struct rkvi_tiles {
+    const char *a_rows[RKVI_TILE], *b_rows[RKVI_TILE]; /* NULL: no such row, reads as zeros     */
+    unsigned long long candidates[RKVI_TILE];          /* scan: a bit per column                */
+    float a_inv[RKVI_TILE], b_inv[RKVI_TILE];
+    int a_token[RKVI_TILE], need[RKVI_TILE];
+    alignas(16) float sum[RKVI_CHUNK_BYTES / 2]; /* scan: chunk of the sum of unit keys   */
+    char a[RKVI_TILE * RKVI_PITCH], b[RKVI_TILE * RKVI_PITCH];
+};
+
+template <typename T> static __device__ constexpr int rkvi_chunk_dims()
+{
+    return RKVI_CHUNK_BYTES / static_cast<int>(sizeof(T));
+}
+template <typename T> static __device__ __forceinline__ int rkvi_chunks(int head_dim)
+{
+    return (head_dim + rkvi_chunk_dims<T>() - 1) / rkvi_chunk_dims<T>();
+}
+/* Dims of a chunk, and the same padded to a multiple of 16. */
+template <typename T> static __device__ __forceinline__ int rkvi_dims(int head_dim, int chunk)
+{
+    const int left = head_dim - chunk * rkvi_chunk_dims<T>();
+    return left < rkvi_chunk_dims<T>() ? left : rkvi_chunk_dims<T>();
+}
+static __device__ __forceinline__ int rkvi_padded(int dims)
+{
+    return (dims + 15) & ~15;
+}
+
+/* V: the widest load that the rows' alignment allows. Four loads in flight per thread. */
+template <typename V>
+static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int offset, int bytes,
+                                      int padded_bytes)
+{
+    const int unroll = 4, width = static_cast<int>(sizeof(V));
+    const int per_row = padded_bytes / width, step_rows = RKVI_TILE_THREADS / per_row;
+    const int step_rest = RKVI_TILE_THREADS - step_rows * per_row;
+    int row = static_cast<int>(threadIdx.x) / per_row;
+    int piece = static_cast<int>(threadIdx.x) - row * per_row;
+    while (row < RKVI_TILE) {
+        V value[unroll];
+        char *to[unroll];
+#pragma unroll
+        for (int u = 0; u < unroll; u++) {
+            memset(&value[u], 0, sizeof(V));
+            to[u] = row < RKVI_TILE ? tile + row * RKVI_PITCH + piece * width : NULL;
+            if (to[u] && rows[row] && piece * width < bytes)
+                value[u] = __ldg(reinterpret_cast<const V *>(rows[row] + offset + piece * width));
+            row += step_rows;
+            piece += step_rest;
+            if (piece >= per_row) {
+                piece -= per_row;
+                row++;
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < unroll; u++)
+            if (to[u]) *reinterpret_cast<V *>(to[u]) = value[u];
+    }
+}
+
+/* Loads a chunk of 64 rows. The first barrier lets earlier readers of the tile finish and makes
+ * the row pointers, just written as a rule, known to all; no caller needs one of its own. */
+template <typename T>
+static __device__ void rkvi_stage(char *tile, const char *const *rows, int head_dim, int chunk,
+                                  int load)
+{
+    const int size = static_cast<int>(sizeof(T)), dims = rkvi_dims<T>(head_dim, chunk);
+    const int offset = chunk * RKVI_CHUNK_BYTES, bytes = dims * size;
+    const int padded_bytes = rkvi_padded(dims) * size;
+    __syncthreads();
+    if (load == 16)
+        rkvi_load_tile<uint4>(tile, rows, offset, bytes, padded_bytes);
+    else if (load == 8)
+        rkvi_load_tile<uint2>(tile, rows, offset, bytes, padded_bytes);
+    else if (load == 4)
+        rkvi_load_tile<uint32_t>(tile, rows, offset, bytes, padded_bytes);
+    else
+        rkvi_load_tile<uint16_t>(tile, rows, offset, bytes, padded_bytes);
+    __syncthreads();
+}
+
+static __device__ __forceinline__ void rkvi_load4(float *out, const float *p)
+{
+    const float4 v = *reinterpret_cast<const float4 *>(p);
+    out[0] = v.x;
+    out[1] = v.y;
+    out[2] = v.z;
+    out[3] = v.w;
+}
+template <typename T> static __device__ __forceinline__ void rkvi_load4(float *out, const T *p)
+{
+    const uint2 v = *reinterpret_cast<const uint2 *>(p);
+    out[0] = rkvi_to_float(T{ static_cast<uint16_t>(v.x & 0xffffu) });
+    out[1] = rkvi_to_float(T{ static_cast<uint16_t>(v.x >> 16) });
+    out[2] = rkvi_to_float(T{ static_cast<uint16_t>(v.y & 0xffffu) });
+    out[3] = rkvi_to_float(T{ static_cast<uint16_t>(v.y >> 16) });
+}
+
+/* Who holds which dot: in acc[block][k] of a lane, row 16 * warp + lane / 4 + (k / 2) * 8,
+ * column 8 * block + 2 * (lane % 4) + k % 2. That is how the tensor cores deal them out. */
+static __device__ __forceinline__ int rkvi_acc_row(int lane, int k)
+{
+    return lane / 4 + (k / 2) * 8;
+}
+static __device__ __forceinline__ int rkvi_acc_column(int lane, int block, int k)
+{
+    return 8 * block + 2 * (lane % 4) + k % 2;
+}
+
+/* acc += dots of this warp's 16 rows of a with the first 8 * n_blocks rows of b, on FMA units. */
+template <typename T>
+static __device__ void rkvi_dots_fma(float (*acc)[4], const char *a, const char *b, int padded,
+                                     int n_blocks)
+{
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const char *a_row = a + (16 * warp + lane / 4) * RKVI_PITCH;
+    const char *b_row = b + 2 * (lane % 4) * RKVI_PITCH;
+    for (int i = 0; i < padded; i += 4) {
+        float top[4], bottom[4], column[4];
+        rkvi_load4(top, reinterpret_cast<const T *>(a_row) + i);
+        rkvi_load4(bottom, reinterpret_cast<const T *>(a_row + 8 * RKVI_PITCH) + i);
+#pragma unroll
+        for (int block = 0; block < 8; block++) {
+            if (block >= n_blocks) continue;
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                rkvi_load4(column,
+                           reinterpret_cast<const T *>(b_row + (8 * block + k) * RKVI_PITCH) + i);
+#pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    acc[block][k] = fmaf(top[x], column[x], acc[block][k]);
+                    acc[block][2 + k] = fmaf(bottom[x], column[x], acc[block][2 + k]);
+                }
+            }
+        }
+    }
+}
+
+#if RKVI_TENSOR_CORES
+/* acc += a * b, 16 x 8 x 16, exact products, f32 sums. */
+static __device__ __forceinline__ void rkvi_mma(float *acc, const uint32_t *a, const uint32_t *b,
+                                                rkvi_f16)
+{
+#ifndef RKV_CUDA_SHIM
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    shim_mma<rkvi_f16>(acc, a, b, rkvi_to_float);
+#endif
+}
+static __device__ __forceinline__ void rkvi_mma(float *acc, const uint32_t *a, const uint32_t *b,
+                                                rkvi_bf16)
+{
+#ifndef RKV_CUDA_SHIM
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    shim_mma<rkvi_bf16>(acc, a, b, rkvi_to_float);
+#endif
+}
+
+/* The same on tensor cores. */
+template <typename T>
+static __device__ void rkvi_dots_mma(float (*acc)[4], const char *a, const char *b, int padded,
+                                     int n_blocks)
+{
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const char *a_row = a + (16 * warp + lane / 4) * RKVI_PITCH + 4 * (lane % 4);
+    const char *b_row = b + lane / 4 * RKVI_PITCH + 4 * (lane % 4);
+    for (int i = 0; i < 2 * padded; i += 32) {
+        uint32_t a_part[4], b_part[2];
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            a_part[k] = *reinterpret_cast<const uint32_t *>(a_row + (k % 2) * 8 * RKVI_PITCH + i +
+                                                            k / 2 * 16);
+#pragma unroll
+        for (int block = 0; block < 8; block++) {
+            if (block >= n_blocks) continue;
+            b_part[0] = *reinterpret_cast<const uint32_t *>(b_row + 8 * block * RKVI_PITCH + i);
+            b_part[1] =
+                *reinterpret_cast<const uint32_t *>(b_row + 8 * block * RKVI_PITCH + i + 16);
+            rkvi_mma(acc[block], a_part, b_part, T{});
+        }
+    }
+}
+template <typename T>
+static __device__ __forceinline__ void rkvi_dots(float (*acc)[4], const char *a, const char *b,
+                                                 int padded, int n_blocks, T)
+{
+    rkvi_dots_mma<T>(acc, a, b, padded, n_blocks);
+}
+static __device__ __forceinline__ void rkvi_dots(float (*acc)[4], const char *a, const char *b,
+                                                 int padded, int n_blocks, float)
+{
+    rkvi_dots_fma<float>(acc, a, b, padded, n_blocks);
+}
+#else
+template <typename T>
+static __device__ __forceinline__ void rkvi_dots(float (*acc)[4], const char *a, const char *b,
+                                                 int padded, int n_blocks, T)
+{
+    rkvi_dots_fma<T>(acc, a, b, padded, n_blocks);
+}
+#endif
+
+/* What a cosine from rkvi_dots may be off by, generously: values this close below the threshold
+ * are looked at again. Tensor cores truncate when they add. */
+static __device__ __forceinline__ float rkvi_band(int head_dim)
+{
+    return 4e-6f * static_cast<float>(4 + head_dim / 16);
+}
+
+/* rkv.h sums a dot product in 16 lanes, element i in lane i % 16, with FMA. Here four threads, a
+ * quad, hold four lanes each; both halves below together give the CPU's bits. */
+template <typename T>
+static __device__ __forceinline__ void rkvi_lanes_add(float *lanes, const T *a, const T *b,
+                                                      int padded, int part)
+{
+    for (int i = 4 * part; i < padded; i += 16) {
+        float x[4], y[4];
+        rkvi_load4(x, a + i);
+        rkvi_load4(y, b + i);
+#pragma unroll
+        for (int k = 0; k < 4; k++) lanes[k] = fmaf(x[k], y[k], lanes[k]);
+    }
+}
+static __device__ __forceinline__ float rkvi_lanes_sum(float *lanes)
+{
+#pragma unroll
+    for (int k = 0; k < 4; k++) lanes[k] += __shfl_xor_sync(0xffffffffu, lanes[k], 2);
+#pragma unroll
+    for (int k = 0; k < 4; k++) lanes[k] += __shfl_xor_sync(0xffffffffu, lanes[k], 1);
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+/* The same of two rows in global memory, element by element. */
+template <typename T>
+static __device__ float rkvi_exact_dot_global(const char *a, const char *b, int head_dim, int part)
+{
+    const T *x = reinterpret_cast<const T *>(a), *y = reinterpret_cast<const T *>(b);
+    float lanes[4] = { 0, 0, 0, 0 };
+    for (int i = 4 * part; a && b && i < head_dim; i += 16)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (i + k < head_dim)
+                lanes[k] = fmaf(rkvi_to_float(x[i + k]), rkvi_to_float(y[i + k]), lanes[k]);
+    return rkvi_lanes_sum(lanes);
+}
+
+/* ==== 5. Attention ==========================================================================
+ * One pass over the keys. In: keys, queries. Out: inv_norm, unit_sum, logits; faults.
+ * An item is tiles_per_item tiles of 64 keys of one head. */
+
+/* squares[2]: this thread's rows (thread / 4 and 32 more) of a tile; every thread of a quad gets
+ * the same. All chunks of the rows are staged in turn, the last one remains. */
+template <typename T>
+static __device__ void rkvi_square_norms(rkvi_tiles &s, int head_dim, int load, float *squares)
+{
+    const int part = static_cast<int>(threadIdx.x) % 4, row = static_cast<int>(threadIdx.x) / 4;
+    float lanes[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } };
+    for (int chunk = 0; chunk < rkvi_chunks<T>(head_dim); chunk++) {
+        const int padded = rkvi_padded(rkvi_dims<T>(head_dim, chunk));
+        rkvi_stage<T>(s.a, s.a_rows, head_dim, chunk, load);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const T *key = reinterpret_cast<const T *>(s.a + (row + 32 * half) * RKVI_PITCH);
+            rkvi_lanes_add(lanes[half], key, key, padded, part);
+        }
+    }
+    squares[0] = rkvi_lanes_sum(lanes[0]);
+    squares[1] = rkvi_lanes_sum(lanes[1]);
+}
+
+static __device__ __forceinline__ bool rkvi_square_is_bad(float square)
+{
+    return !(square <= 1e36f); /* a NaN is bad too */
+}
+
+/* inv_norm of a tile's keys, to s.a_inv (0 outside the span, so that sums leave them out). */
+template <typename T>
+static __device__ void rkvi_key_norms(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                      int tile, rkvi_tiles &s)
+{
+    float squares[2];
+    rkvi_square_norms<T>(s, job.head_dim, job.key_load, squares);
+    if (threadIdx.x % 4 == 0)
+        for (int half = 0; half < 2; half++) {
+            const int row = static_cast<int>(threadIdx.x) / 4 + 32 * half;
+            const int token = tile * RKVI_TILE + row;
+            const float inv = 1.0f / (sqrtf(squares[half]) + 1e-8f);
+            s.a_inv[row] = token < rkvi_span(args, job) ? inv : 0.0f;
+            if (token >= job.n_tokens) continue;
+            job.inv_norm[token] = inv;
+            job.exempt[token] = 0;
+            if (rkvi_square_is_bad(squares[half]))
+                rkvi_fault_at(args.control, RKVI_NONFINITE, job_index, RKVI_KEY, token);
+        }
+    __syncthreads();
+}
+
+/* Row pointers of queries [first, first + 64) of a head, ordered [window][group]. */
+static __device__ void rkvi_query_rows(const rkvi_job &job, int n_queries, int first,
+                                       const char **rows)
+{
+    for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
+        const int query = first + r, token = query / job.group;
+        rows[r] = query >= n_queries ? NULL
+                                     : rkvi_row(job.queries, token) +
+                                           (query - token * job.group) * job.query_head_stride;
+    }
+}
+
+template <typename T>
+static __device__ void rkvi_check_queries(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                          int n_queries, rkvi_tiles &s)
+{
+    for (int first = 0; first < n_queries; first += RKVI_TILE) {
+        float squares[2];
+        rkvi_query_rows(job, n_queries, first, s.a_rows);
+        rkvi_square_norms<T>(s, job.head_dim, job.query_load, squares);
+        for (int half = 0; half < 2; half++) {
+            const int query = first + static_cast<int>(threadIdx.x) / 4 + 32 * half;
+            const int in_group = query % job.group, token = query / job.group;
+            if (query < n_queries && rkvi_square_is_bad(squares[half]))
+                rkvi_fault_at(args.control, RKVI_NONFINITE, job_index, RKVI_QUERY,
+                              in_group * args.config.window + token);
+        }
+    }
+}
+
+/* Adds the unit keys of a tile to the head's sum. A quad has four columns, each of its threads
+ * every fourth row; then each adds one column. */
+template <typename T> static __device__ void rkvi_sum_unit_keys(const rkvi_job &job, rkvi_tiles &s)
+{
+    const int n_chunks = rkvi_chunks<T>(job.head_dim), part = static_cast<int>(threadIdx.x) % 4;
+    for (int chunk = 0; chunk < n_chunks; chunk++) {
+        const int dims = rkvi_dims<T>(job.head_dim, chunk);
+        if (n_chunks > 1) rkvi_stage<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
+        for (int base = 0; base < dims; base += RKVI_TILE_THREADS) {
+            const int column = base + static_cast<int>(threadIdx.x) / 4 * 4;
+            float sum[4] = { 0, 0, 0, 0 }, x[4];
+            for (int row = part; row < RKVI_TILE && column < dims; row += 4) {
+                rkvi_load4(x, reinterpret_cast<const T *>(s.a + row * RKVI_PITCH) + column);
+#pragma unroll
+                for (int k = 0; k < 4; k++) sum[k] = fmaf(x[k], s.a_inv[row], sum[k]);
+            }
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], 1);
+                sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], 2);
+            }
+            const float mine = part == 0   ? sum[0]
+                               : part == 1 ? sum[1]
+                               : part == 2 ? sum[2]
+                                           : sum[3];
+            if (column + part < dims)
+                rkvi_add_fixed(&job.unit_sum[chunk * rkvi_chunk_dims<T>() + column + part], mine);
+        }
+    }
+}
+
+/* Folds the dots of 64 queries (dots[query][key], pitch 65) into the logits of their tokens. */
+static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                       int n_queries, int first, int tile, const float *dots)
+{
+    const int end = first + RKVI_TILE < n_queries ? first + RKVI_TILE : n_queries;
+    const int first_token = first / job.group, n_rows = (end - 1) / job.group - first_token + 1;
+    for (int i = static_cast<int>(threadIdx.x); i < n_rows * RKVI_TILE; i += RKVI_TILE_THREADS) {
+        const int token = first_token + i / RKVI_TILE, key = i % RKVI_TILE;
+        const int j = tile * RKVI_TILE + key, group_begin = token * job.group;
+        const int begin = first > group_begin ? first : group_begin;
+        const int stop = end < group_begin + job.group ? end : group_begin + job.group;
+        float *logit = job.logits + static_cast<int64_t>(token) * job.n_tokens + j;
+        if (j >= job.n_tokens - args.config.window) continue;
+        const bool mean = args.config.grouping == RKV_GROUP_MEAN;
+        float fold = begin > group_begin ? *logit : mean ? 0.0f : -INFINITY;
+        for (int query = begin; query < stop; query++) {
+            float x = dots[(query - first) * (RKVI_TILE + 1) + key] * job.scale;
+            if (job.softcap > 0) x = job.softcap * tanhf(x / job.softcap);
+            fold = mean ? fold + x : fmaxf(fold, x);
+        }
+        if (mean && stop == group_begin + job.group) fold /= static_cast<float>(job.group);
+        if (!(fabsf(fold) <= FLT_MAX)) /* a sum over the group can overflow */
+            rkvi_fault_at(args.control, RKVI_NONFINITE, job_index, RKVI_KEY, RKVI_NO_ROW);
+        *logit = fold;
+    }
+}
+
+/* Logits of one tile of keys. `staged`: which queries lie in s.b; it lasts over an item's tiles. */
+template <typename T>
+static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                   int n_queries, int tile, int *staged, rkvi_tiles &s)
+{
+    const int n_chunks = rkvi_chunks<T>(job.head_dim);
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    for (int first = 0; first < n_queries; first += RKVI_TILE) {
+        const int left = n_queries - first, n_blocks = left < RKVI_TILE ? (left + 7) / 8 : 8;
+        float acc[8][4] = { { 0 } };
+        for (int chunk = 0; chunk < n_chunks; chunk++) {
+            const int wanted = first / RKVI_TILE * n_chunks + chunk;
+            if (n_chunks > 1 || first > 0)
+                rkvi_stage<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
+            if (*staged != wanted) {
+                rkvi_query_rows(job, n_queries, first, s.b_rows);
+                rkvi_stage<T>(s.b, s.b_rows, job.head_dim, chunk, job.query_load);
+                *staged = wanted;
+            }
+            rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), n_blocks, T{});
+        }
+        float *dots = reinterpret_cast<float *>(s.a); /* the keys are done with */
+        __syncthreads();
+#pragma unroll
+        for (int block = 0; block < 8; block++)
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                if (block < n_blocks)
+                    dots[rkvi_acc_column(lane, block, k) * (RKVI_TILE + 1) + 16 * warp +
+                         rkvi_acc_row(lane, k)] = acc[block][k];
+        __syncthreads();
+        rkvi_fold_group(args, job, job_index, n_queries, first, tile, dots);
+    }
+}
+
+template <typename T>
+static __global__ void __launch_bounds__(RKVI_TILE_THREADS) rkvi_attend(const rkvi_args args)
+{
+    rkvi_tiles &s = *reinterpret_cast<rkvi_tiles *>(rkvi_shared_memory());
+    const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
+    if (rkvi_refused(args)) return;
+    for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
+        const int job_index = static_cast<int>(item / args.items);
+        const int first_tile = static_cast<int>(item % args.items) * args.tiles_per_item;
+        const rkvi_job &job = args.jobs[job_index];
+        const int n_queries = args.importance ? args.config.window * job.group : 0;
+        int staged = -1;
+        if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
+        if (first_tile == 0) rkvi_check_queries<T>(args, job, job_index, n_queries, s);
+        for (int tile = first_tile; tile < first_tile + args.tiles_per_item; tile++) {
+            if (static_cast<int64_t>(tile) * RKVI_TILE >= job.n_tokens) break;
+            for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
+                const int64_t token = static_cast<int64_t>(tile) * RKVI_TILE + r;
+                s.a_rows[r] = token < job.n_tokens
+                                  ? rkvi_row(job.moved[0].rows, static_cast<int>(token))
+                                  : NULL;
+            }
+            rkvi_key_norms<T>(args, job, job_index, tile, s);
+            if (args.redundancy) rkvi_sum_unit_keys<T>(job, s);
+            rkvi_logits<T>(args, job, job_index, n_queries, tile, &staged, s);
+        }
+    }
+}
+
+/* ==== 6. Redundancy =========================================================================
+ * In: keys, inv_norm, unit_sum. Out: redundancy (dot of each key with the sum), exempt.
+ * Row i looks from the newest key back for its `recent` look-alikes, 64 keys at a time, and stops
+ * at the last of them. Most rows are done within a few tiles; rows that are not after
+ * RKVI_NEAR_TILES are packed together, so that the second scan has none but those.
+ * An item is 64 rows of one head. */
+
+/* The tile's rows: token numbers, pointers, norms. Tiles count from the newest key back. */
+static __device__ void rkvi_scan_rows(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                      int tile, bool far_rows, rkvi_tiles &s)
+{
+    const int n_open = far_rows ? args.open_count[job_index] : 0;
+    for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
+        const int64_t slot = static_cast<int64_t>(tile) * RKVI_TILE + r;
+        int token = -1, need = 0;
+        if (far_rows && slot < n_open) {
+            token = job.open_rows[slot];
+            need = job.open_need[slot];
+        } else if (!far_rows && slot < rkvi_span(args, job)) {
+            token = static_cast<int>(rkvi_span(args, job) - 1 - slot);
+            need = args.config.recent;
+        }
+        s.a_token[r] = token;
+        s.need[r] = need;
+        s.a_rows[r] = token < 0 ? NULL : rkvi_row(job.moved[0].rows, token);
+        s.a_inv[r] = token < 0 ? 0.0f : job.inv_norm[token];
+    }
+}
+
+/* redundancy[i] = dot(sum of unit keys, unit key i). Leaves the last chunk of the rows in s.a. */
+template <typename T> static __device__ void rkvi_project(const rkvi_job &job, rkvi_tiles &s)
+{
+    const int part = static_cast<int>(threadIdx.x) % 4, row = static_cast<int>(threadIdx.x) / 4;
+    float lanes[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } };
+    for (int chunk = 0; chunk < rkvi_chunks<T>(job.head_dim); chunk++) {
+        const int dims = rkvi_dims<T>(job.head_dim, chunk), padded = rkvi_padded(dims);
+        rkvi_stage<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
+        for (int i = static_cast<int>(threadIdx.x); i < padded; i += RKVI_TILE_THREADS)
+            s.sum[i] = i < dims ? static_cast<float>(rkvi_from_fixed(
+                                      job.unit_sum[chunk * rkvi_chunk_dims<T>() + i]))
+                                : 0.0f;
+        __syncthreads();
+        for (int half = 0; half < 2; half++) {
+            const T *key = reinterpret_cast<const T *>(s.a + (row + 32 * half) * RKVI_PITCH);
+            for (int i = 4 * part; i < padded; i += 16) {
+                float x[4], y[4];
+                rkvi_load4(x, key + i);
+                rkvi_load4(y, s.sum + i);
+                for (int k = 0; k < 4; k++) lanes[half][k] = fmaf(x[k], y[k], lanes[half][k]);
+            }
+        }
+    }
+    for (int half = 0; half < 2; half++) {
+        const float dot = rkvi_lanes_sum(lanes[half]);
+        const int token = s.a_token[row + 32 * half];
+        if (part == 0 && token >= 0) job.redundancy[token] = dot * s.a_inv[row + 32 * half];
+    }
+}
+
+/* Dots of the rows with 64 columns: a bit for every column that may be a look-alike. */
+template <typename T>
+static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_job &job, int n_span,
+                                            int column_tile, bool *rows_staged, rkvi_tiles &s)
+{
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int64_t newest = n_span - 1 - static_cast<int64_t>(column_tile) * RKVI_TILE;
+    const int n_chunks = rkvi_chunks<T>(job.head_dim);
+    const float limit = args.config.threshold - rkvi_band(job.head_dim);
+    const bool diagonal = args.config.threshold < 0; /* it is 0, and so a look-alike */
+    float acc[8][4] = { { 0 } };
+    for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
+        const int token = r <= newest ? static_cast<int>(newest - r) : -1;
+        s.b_rows[r] = token < 0 ? NULL : rkvi_row(job.moved[0].rows, token);
+        s.b_inv[r] = token < 0 ? 0.0f : job.inv_norm[token];
+    }
+    for (int chunk = 0; chunk < n_chunks; chunk++) {
+        if (!*rows_staged) rkvi_stage<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
+        *rows_staged = n_chunks == 1;
+        rkvi_stage<T>(s.b, s.b_rows, job.head_dim, chunk, job.key_load);
+        rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), 8, T{});
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = 16 * warp + rkvi_acc_row(lane, 2 * half), token = s.a_token[row];
+        unsigned long long bits = 0;
+#pragma unroll
+        for (int block = 0; block < 8; block++)
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const int column = rkvi_acc_column(lane, block, k);
+                const float cosine =
+                    rkvi_cosine(acc[block][2 * half + k], s.a_inv[row], s.b_inv[column]);
+                if (cosine > limit && column <= newest && (newest - column != token || diagonal))
+                    bits |= 1ull << column;
+            }
+        bits |= __shfl_xor_sync(0xffffffffu, bits, 1);
+        bits |= __shfl_xor_sync(0xffffffffu, bits, 2);
+        if (lane % 4 == 0) s.candidates[row] = s.need[row] > 0 ? bits : 0;
+    }
+    __syncwarp();
+}
+
+/* cosine of row r of a with row c of b, as the CPU rounds it; for each quad of a warp. */
+template <typename T>
+static __device__ float rkvi_exact_cosine(const rkvi_job &job, const rkvi_tiles &s, int r, int c)
+{
+    const int part = static_cast<int>(threadIdx.x) % 4;
+    float dot;
+    if (rkvi_chunks<T>(job.head_dim) == 1) {
+        float lanes[4] = { 0, 0, 0, 0 };
+        rkvi_lanes_add(lanes, reinterpret_cast<const T *>(s.a + r * RKVI_PITCH),
+                       reinterpret_cast<const T *>(s.b + c * RKVI_PITCH), rkvi_padded(job.head_dim),
+                       part);
+        dot = rkvi_lanes_sum(lanes);
+    } else {
+        dot = rkvi_exact_dot_global<T>(s.a_rows[r], s.b_rows[c], job.head_dim, part);
+    }
+    return rkvi_cosine(dot, s.a_inv[r], s.b_inv[c]);
+}
+
+/* Settles the candidates of this warp's 16 rows, newest first: a quad takes a row, then another.
+ * True when one of its two rows wants more. */
+template <typename T>
+static __device__ bool rkvi_settle(const rkvi_args &args, const rkvi_job &job, int n_span,
+                                   int column_tile, rkvi_tiles &s)
+{
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int64_t newest = n_span - 1 - static_cast<int64_t>(column_tile) * RKVI_TILE;
+    bool open = false;
+    for (int half = 0; half < 2; half++) {
+        const int row = 16 * warp + lane / 4 + 8 * half;
+        unsigned long long bits = s.candidates[row];
+        int need = s.need[row];
+        while (__any_sync(0xffffffffu, bits != 0)) {
+            const int column = bits ? __ffsll(static_cast<long long>(bits)) - 1 : 0;
+            float cosine = rkvi_exact_cosine<T>(job, s, row, column);
+            if (!bits) continue;
+            if (newest - column == s.a_token[row]) cosine = 0; /* the diagonal */
+            bits &= bits - 1;
+            if (!(cosine > args.config.threshold)) continue;
+            if (--need == 0) bits = 0;
+            if (lane % 4 == 0)
+                rkvi_add_fixed(
+                    &job.exempt[args.config.redundancy == RKV_REDUNDANCY_ROW ? newest - column
+                                                                             : s.a_token[row]],
+                    cosine);
+        }
+        __syncwarp(); /* the quad has read need */
+        if (lane % 4 == 0) s.need[row] = need;
+        open = open || need > 0;
+    }
+    return open;
+}
+
+/* Rows that are still open after the newest columns go on the list of the second scan. */
+static __device__ void rkvi_defer_rows(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                       const rkvi_tiles &s)
+{
+    for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
+        if (s.need[r] == 0) continue;
+        const int slot = atomicAdd(&args.open_count[job_index], 1);
+        job.open_rows[slot] = s.a_token[r];
+        job.open_need[slot] = s.need[r];
+    }
+}
+
+/* Row form, published code: a row without any look-alike exempts its entry for the first token. */
+template <typename T>
+static __device__ void rkvi_exempt_column0(const rkvi_args &args, const rkvi_job &job,
+                                           rkvi_tiles &s)
+{
+    const int part = static_cast<int>(threadIdx.x) % 4;
+    const char *key0 = rkvi_row(job.moved[0].rows, 0);
+    for (int half = 0; half < 2; half++) {
+        const int row = static_cast<int>(threadIdx.x) / 4 + 32 * half, token = s.a_token[row];
+        const bool lonely = s.need[row] == args.config.recent && token > 0;
+        if (!__any_sync(0xffffffffu, lonely)) continue;
+        const float dot =
+            rkvi_exact_dot_global<T>(lonely ? s.a_rows[row] : NULL, key0, job.head_dim, part);
+        if (lonely && part == 0)
+            rkvi_add_fixed(&job.exempt[0], rkvi_cosine(dot, s.a_inv[row], job.inv_norm[0]));
+    }
+}
+
+template <typename T>
+static __device__ void rkvi_scan_tile(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                      int tile, bool far_rows, rkvi_tiles &s)
+{
+    const int n_span = rkvi_span(args, job), n_tiles = (n_span - 1) / RKVI_TILE + 1;
+    const int begin = far_rows ? RKVI_NEAR_TILES : 0;
+    const int end = far_rows || n_tiles < RKVI_NEAR_TILES ? n_tiles : RKVI_NEAR_TILES;
+    bool rows_staged = false;
+    int open = 1;
+    rkvi_scan_rows(args, job, job_index, tile, far_rows, s);
+    if (!far_rows) {
+        rkvi_project<T>(job, s);
+        rows_staged = rkvi_chunks<T>(job.head_dim) == 1;
+    }
+    for (int column_tile = begin; column_tile < end && open; column_tile++) {
+        rkvi_find_candidates<T>(args, job, n_span, column_tile, &rows_staged, s);
+        open = __syncthreads_or(rkvi_settle<T>(args, job, n_span, column_tile, s));
+    }
+    if (!open) return;
+    if (end < n_tiles)
+        rkvi_defer_rows(args, job, job_index, s);
+    else if (args.config.redundancy == RKV_REDUNDANCY_ROW &&
+             args.config.column0 == RKV_COLUMN0_EXEMPT)
+        rkvi_exempt_column0<T>(args, job, s);
+}
+
+template <typename T> static __device__ void rkvi_scan(const rkvi_args &args, bool far_rows)
+{
+    rkvi_tiles &s = *reinterpret_cast<rkvi_tiles *>(rkvi_shared_memory());
+    const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
+    if (rkvi_faulted(args)) return;
+    for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
+        const int job_index = static_cast<int>(item / args.items);
+        const int tile = static_cast<int>(item % args.items);
+        const rkvi_job &job = args.jobs[job_index];
+        if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
+        const int n_rows = far_rows ? args.open_count[job_index] : rkvi_span(args, job);
+        if (static_cast<int64_t>(tile) * RKVI_TILE >= n_rows) continue;
+        rkvi_scan_tile<T>(args, job, job_index, tile, far_rows, s);
+        __syncthreads();
+    }
+}
+template <typename T>
+static __global__ void __launch_bounds__(RKVI_TILE_THREADS, 5) rkvi_scan_near(const rkvi_args args)
+{
+    rkvi_scan<T>(args, false);
+}
+template <typename T>
+static __global__ void __launch_bounds__(RKVI_TILE_THREADS, 4) rkvi_scan_far(const rkvi_args args)
+{
+    rkvi_scan<T>(args, true);
+}
+
+/* ==== 7. Score ==============================================================================
+ * In: logits, redundancy (dots), exempt. Out: scores. One block per head. */
+
+/* The largest of some values and the sum of exp(value - largest). */
+struct rkvi_softmax {
+    float largest, sum;
+};
+
+static __device__ __forceinline__ rkvi_softmax rkvi_merge(rkvi_softmax a, rkvi_softmax b)
+{
+    rkvi_softmax out;
+    out.largest = fmaxf(a.largest, b.largest);
+    out.sum = (a.sum > 0 ? a.sum * expf(a.largest - out.largest) : 0.0f) +
+              (b.sum > 0 ? b.sum * expf(b.largest - out.largest) : 0.0f);
+    return out;
+}
+static __device__ rkvi_softmax rkvi_merge_warp(rkvi_softmax s)
+{
+    for (int distance = 16; distance > 0; distance /= 2) {
+        rkvi_softmax other;
+        other.largest = __shfl_xor_sync(0xffffffffu, s.largest, distance);
+        other.sum = __shfl_xor_sync(0xffffffffu, s.sum, distance);
+        s = rkvi_merge(s, other);
+    }
+    return s;
+}
+/* values[begin], [begin + step], ...: the largest first, so that the sum needs no correction. */
+static __device__ rkvi_softmax rkvi_softmax_of(const float *values, int begin, int end, int step)
+{
+    rkvi_softmax s = { -INFINITY, 0.0f };
+#pragma unroll 4
+    for (int i = begin; i < end; i += step) s.largest = fmaxf(s.largest, values[i]);
+#pragma unroll 4
+    for (int i = begin; i < end; i += step) s.sum += expf(values[i] - s.largest);
+    return s;
+}
+
+struct rkvi_head_memory {
+    rkvi_softmax warp[RKVI_HEAD_WARPS];
+    unsigned bins[RKVI_BINS]; /* selection, from here on */
+    unsigned warp_total[RKVI_HEAD_WARPS];
+    unsigned digit, wanted, ties;
+};
+
+/* logits to probabilities, in place. A warp takes a part of a token's row. */
+static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_job &job,
+                                              rkvi_head_memory &s)
+{
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int n_rows = args.config.window, n = job.n_tokens - n_rows;
+    const int at_once = n_rows < RKVI_HEAD_WARPS ? n_rows : RKVI_HEAD_WARPS;
+    const int parts = RKVI_HEAD_WARPS / at_once, part = warp / at_once;
+    const int begin = static_cast<int>(static_cast<int64_t>(n) * part / parts);
+    const int end = static_cast<int>(static_cast<int64_t>(n) * (part + 1) / parts);
+    for (int first = 0; first < n_rows; first += at_once) {
+        const int row = first + warp % at_once;
+        const bool busy = part < parts && row < n_rows;
+        float *values = job.logits + static_cast<int64_t>(busy ? row : 0) * job.n_tokens;
+        rkvi_softmax whole = { -INFINITY, 0.0f };
+        if (busy) whole = rkvi_softmax_of(values, begin + lane, end, 32);
+        whole = rkvi_merge_warp(whole);
+        if (lane == 0) s.warp[warp] = whole;
+        __syncthreads();
+        whole = s.warp[warp % at_once];
+        for (int p = 1; p < parts; p++)
+            whole = rkvi_merge(whole, s.warp[p * at_once + warp % at_once]);
+        for (int i = begin + lane; busy && i < end; i += 32)
+            values[i] = expf(values[i] - whole.largest) / whole.sum;
+        __syncthreads();
+    }
+}
+
+/* Mean over the window's rows, into the first of them (published code: before the pooling). */
+static __device__ void rkvi_mean_weights(const rkvi_args &args, const rkvi_job &job)
+{
+    for (int j = static_cast<int>(threadIdx.x); j < job.n_tokens - args.config.window;
+         j += RKVI_HEAD_THREADS) {
+        float sum = 0;
+        for (int row = 0; row < args.config.window; row++)
+            sum += job.logits[static_cast<int64_t>(row) * job.n_tokens + j];
+        job.logits[j] = sum / static_cast<float>(args.config.window);
+    }
+    __syncthreads();
+}
+
+static __device__ float rkvi_pool(const rkvi_args &args, const rkvi_job &job, const float *row,
+                                  int j)
+{
+    const int64_t last = job.n_tokens - args.config.window - 1;
+    const int64_t wish = static_cast<int64_t>(j) + (args.config.pool - 1) / 2;
+    const int begin = j > args.config.pool / 2 ? j - args.config.pool / 2 : 0;
+    const int end = static_cast<int>(wish < last ? wish : last);
+    float largest = row[begin];
+    for (int i = begin + 1; i <= end; i++) largest = fmaxf(largest, row[i]);
+    return largest;
+}
+static __device__ float rkvi_importance(const rkvi_args &args, const rkvi_job &job, int j)
+{
+    if (args.config.pooling == RKV_POOL_AFTER_MEAN) return rkvi_pool(args, job, job.logits, j);
+    float sum = 0;
+    for (int row = 0; row < args.config.window; row++)
+        sum += rkvi_pool(args, job, job.logits + static_cast<int64_t>(row) * job.n_tokens, j);
+    return sum / static_cast<float>(args.config.window);
+}
+
+/* redundancy: from dots with the sum of unit keys to the mean cosine; returns its softmax. */
+static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rkvi_job &job,
+                                                 rkvi_head_memory &s)
+{
+    const int n = rkvi_span(args, job), warp = static_cast<int>(threadIdx.x) / 32;
+    for (int j = static_cast<int>(threadIdx.x); j < n; j += RKVI_HEAD_THREADS) {
+        /* The length of the unit key: norm / (norm + 1e-8), which is 0 for a key of zeros. */
+        const float length = 1.0f - 1e-8f * job.inv_norm[j];
+        const double others = static_cast<double>(job.redundancy[j]) - length * length;
+        job.redundancy[j] = static_cast<float>((others - rkvi_from_fixed(job.exempt[j])) / n);
+    }
+    rkvi_softmax whole = rkvi_merge_warp(
+        rkvi_softmax_of(job.redundancy, static_cast<int>(threadIdx.x), n, RKVI_HEAD_THREADS));
+    if (threadIdx.x % 32 == 0) s.warp[warp] = whole;
+    __syncthreads();
+    whole = s.warp[0];
+    for (int w = 1; w < RKVI_HEAD_WARPS; w++) whole = rkvi_merge(whole, s.warp[w]);
+    return whole;
+}
+
+static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &job,
+                                       rkvi_head_memory &s)
+{
+    const float lambda = args.config.lambda;
+    rkvi_softmax whole = { 0.0f, 1.0f };
+    if (args.importance) {
+        rkvi_attention_weights(args, job, s);
+        if (args.config.pooling == RKV_POOL_AFTER_MEAN) rkvi_mean_weights(args, job);
+    }
+    if (args.redundancy) whole = rkvi_mean_cosines(args, job, s);
+    for (int j = static_cast<int>(threadIdx.x); j < job.n_tokens - args.config.window;
+         j += RKVI_HEAD_THREADS) {
+        float score = 0;
+        if (args.importance) score = lambda * rkvi_importance(args, job, j);
+        if (args.redundancy)
+            score -= (1.0f - lambda) * (expf(job.redundancy[j] - whole.largest) / whole.sum);
+        job.scores[j] = score;
+    }
+    __syncthreads();
+}
+
+/* ==== 8. Selection ==========================================================================
+ * In: scores of a set. Out: kept. One block per set. Equal scores: the more recent token stays. */
+
+/* Scores as integers in the same order; zeros of either sign are equal. */
+static __device__ __forceinline__ unsigned rkvi_order(float score)
+{
+    const unsigned bits = __float_as_uint(score + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+/* bins[digit] += 1 for the threads that have one. Scores of a head are alike, and so are their
+ * leading digits: threads that agree with their warp's first count together. */
+static __device__ void rkvi_count_digit(unsigned *bins, bool counts, unsigned digit)
+{
+    const unsigned all = __ballot_sync(0xffffffffu, counts);
+    const int lane = static_cast<int>(threadIdx.x) % 32,
+              leader = all ? __ffs(static_cast<int>(all)) - 1 : 0;
+    const unsigned common = __shfl_sync(0xffffffffu, digit, leader);
+    const unsigned same = __ballot_sync(0xffffffffu, counts && digit == common);
+    if (lane == leader && all)
+        atomicAdd(&bins[common], static_cast<unsigned>(__popc(same)));
+    else if (counts && digit != common)
+        atomicAdd(&bins[digit], 1u);
+}
+
+/* Sum of `value` over the threads before this one. */
+static __device__ unsigned rkvi_prefix(unsigned value, rkvi_head_memory &s, unsigned *total)
+{
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    unsigned sum = value, before = 0, all = 0;
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const unsigned other = __shfl_up_sync(0xffffffffu, sum, static_cast<unsigned>(distance));
+        if (lane >= distance) sum += other;
+    }
+    __syncthreads();
+    if (lane == 31) s.warp_total[warp] = sum;
+    __syncthreads();
+    for (int w = 0; w < RKVI_HEAD_WARPS; w++) {
+        if (w < warp) before += s.warp_total[w];
+        all += s.warp_total[w];
+    }
+    *total = all;
+    return before + sum - value;
+}
+
+/* Where the wanted-th largest lies: s.digit its bin, s.wanted its rank there, s.ties the bin's
+ * count. Each thread has 4 bins, the highest first. */
+static __device__ void rkvi_find_bin(unsigned wanted, rkvi_head_memory &s)
+{
+    const int per_thread = RKVI_BINS / RKVI_HEAD_THREADS;
+    const int top = RKVI_BINS - 1 - static_cast<int>(threadIdx.x) * per_thread;
+    unsigned count = 0, total;
+    for (int i = 0; i < per_thread; i++) count += s.bins[top - i];
+    unsigned before = rkvi_prefix(count, s, &total);
+    for (int i = 0; i < per_thread; i++) {
+        const unsigned here = s.bins[top - i];
+        if (before < wanted && wanted <= before + here) {
+            s.digit = static_cast<unsigned>(top - i);
+            s.wanted = wanted - before;
+            s.ties = here;
+        }
+        before += here;
+    }
+    __syncthreads();
+}
+
+/* The wanted-th largest of scores[begin, end) as an ordered integer; of those equal to it, the
+ * first *skip are not selected. */
+static __device__ unsigned rkvi_cut(const float *scores, int begin, int end, int wanted,
+                                    rkvi_head_memory &s, unsigned *skip)
+{
+    unsigned prefix = 0, left = static_cast<unsigned>(wanted);
+    int shift = 32;
+    while (shift > 0) {
+        const int bits = shift < RKVI_RADIX_BITS ? shift : RKVI_RADIX_BITS, above = shift;
+        shift -= bits;
+        for (int i = static_cast<int>(threadIdx.x); i < RKVI_BINS; i += RKVI_HEAD_THREADS)
+            s.bins[i] = 0;
+        __syncthreads();
+        for (int64_t base = begin; base < end; base += RKVI_HEAD_THREADS) {
+            const int64_t j = base + threadIdx.x;
+            const unsigned key = j < end ? rkvi_order(scores[j]) : 0;
+            const bool counts = j < end && (above == 32 || key >> above == prefix);
+            rkvi_count_digit(s.bins, counts, key >> shift & ((1u << bits) - 1));
+        }
+        __syncthreads();
+        rkvi_find_bin(left, s);
+        left = s.wanted;
+        prefix = prefix << bits | s.digit;
+    }
+    *skip = s.ties - left;
+    return prefix;
+}
+
+/* RKV_BY_SCORE: a candidate's place is the number of better ones. */
+static __device__ void rkvi_rank_kept(const float *scores, const int32_t *by_position, int n,
+                                      int32_t *kept)
+{
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += RKVI_HEAD_THREADS) {
+        const unsigned key = rkvi_order(scores[by_position[i]]);
+        int better = 0;
+        for (int other = 0; other < n; other++) {
+            const unsigned rival = rkvi_order(scores[by_position[other]]);
+            better += rival > key || (rival == key && other > i);
+        }
+        kept[better] = by_position[i];
+    }
+}
+
+/* Writes the candidates [begin, end) at or above the cut, ascending. */
+static __device__ void rkvi_emit_kept(const float *scores, int begin, int end, unsigned cut,
+                                      unsigned skip, int32_t *kept, rkvi_head_memory &s)
+{
+    unsigned n_better = 0, n_equal = 0; /* before this stretch */
+    for (int64_t base = begin; base < end; base += RKVI_HEAD_THREADS) {
+        const int64_t j = base + threadIdx.x;
+        const unsigned key = j < end ? rkvi_order(scores[j]) : 0;
+        const bool better = j < end && key > cut, equal = j < end && key == cut;
+        unsigned total;
+        const unsigned before =
+            rkvi_prefix((better ? 1u << 16 : 0u) | (equal ? 1u : 0u), s, &total);
+        const unsigned equal_before = n_equal + (before & 0xffffu);
+        const unsigned taken = equal_before > skip ? equal_before - skip : 0;
+        if (better || (equal && equal_before >= skip))
+            kept[n_better + (before >> 16) + taken] = static_cast<int32_t>(j);
+        n_better += total >> 16;
+        n_equal += total & 0xffffu;
+    }
+    __syncthreads();
+}
+
+static __device__ void rkvi_select_set(const rkvi_args &args, const rkvi_job &job,
+                                       rkvi_head_memory &s)
+{
+    const int begin = args.config.pinned, window = args.config.window;
+    const int n = job.n_tokens, wanted = job.n_keep - window - begin;
+    const int thread = static_cast<int>(threadIdx.x);
+    if (job.n_keep == n) {
+        for (int i = thread; i < n; i += RKVI_HEAD_THREADS) job.kept[i] = i;
+        return;
+    }
+    for (int i = thread; i < begin; i += RKVI_HEAD_THREADS) job.kept[i] = i;
+    for (int i = thread; i < window; i += RKVI_HEAD_THREADS)
+        job.kept[job.n_keep - window + i] = n - window + i;
+    if (wanted == 0) return;
+    unsigned skip;
+    const bool by_score = args.config.order == RKV_BY_SCORE;
+    const unsigned cut = rkvi_cut(job.set_scores, begin, n - window, wanted, s, &skip);
+    rkvi_emit_kept(job.set_scores, begin, n - window, cut, skip,
+                   by_score ? job.ranked : job.kept + begin, s);
+    if (by_score) rkvi_rank_kept(job.set_scores, job.ranked, wanted, job.kept + begin);
+}
+
+/* rkv_config.fault: the least of all faults, so that it is the same one in every run. */
+static __device__ void rkvi_report(const rkvi_args &args)
+{
+    const unsigned long long fault = args.control->fault;
+    const int kind = static_cast<int>(fault >> 62), row = static_cast<int>(fault & 0xffffffffu);
+    rkv_fault out = { RKV_ERROR_ARGUMENT, 0, 0, row == RKVI_NO_ROW ? -1 : row, 0 };
+    if (blockIdx.x != 0 || threadIdx.x != 0 || !args.config.fault) return;
+    if (fault == RKVI_NO_FAULT || kind == RKVI_EARLIER) return;
+    const rkvi_job &job = args.jobs[fault >> 33 & (RKVI_MAX_JOBS - 1)];
+    if (kind == RKVI_NONFINITE) out.status = RKV_ERROR_NONFINITE;
+    out.layer = job.layer;
+    out.head = job.head;
+    if ((fault >> 32 & 1) == RKVI_QUERY && kind == RKVI_NONFINITE) {
+        out.query = 1;
+        out.head = job.head * job.group + row / args.config.window;
+        out.token = row % args.config.window;
+    }
+    *args.config.fault = out;
+}
+
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_score(const rkvi_args args)
+{
+    rkvi_head_memory &s = *reinterpret_cast<rkvi_head_memory *>(rkvi_shared_memory());
+    rkvi_report(args);
+    if (rkvi_faulted(args)) return;
+    for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
+        const rkvi_job &job = args.jobs[i];
+        if (job.scored) rkvi_score_head(args, job, s);
+        if (args.select_too) rkvi_select_set(args, job, s);
+    }
+}
+
+/* Shared scopes: the sum over a set's layers of the mean over each layer's heads. An item is
+ * RKVI_HEAD_THREADS tokens of one set. */
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_share(const rkvi_args args)
+{
+    const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
+    if (rkvi_faulted(args)) return;
+    for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
+        const int first = static_cast<int>(item / args.items);
+        const rkvi_job &set = args.jobs[first];
+        const int64_t j = item % args.items * RKVI_HEAD_THREADS + threadIdx.x;
+        float sum = 0;
+        if (set.set_first != first || !set.scored) continue;
+        if (j >= set.n_tokens - args.config.window) continue;
+        for (int i = first; i < first + set.set_jobs; i += args.jobs[i].heads) {
+            float of_layer = 0;
+            for (int h = 0; h < args.jobs[i].heads; h++) of_layer += args.jobs[i + h].scores[j];
+            sum += of_layer / static_cast<float>(args.jobs[i].heads);
+        }
+        set.set_scores[j] = sum;
+    }
+}
+
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_select(const rkvi_args args)
+{
+    rkvi_head_memory &s = *reinterpret_cast<rkvi_head_memory *>(rkvi_shared_memory());
+    rkvi_report(args);
+    if (rkvi_faulted(args)) return;
+    for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
+        const rkvi_job &job = args.jobs[i];
+        if (job.set_first == i) rkvi_select_set(args, job, s);
+    }
+}
+
+/* ==== 9. Checks =============================================================================
+ * Block tables, kept lists and a caller's scores lie in device memory, so the device checks them,
+ * before anything is written. One block per head; it works for the layer or set it leads. */
+
+static __device__ void rkvi_bad_index(const rkvi_args &args, int job_index, int row)
+{
+    rkvi_fault_at(args.control, RKVI_BAD_INDEX, job_index, RKVI_KEY, row);
+}
+
+/* Every entry at least 0 and unlike all others: a hash table of twice their number. */
+static __device__ void rkvi_check_unique(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                         const int32_t *entries, int n, int row_step)
+{
+    const uint32_t half = static_cast<uint32_t>(job.n_tokens);
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < half; i += RKVI_HEAD_THREADS)
+        job.open_rows[i] = job.open_need[i] = -1;
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += RKVI_HEAD_THREADS) {
+        const int32_t entry = entries[i];
+        uint32_t slot = static_cast<uint32_t>(entry) * 2654435769u % (2 * half);
+        if (entry < 0) {
+            rkvi_bad_index(args, job_index, i * row_step);
+            continue;
+        }
+        for (;;) {
+            int32_t *place = slot < half ? &job.open_rows[slot] : &job.open_need[slot - half];
+            const int32_t found = atomicCAS(place, -1, entry);
+            if (found == entry) rkvi_bad_index(args, job_index, i * row_step);
+            if (found == -1 || found == entry) break;
+            slot = slot + 1 < 2 * half ? slot + 1 : 0;
+        }
+    }
+}
+
+static __device__ void rkvi_check_table(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                        const rkvi_view &view, int n_rows)
+{
+    if (view.data && view.table && n_rows > 0)
+        rkvi_check_unique(args, job, job_index, view.table, (n_rows - 1) / view.block_tokens + 1,
+                          view.block_tokens);
+}
+
+/* A caller's kept list: in range, pinned rows in their places, the order that was asked for. */
+static __device__ void rkvi_check_kept(const rkvi_args &args, const rkvi_job &job, int job_index)
+{
+    for (int i = static_cast<int>(threadIdx.x); i < job.n_keep; i += RKVI_HEAD_THREADS) {
+        const int32_t row = job.kept[i];
+        bool good = row >= 0 && row < job.n_tokens;
+        if (i < args.config.pinned && row != i) good = false;
+        if (args.config.order == RKV_BY_POSITION && i > 0 && job.kept[i - 1] >= row) good = false;
+        if (!good) rkvi_bad_index(args, job_index, i);
+    }
+    if (args.config.order == RKV_BY_SCORE)
+        rkvi_check_unique(args, job, job_index, job.kept, job.n_keep, 1);
+}
+
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_check_tables(const rkvi_args args)
+{
+    for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
+        const rkvi_job &job = args.jobs[i];
+        const int index = static_cast<int>(i);
+        if (job.head != 0 || job.n_keep == job.n_tokens) continue;
+        rkvi_check_table(args, job, index, job.moved[0].rows, job.n_tokens);
+        if (job.moved[1].rows.table != job.moved[0].rows.table ||
+            job.moved[1].rows.block_tokens != job.moved[0].rows.block_tokens)
+            rkvi_check_table(args, job, index, job.moved[1].rows, job.n_tokens);
+        if (job.scored && args.scoring && args.importance)
+            rkvi_check_table(args, job, index, job.queries, args.config.window);
+    }
+}
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_check_lists(const rkvi_args args)
+{
+    for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
+        const rkvi_job &job = args.jobs[i];
+        if (job.set_first == i && job.n_keep < job.n_tokens)
+            rkvi_check_kept(args, job, static_cast<int>(i));
+    }
+}
+
+/* A NaN among a caller's scores has no rank. */
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_check_scores(const rkvi_args args)
+{
+    for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
+        const rkvi_job &job = args.jobs[i];
+        if (job.set_first != i || !job.scored) continue;
+        for (int j = static_cast<int>(threadIdx.x); j < job.n_tokens - args.config.window;
+             j += RKVI_HEAD_THREADS)
+            if (job.set_scores[j] != job.set_scores[j])
+                rkvi_fault_at(args.control, RKVI_NONFINITE, static_cast<int>(i), RKVI_KEY, j);
+    }
+}
+
+/* ==== 10. Compaction ========================================================================
+ * In: kept. Moves rows in place. A block has a slice of all rows of one tensor of one head, so
+ * that blocks never meet. Ascending: it reads a batch of rows, waits for all its threads, writes
+ * the batch. A row moves down or stays, so a batch overwrites none that a later one reads. */
+
+static __device__ __forceinline__ char *rkvi_unit(const rkvi_moved &moved, int token, int unit)
+{
+    const int run = unit / moved.run;
+    return rkvi_row(moved.rows, token) + run * moved.run_stride +
+           (unit - run * moved.run) * moved.unit;
+}
+
+template <typename V>
+static __device__ void rkvi_move_slice(const rkvi_moved &moved, const int32_t *kept, int n_keep,
+                                       int first_unit)
+{
+    const int left = moved.n_units - first_unit;
+    const int n_units = left < RKVI_SLICE_UNITS ? left : RKVI_SLICE_UNITS;
+    const int batch = RKVI_MOVE_THREADS * RKVI_MOVE_UNROLL / n_units; /* rows */
+    for (int first = 0; first < n_keep; first += batch) {
+        const int n_rows = n_keep - first < batch ? n_keep - first : batch;
+        const int last = first + n_rows - 1;
+        V value[RKVI_MOVE_UNROLL];
+        char *to[RKVI_MOVE_UNROLL];
+        if (kept[last] == last) continue; /* the whole batch stays where it is */
+#pragma unroll
+        for (int u = 0; u < RKVI_MOVE_UNROLL; u++) {
+            const int i = u * RKVI_MOVE_THREADS + static_cast<int>(threadIdx.x);
+            const int row = moved.tokens_adjacent ? i % n_rows : i / n_units;
+            const int unit = moved.tokens_adjacent ? i / n_rows : i - row * n_units;
+            to[u] = NULL;
+            if (row >= n_rows || unit >= n_units) continue;
+            const int source = kept[first + row];
+            if (source == first + row) continue;
+            to[u] = rkvi_unit(moved, first + row, first_unit + unit);
+            value[u] = *reinterpret_cast<const V *>(rkvi_unit(moved, source, first_unit + unit));
+        }
+        __syncthreads();
+#pragma unroll
+        for (int u = 0; u < RKVI_MOVE_UNROLL; u++)
+            if (to[u]) *reinterpret_cast<V *>(to[u]) = value[u];
+    }
+}
+
+/* RKV_BY_SCORE: rows go anywhere, so one unit of all rows goes out to the stage and comes back. */
+template <typename V>
+static __device__ void rkvi_reorder(const rkvi_moved &moved, const int32_t *kept, int n_keep,
+                                    char *stage)
+{
+    V *units = reinterpret_cast<V *>(stage);
+    for (int unit = 0; unit < moved.n_units; unit++) {
+        for (int i = static_cast<int>(threadIdx.x); i < n_keep; i += RKVI_MOVE_THREADS)
+            units[i] = *reinterpret_cast<const V *>(rkvi_unit(moved, kept[i], unit));
+        __syncthreads();
+        for (int i = static_cast<int>(threadIdx.x); i < n_keep; i += RKVI_MOVE_THREADS)
+            if (kept[i] != i) *reinterpret_cast<V *>(rkvi_unit(moved, i, unit)) = units[i];
+    }
+}
+
+template <typename V>
+static __device__ void rkvi_move(const rkvi_args &args, const rkvi_job &job, int tensor, int slice)
+{
+    const rkvi_moved moved = job.moved[tensor]; /* a copy: stores cannot change it */
+    if (args.config.order == RKV_BY_POSITION)
+        rkvi_move_slice<V>(moved, job.kept, job.n_keep, slice * RKVI_SLICE_UNITS);
+    else if (slice == 0)
+        rkvi_reorder<V>(moved, job.kept, job.n_keep,
+                        job.stage + static_cast<int64_t>(tensor) * 16 * job.n_tokens);
+}
+
+/* An item is a slice of one head: of its keys first, then of its values, then the positions. */
+static __global__ void __launch_bounds__(RKVI_MOVE_THREADS, 3) rkvi_compact(const rkvi_args args)
+{
+    const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
+    rkvi_report(args);
+    if (rkvi_faulted(args)) return;
+    for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
+        const rkvi_job &job = args.jobs[item / args.items];
+        int slice = static_cast<int>(item % args.items), tensor = 0;
+        if (job.n_keep == job.n_tokens) continue;
+        for (; tensor < 3; tensor++) {
+            const int n_units = job.moved[tensor].rows.data ? job.moved[tensor].n_units : 0;
+            const int n_slices = (n_units + RKVI_SLICE_UNITS - 1) / RKVI_SLICE_UNITS;
+            if (slice < n_slices) break;
+            slice -= n_slices;
+        }
+        if (tensor == 3) continue;
+        switch (job.moved[tensor].unit) {
+        case 16: rkvi_move<uint4>(args, job, tensor, slice); break;
+        case 8: rkvi_move<uint2>(args, job, tensor, slice); break;
+        case 4: rkvi_move<uint32_t>(args, job, tensor, slice); break;
+        case 2: rkvi_move<uint16_t>(args, job, tensor, slice); break;
+        default: rkvi_move<uint8_t>(args, job, tensor, slice); break;
+        }
+    }
+}
+
+/* ==== 11. Descriptors =======================================================================
+ * The host's view of the call reaches the device as kernel parameters, which a graph records with
+ * the launch: no copy from host memory that could change or vanish before a replay. */
+
+struct rkvi_strides {
+    int64_t head, token, dim, block; /* bytes */
+    int block_tokens, element;
+};
+/* What layers of one model have in common; those in a row that do share an upload. */
+struct rkvi_shape {
+    rkvi_strides keys, values, queries;
+    int key_load, query_load, key_unit, value_unit;
+    int heads, group, head_dim, value_dim, dtype, position_stride;
+    float scale, softcap;
+};
+struct rkvi_entry {
+    char *keys, *values, *queries;
+    const int32_t *key_table, *value_table, *query_table;
+    int32_t *kept, *positions;
+    float *scores, *shared;
+    int64_t first_token, first_dim; /* of the layer, in the workspace's arrays                  */
+    int64_t set_token;              /* of the layer that leads the set                          */
+    int layer, first_job, set_job, set_jobs, n_tokens, n_keep;
+};
+/* The workspace, by array; each holds the heads of all layers, one behind the other. */
+struct rkvi_arrays {
+    long long *exempt, *unit_sum;
+    float *logits, *inv_norm, *redundancy;
+    int32_t *open_rows, *open_need;
+    char *stage;
+};
+struct rkvi_upload_head {
+    rkvi_args args;
+    rkvi_arrays arrays;
+    rkvi_shape shape;
+    int n_entries, is_first;
+};
+enum {
+    RKVI_STAGE_BYTES = 3 * 16, /* per token: keys, values, positions                            */
+    RKVI_UPLOAD_ENTRIES = (RKV_CUDA_PARAMETER_BYTES - static_cast<int>(sizeof(rkvi_upload_head))) /
+                          static_cast<int>(sizeof(rkvi_entry)),
+    RKVI_UPLOAD_THREADS = 128
+};
+struct rkvi_upload_args {
+    rkvi_upload_head head;
+    rkvi_entry entries[RKVI_UPLOAD_ENTRIES];
+};
+static_assert(sizeof(rkvi_upload_args) <= RKV_CUDA_PARAMETER_BYTES, "too many kernel parameters");
+
+static __host__ __device__ rkvi_view rkvi_view_of(char *data, const int32_t *table,
+                                                  const rkvi_strides &strides, int head)
+{
+    rkvi_view view;
+    view.data = data ? data + head * strides.head : NULL;
+    view.token_stride = strides.token;
+    view.block_stride = strides.block;
+    view.table = table;
+    view.block_tokens = strides.block_tokens;
+    return view;
+}
+
+static __device__ rkvi_moved rkvi_moved_of(const rkvi_view &rows, const rkvi_strides &strides,
+                                           int dim, int unit)
+{
+    const bool whole = strides.dim == strides.element;
+    rkvi_moved moved;
+    moved.rows = rows;
+    moved.run_stride = strides.dim;
+    moved.unit = unit;
+    moved.run = whole ? static_cast<int>(static_cast<int64_t>(dim) * strides.element / unit)
+                      : strides.element / unit;
+    moved.n_units = whole ? moved.run : dim * moved.run;
+    moved.tokens_adjacent = !whole && strides.token == strides.element;
+    return moved;
+}
+
+static __device__ void rkvi_describe_buffers(const rkvi_upload_head &head, const rkvi_entry &entry,
+                                             int h, rkvi_job *job)
+{
+    const rkvi_arrays &arrays = head.arrays;
+    const rkv_config &config = head.args.config;
+    const bool per_head = config.scope == RKV_PER_HEAD;
+    const int64_t n = entry.n_tokens, at = entry.first_token + h * n;
+    const int64_t set_at = per_head ? at : entry.set_token;
+    job->exempt = arrays.exempt + at;
+    job->unit_sum =
+        arrays.unit_sum + entry.first_dim + static_cast<int64_t>(h) * head.shape.head_dim;
+    job->logits = arrays.logits + at * config.window;
+    job->inv_norm = arrays.inv_norm + at;
+    job->redundancy = arrays.redundancy + at;
+    job->open_rows = arrays.open_rows + at;
+    job->open_need = arrays.open_need + at;
+    job->ranked = arrays.open_rows + at; /* the scans are over by then */
+    job->stage = arrays.stage + at * RKVI_STAGE_BYTES;
+    job->scores = entry.scores ? entry.scores + h * (n - config.window) : job->redundancy;
+    job->set_scores = per_head       ? job->scores
+                      : entry.shared ? entry.shared
+                                     : arrays.inv_norm + set_at;
+    job->kept = !entry.kept ? arrays.open_need + set_at
+                            : entry.kept + (per_head ? static_cast<int64_t>(h) * config.budget : 0);
+}
+
+static __device__ void rkvi_describe(const rkvi_upload_head &head, const rkvi_entry &entry, int h,
+                                     rkvi_job *job)
+{
+    const rkvi_shape &shape = head.shape;
+    const bool per_head = head.args.config.scope == RKV_PER_HEAD;
+    const rkvi_strides words = { static_cast<int64_t>(shape.position_stride) * 4, 4, 4, 0, 0, 4 };
+    char *positions = reinterpret_cast<char *>(per_head || h == 0 ? entry.positions : NULL);
+    job->moved[0] = rkvi_moved_of(rkvi_view_of(entry.keys, entry.key_table, shape.keys, h),
+                                  shape.keys, shape.head_dim, shape.key_unit);
+    job->moved[1] = rkvi_moved_of(rkvi_view_of(entry.values, entry.value_table, shape.values, h),
+                                  shape.values, shape.value_dim, shape.value_unit);
+    job->moved[2] = rkvi_moved_of(rkvi_view_of(positions, NULL, words, h), words, 1, 4);
+    job->queries = rkvi_view_of(entry.queries, entry.query_table, shape.queries, h * shape.group);
+    job->query_head_stride = shape.queries.head;
+    rkvi_describe_buffers(head, entry, h, job);
+    job->scale = shape.scale;
+    job->softcap = shape.softcap;
+    job->dtype = shape.dtype;
+    job->key_load = shape.key_load;
+    job->query_load = shape.query_load;
+    job->layer = entry.layer;
+    job->head = h;
+    job->heads = shape.heads;
+    job->group = shape.group;
+    job->head_dim = shape.head_dim;
+    job->n_tokens = entry.n_tokens;
+    job->n_keep = entry.n_keep;
+    job->scored = entry.n_tokens > head.args.config.budget &&
+                  head.args.config.budget > head.args.config.window + head.args.config.pinned;
+    job->set_first = per_head ? entry.first_job + h : entry.set_job;
+    job->set_jobs = per_head ? 1 : entry.set_jobs;
+}
+
+/* One block per layer: its jobs, and zeros for what they add up. */
+static __global__ void __launch_bounds__(RKVI_UPLOAD_THREADS) rkvi_upload(const rkvi_upload_args up)
+{
+    const rkvi_upload_head &head = up.head;
+    const int thread = static_cast<int>(threadIdx.x);
+    rkv_fault *fault = head.args.config.fault;
+    if (head.is_first && blockIdx.x == 0 && thread == 0) {
+        const rkv_fault none = { RKV_OK, -1, -1, -1, 0 };
+        const bool earlier = fault && !head.args.scoring && fault->status == RKV_ERROR_NONFINITE;
+        head.args.control->fault = RKVI_NO_FAULT;
+        if (earlier) rkvi_fault_at(head.args.control, RKVI_EARLIER, 0, RKVI_KEY, RKVI_NO_ROW);
+        if (fault && head.args.scoring) *fault = none;
+    }
+    const int64_t n = static_cast<int64_t>(head.shape.heads) * head.shape.head_dim;
+    for (int e = static_cast<int>(blockIdx.x); e < head.n_entries;
+         e += static_cast<int>(gridDim.x)) {
+        const rkvi_entry &entry = up.entries[e];
+        for (int h = thread; h < head.shape.heads; h += RKVI_UPLOAD_THREADS) {
+            rkvi_describe(head, entry, h, &head.args.jobs[entry.first_job + h]);
+            head.args.open_count[entry.first_job + h] = 0;
+        }
+        for (int64_t i = thread; i < n; i += RKVI_UPLOAD_THREADS)
+            head.arrays.unit_sum[entry.first_dim + i] = 0;
+    }
+}
+
+/* ==== 12. Host side =========================================================================
+ * In: arguments that rkv.h has checked, a config whose zeros are filled in. Out: launches. */
+
+static cudaStream_t rkvi_stream(const rkv_backend *self)
+{
+    return static_cast<cudaStream_t>(const_cast<void *>(self->context));
+}
+
+static int rkvi_element_bytes(const rkv_tensor &tensor)
+{
+    if (tensor.element_bytes) return tensor.element_bytes;
+    return tensor.dtype == RKV_F32 ? 4 : 2;
+}
+
+static rkvi_strides rkvi_strides_of(const rkv_tensor &tensor)
+{
+    const int64_t rows = tensor.block_table ? tensor.block_tokens : tensor.tokens;
+    rkvi_strides strides;
+    memset(&strides, 0, sizeof strides);
+    strides.element = rkvi_element_bytes(tensor);
+    strides.dim = (tensor.dim_stride ? tensor.dim_stride : 1) * strides.element;
+    strides.token = (tensor.token_stride ? tensor.token_stride : tensor.dim) * strides.element;
+    strides.head = (tensor.head_stride ? tensor.head_stride : rows * tensor.dim) * strides.element;
+    strides.block = (tensor.block_stride ? tensor.block_stride : tensor.heads * rows * tensor.dim) *
+                    strides.element;
+    strides.block_tokens = tensor.block_table ? tensor.block_tokens : 0;
+    return strides;
+}
+
+/* The widest access, up to 16 bytes, that all rows of a tensor are made of and aligned to. */
+static int rkvi_unit_of(const rkv_tensor &tensor, const rkvi_strides &strides)
+{
+    uint64_t all = 16 | reinterpret_cast<uintptr_t>(tensor.data);
+    if (strides.dim == strides.element)
+        all |= static_cast<uint64_t>(tensor.dim) * static_cast<uint64_t>(strides.element);
+    else
+        all |= static_cast<uint64_t>(strides.element) | static_cast<uint64_t>(strides.dim);
+    all |= static_cast<uint64_t>(strides.token) | static_cast<uint64_t>(strides.head);
+    if (tensor.block_table) all |= static_cast<uint64_t>(strides.block);
+    return static_cast<int>(all & (~all + 1));
+}
+
+static rkvi_shape rkvi_shape_of(const rkv_layer &layer)
+{
+    rkvi_shape shape;
+    memset(&shape, 0, sizeof shape); /* compared as bytes */
+    shape.keys = rkvi_strides_of(layer.keys);
+    shape.key_load = shape.key_unit = rkvi_unit_of(layer.keys, shape.keys);
+    shape.value_unit = 1;
+    if (layer.values.data) {
+        shape.values = rkvi_strides_of(layer.values);
+        shape.value_unit = rkvi_unit_of(layer.values, shape.values);
+        shape.value_dim = layer.values.dim;
+    }
+    shape.group = 1;
+    if (layer.queries.data && layer.queries.heads >= layer.keys.heads) {
+        shape.queries = rkvi_strides_of(layer.queries);
+        shape.query_load = rkvi_unit_of(layer.queries, shape.queries);
+        shape.group = layer.queries.heads / layer.keys.heads;
+    }
+    shape.heads = layer.keys.heads;
+    shape.head_dim = layer.keys.dim;
+    shape.dtype = layer.keys.dtype;
+    shape.position_stride = layer.position_stride ? layer.position_stride : layer.keys.tokens;
+    shape.scale = layer.scale > 0 ? layer.scale : 1.0f / sqrtf(static_cast<float>(layer.keys.dim));
+    shape.softcap = layer.softcap;
+    return shape;
+}
+
+static bool rkvi_is_scored(const rkv_config *config, const rkv_layer &layer)
+{
+    return layer.n_tokens > config->budget && config->budget > config->window + config->pinned;
+}
+
+/* A call as the host sees it. */
+struct rkvi_call {
+    const rkv_config *config;
+    rkv_layer *layers;
+    int n_layers;
+    cudaStream_t stream;
+    rkvi_upload_head head;
+    size_t bytes; /* of the workspace */
+    int64_t n_jobs;
+    int most_tokens, most_scored, most_slices;
+    bool dtypes[3], has_tables;
+};
+
+/* Hands out the workspace; adds up only, when base is NULL. */
+struct rkvi_arena {
+    char *base;
+    size_t used;
+    bool overflow;
+};
+template <typename T>
+static void rkvi_take(rkvi_arena *arena, T **out, size_t count, size_t per_count)
+{
+    const size_t align = 64, most = PTRDIFF_MAX;
+    *out = reinterpret_cast<T *>(arena->base + arena->used);
+    if (per_count && count > (most - align - arena->used) / sizeof(T) / per_count)
+        arena->overflow = true;
+    else
+        arena->used += (count * per_count * sizeof(T) + align - 1) / align * align;
+}
+
+/* Workspace: 24 bytes per token and kv head, 4 more for every query of the window. */
+static bool rkvi_carve(rkvi_call *call, void *workspace)
+{
+    const size_t align = 64, skew = reinterpret_cast<uintptr_t>(workspace) % align;
+    char *aligned = static_cast<char *>(workspace) + (skew ? align - skew : 0);
+    rkvi_arena arena = { workspace ? aligned : NULL, 0, false };
+    rkvi_arrays &arrays = call->head.arrays;
+    size_t tokens = 0, dims = 0, jobs = 0;
+    for (int l = 0; l < call->n_layers && !arena.overflow; l++) {
+        const rkv_layer &layer = call->layers[l];
+        const size_t heads = static_cast<size_t>(layer.keys.heads);
+        jobs += heads;
+        tokens += heads * static_cast<size_t>(layer.n_tokens); /* both below 2^31 */
+        dims += heads * static_cast<size_t>(layer.keys.dim);
+        arena.overflow =
+            jobs >= RKVI_MAX_JOBS || tokens > PTRDIFF_MAX / 2 || dims > PTRDIFF_MAX / 2;
+    }
+    const size_t window = static_cast<size_t>(call->config->window);
+    const bool by_score = call->config->order == RKV_BY_SCORE;
+    rkvi_take(&arena, &call->head.args.control, 1, 1);
+    rkvi_take(&arena, &call->head.args.jobs, jobs, 1);
+    rkvi_take(&arena, &call->head.args.open_count, jobs, 1);
+    rkvi_take(&arena, &arrays.exempt, tokens, 1);
+    rkvi_take(&arena, &arrays.unit_sum, dims, 1);
+    rkvi_take(&arena, &arrays.logits, tokens, call->config->lambda > 0 ? window : 0);
+    rkvi_take(&arena, &arrays.inv_norm, tokens, 1);
+    rkvi_take(&arena, &arrays.redundancy, tokens, 1);
+    rkvi_take(&arena, &arrays.open_rows, tokens, 1);
+    rkvi_take(&arena, &arrays.open_need, tokens, 1);
+    rkvi_take(&arena, &arrays.stage, tokens, by_score ? RKVI_STAGE_BYTES : 0);
+    call->n_jobs = static_cast<int64_t>(jobs);
+    call->bytes = arena.used + align;
+    return !arena.overflow;
+}
+
+static rkv_status rkvi_cuda_workspace_size(const rkv_backend *self, const rkv_config *config,
+                                           const rkv_layer *layers, int n_layers, size_t *bytes)
+{
+    rkvi_call call;
+    (void)self;
+    memset(&call, 0, sizeof call);
+    call.config = config;
+    call.layers = const_cast<rkv_layer *>(layers);
+    call.n_layers = n_layers;
+    if (!rkvi_carve(&call, NULL)) return RKV_ERROR_ARGUMENT;
+    *bytes = call.bytes;
+    return RKV_OK;
+}
+
+/* Kernels count tokens, and units of a row, in int, a stride of theirs at a time. */
+static bool rkvi_is_countable(const rkv_tensor &tensor, int n_tokens)
+{
+    const int64_t most = INT32_MAX - 4096;
+    return n_tokens <= most &&
+           static_cast<int64_t>(tensor.dim) <= most / rkvi_element_bytes(tensor);
+}
+
+static rkv_status rkvi_check_supported(const rkv_config *config, const rkv_layer &layer,
+                                       const rkvi_shape &shape, bool scoring)
+{
+    const int element = layer.keys.dtype == RKV_F32 ? 4 : 2;
+    if (!rkvi_is_countable(layer.keys, layer.n_tokens)) return RKV_ERROR_UNSUPPORTED;
+    if (layer.values.data && !rkvi_is_countable(layer.values, layer.n_tokens))
+        return RKV_ERROR_UNSUPPORTED;
+    if (!scoring || !rkvi_is_scored(config, layer)) return RKV_OK;
+    if (shape.key_load < element) return RKV_ERROR_UNSUPPORTED;
+    if (config->lambda > 0 &&
+        (shape.query_load < element || layer.queries.dtype != layer.keys.dtype))
+        return RKV_ERROR_UNSUPPORTED;
+    return RKV_OK;
+}
+
+static int rkvi_slices(int64_t row_bytes, int unit)
+{
+    return static_cast<int>((row_bytes / unit + RKVI_SLICE_UNITS - 1) / RKVI_SLICE_UNITS);
+}
+
+/* The largest sizes of the call, which say how many blocks the launches need. */
+static void rkvi_measure(rkvi_call *call, const rkv_layer &layer, const rkvi_shape &shape)
+{
+    const int64_t element = shape.values.element;
+    int slices =
+        rkvi_slices(static_cast<int64_t>(shape.head_dim) * shape.keys.element, shape.key_unit);
+    if (layer.values.data) slices += rkvi_slices(shape.value_dim * element, shape.value_unit);
+    if (layer.positions) slices += 1;
+    if (slices > call->most_slices) call->most_slices = slices;
+    if (layer.n_tokens > call->most_tokens) call->most_tokens = layer.n_tokens;
+    if (layer.n_tokens > call->config->budget &&
+        (layer.keys.block_table || layer.values.block_table || layer.queries.block_table))
+        call->has_tables = true;
+    if (!rkvi_is_scored(call->config, layer)) return;
+    if (layer.n_tokens > call->most_scored) call->most_scored = layer.n_tokens;
+    call->dtypes[layer.keys.dtype] = true;
+}
+
+/* Is layer l the first of those that share its kept set? */
+static bool rkvi_leads(const rkv_config *config, const rkv_layer *layers, int l)
+{
+    return config->scope != RKV_PER_SEQUENCE || l == 0 ||
+           layers[l].sequence != layers[l - 1].sequence;
+}
+
+/* The kv heads of the layers that share the kept set that layer l leads. */
+static int rkvi_set_jobs(const rkvi_call &call, int l)
+{
+    int n = call.layers[l].keys.heads;
+    for (l++; l < call.n_layers && !rkvi_leads(call.config, call.layers, l); l++)
+        n += call.layers[l].keys.heads;
+    return n;
+}
+
+/* The entries, layer by layer: offsets count on from the one before. */
+static rkvi_entry rkvi_entry_of(const rkvi_call &call, int l, int leader, const rkvi_entry &next,
+                                bool given_count)
+{
+    const rkv_layer &layer = call.layers[l], &first = call.layers[leader];
+    rkvi_entry entry = next;
+    entry.keys = static_cast<char *>(layer.keys.data);
+    entry.values = static_cast<char *>(layer.values.data);
+    entry.queries = static_cast<char *>(layer.queries.data);
+    entry.key_table = layer.keys.block_table;
+    entry.value_table = layer.values.block_table;
+    entry.query_table = layer.queries.block_table;
+    entry.positions = layer.positions;
+    entry.scores = layer.scores;
+    entry.layer = l;
+    entry.n_tokens = layer.n_tokens;
+    const int most = layer.n_tokens < call.config->budget ? layer.n_tokens : call.config->budget;
+    entry.n_keep = given_count && layer.n_tokens > most ? first.n_kept : most;
+    entry.kept = first.kept;
+    entry.shared = first.shared_scores;
+    return entry;
+}
+
+static rkv_status rkvi_send(const rkvi_call &call, rkvi_upload_args *up)
+{
+    const int n = up->head.n_entries;
+    const rkv_status status =
+        rkvi_launch(rkvi_upload, n > 0 ? n : 1, RKVI_UPLOAD_THREADS, 0, call.stream, *up);
+    up->head.n_entries = 0;
+    up->head.is_first = 0;
+    return status;
+}
+
+/* Describes all layers to the device; a launch takes as many of one shape as it has room for. */
+static rkv_status rkvi_upload_layers(const rkvi_call &call, bool given_count)
+{
+    rkvi_upload_args up;
+    rkvi_entry next;
+    int leader = 0;
+    rkv_status status = RKV_OK;
+    memset(&up, 0, sizeof up);
+    memset(&next, 0, sizeof next);
+    up.head = call.head;
+    up.head.is_first = 1;
+    for (int l = 0; l < call.n_layers && status == RKV_OK; l++) {
+        const rkvi_shape shape = rkvi_shape_of(call.layers[l]);
+        if (up.head.n_entries == RKVI_UPLOAD_ENTRIES ||
+            (up.head.n_entries > 0 && memcmp(&shape, &up.head.shape, sizeof shape) != 0))
+            status = rkvi_send(call, &up);
+        if (rkvi_leads(call.config, call.layers, l)) {
+            leader = l;
+            next.set_token = next.first_token;
+            next.set_job = next.first_job;
+            next.set_jobs = rkvi_set_jobs(call, l);
+        }
+        up.head.shape = shape;
+        up.entries[up.head.n_entries++] = rkvi_entry_of(call, l, leader, next, given_count);
+        next.first_job += shape.heads;
+        next.first_token += static_cast<int64_t>(shape.heads) * call.layers[l].n_tokens;
+        next.first_dim += static_cast<int64_t>(shape.heads) * shape.head_dim;
+    }
+    return status == RKV_OK ? rkvi_send(call, &up) : status;
+}
+
+/* Everything up to the first launch, and the upload. */
+static rkv_status rkvi_open(rkvi_call *call, const rkv_backend *self, const rkv_config *config,
+                            rkv_layer *layers, int n_layers, void *workspace, size_t bytes,
+                            bool scoring, bool given_count)
+{
+    memset(call, 0, sizeof *call);
+    call->config = config;
+    call->layers = layers;
+    call->n_layers = n_layers;
+    call->stream = rkvi_stream(self);
+    if (!rkvi_carve(call, workspace)) return RKV_ERROR_ARGUMENT;
+    if (!workspace || bytes < call->bytes) return RKV_ERROR_WORKSPACE;
+    for (int l = 0; l < n_layers; l++) {
+        const rkvi_shape shape = rkvi_shape_of(layers[l]);
+        const rkv_status status = rkvi_check_supported(config, layers[l], shape, scoring);
+        if (status != RKV_OK) return status;
+        rkvi_measure(call, layers[l], shape);
+    }
+    rkvi_args &args = call->head.args;
+    args.config = *config;
+    args.n_jobs = static_cast<int>(call->n_jobs);
+    args.scoring = scoring;
+    args.importance = config->lambda > 0;
+    args.redundancy = config->lambda < 1;
+    rkv_status status = rkvi_upload_layers(*call, given_count);
+    if (status == RKV_OK && call->has_tables)
+        status =
+            rkvi_launch(rkvi_check_tables, call->n_jobs, RKVI_HEAD_THREADS, 0, call->stream, args);
+    return status;
+}
+
+/* Launches a kernel for every job, `items` blocks each. */
+static rkv_status rkvi_launch_items(const rkvi_call &call, void (*kernel)(rkvi_args), int items,
+                                    int threads, size_t shared_bytes)
+{
+    rkvi_args args = call.head.args;
+    args.items = items;
+    return rkvi_launch(kernel, call.n_jobs * items, threads, shared_bytes, call.stream, args);
+}
+
+template <typename T> static rkv_status rkvi_score_type(rkvi_call *call)
+{
+    const int tiles = (call->most_scored - 1) / RKVI_TILE + 1;
+    const int64_t all_tiles = tiles * call->n_jobs, plenty = 4096; /* blocks that fill any GPU */
+    int per_item = static_cast<int>(all_tiles / plenty < 4 ? all_tiles / plenty : 4);
+    if (!call->dtypes[rkvi_dtype_of<T>::value]) return RKV_OK;
+    if (per_item < 1) per_item = 1;
+    call->head.args.tiles_per_item = per_item;
+    rkv_status status = rkvi_launch_items(*call, rkvi_attend<T>, (tiles - 1) / per_item + 1,
+                                          RKVI_TILE_THREADS, sizeof(rkvi_tiles));
+    if (!call->head.args.redundancy) return status;
+    if (status == RKV_OK)
+        status = rkvi_launch_items(*call, rkvi_scan_near<T>, tiles, RKVI_TILE_THREADS,
+                                   sizeof(rkvi_tiles));
+    if (status == RKV_OK && tiles > RKVI_NEAR_TILES)
+        status = rkvi_launch_items(*call, rkvi_scan_far<T>, tiles, RKVI_TILE_THREADS,
+                                   sizeof(rkvi_tiles));
+    return status;
+}
+
+static rkv_status rkvi_run_score(rkvi_call *call, bool select_too)
+{
+    rkv_status status = rkvi_score_type<float>(call);
+    if (status == RKV_OK) status = rkvi_score_type<rkvi_f16>(call);
+    if (status == RKV_OK) status = rkvi_score_type<rkvi_bf16>(call);
+    call->head.args.select_too = select_too;
+    if (status == RKV_OK)
+        status =
+            rkvi_launch_items(*call, rkvi_score, 1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
+    if (status == RKV_OK && call->config->scope != RKV_PER_HEAD)
+        status =
+            rkvi_launch_items(*call, rkvi_share, (call->most_scored - 1) / RKVI_HEAD_THREADS + 1,
+                              RKVI_HEAD_THREADS, 0);
+    return status;
+}
+
+static rkv_status rkvi_run_select(const rkvi_call &call)
+{
+    return rkvi_launch_items(call, rkvi_select, 1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
+}
+
+static rkv_status rkvi_run_compact(const rkvi_call &call)
+{
+    return rkvi_launch_items(call, rkvi_compact, call.most_slices, RKVI_MOVE_THREADS, 0);
+}
+
+static void rkvi_count(const rkv_config *config, rkv_layer *layers, int n_layers, bool moved,
+                       bool given_count)
+{
+    int given = 0;
+    for (int l = 0; l < n_layers; l++) {
+        const int n = layers[l].n_tokens;
+        if (rkvi_leads(config, layers, l)) given = layers[l].n_kept;
+        layers[l].n_kept = n <= config->budget ? n : given_count ? given : config->budget;
+        layers[l].n_evicted = n - layers[l].n_kept;
+        if (moved) layers[l].n_tokens = layers[l].n_kept;
+    }
+}
+
+static rkv_status rkvi_cuda_score(const rkv_backend *self, const rkv_config *config,
+                                  rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+{
+    rkvi_call call;
+    rkv_status status =
+        rkvi_open(&call, self, config, layers, n_layers, workspace, bytes, true, false);
+    if (status != RKV_OK || call.most_scored == 0) return status;
+    return rkvi_run_score(&call, false);
+}
+
+static rkv_status rkvi_cuda_select(const rkv_backend *self, const rkv_config *config,
+                                   rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+{
+    rkvi_call call;
+    rkv_status status =
+        rkvi_open(&call, self, config, layers, n_layers, workspace, bytes, false, false);
+    if (status == RKV_OK)
+        status = rkvi_launch_items(call, rkvi_check_scores, 1, RKVI_HEAD_THREADS, 0);
+    if (status == RKV_OK) status = rkvi_run_select(call);
+    if (status == RKV_OK) rkvi_count(config, layers, n_layers, false, false);
+    return status;
+}
+
+static rkv_status rkvi_cuda_compact(const rkv_backend *self, const rkv_config *config,
+                                    rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+{
+    rkvi_call call;
+    for (int l = 0; l < n_layers; l++)
+        if (rkvi_leads(config, layers, l) && layers[l].n_tokens > config->budget &&
+            (layers[l].n_kept < config->pinned || layers[l].n_kept > config->budget))
+            return RKV_ERROR_ARGUMENT;
+    rkv_status status =
+        rkvi_open(&call, self, config, layers, n_layers, workspace, bytes, false, true);
+    if (status == RKV_OK)
+        status = rkvi_launch_items(call, rkvi_check_lists, 1, RKVI_HEAD_THREADS, 0);
+    if (status == RKV_OK) status = rkvi_run_compact(call);
+    if (status == RKV_OK) rkvi_count(config, layers, n_layers, true, true);
+    return status;
+}
+
+static rkv_status rkvi_cuda_compress(const rkv_backend *self, const rkv_config *config,
+                                     rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+{
+    const bool per_head = config->scope == RKV_PER_HEAD;
+    rkvi_call call;
+    rkv_status status =
+        rkvi_open(&call, self, config, layers, n_layers, workspace, bytes, true, false);
+    const bool scored = call.most_scored > 0;
+    if (status == RKV_OK && scored) status = rkvi_run_score(&call, per_head);
+    if (status == RKV_OK && !(scored && per_head)) status = rkvi_run_select(call);
+    if (status == RKV_OK && call.most_tokens > config->budget) status = rkvi_run_compact(call);
+    if (status == RKV_OK) rkvi_count(config, layers, n_layers, true, false);
+    return status;
+}
+
+/* ==== 13. Memory ============================================================================
+ * For rkv_cache. Copies to and from the host wait for the stream. */
+
+static void *rkvi_cuda_alloc(const rkv_backend *self, size_t bytes)
+{
+    void *memory = NULL;
+    (void)self;
+    return cudaMalloc(&memory, bytes ? bytes : 1) == cudaSuccess ? memory : NULL;
+}
+static void rkvi_cuda_free(const rkv_backend *self, void *memory)
+{
+    (void)self;
+    (void)cudaFree(memory);
+}
+static rkv_status rkvi_cuda_synchronize(const rkv_backend *self)
+{
+    return cudaStreamSynchronize(rkvi_stream(self)) == cudaSuccess ? RKV_OK : RKV_ERROR_DEVICE;
+}
+static rkv_status rkvi_copy(const rkv_backend *self, void *dst, const void *src, size_t bytes,
+                            cudaMemcpyKind kind)
+{
+    if (bytes && cudaMemcpyAsync(dst, src, bytes, kind, rkvi_stream(self)) != cudaSuccess)
+        return RKV_ERROR_DEVICE;
+    return rkvi_cuda_synchronize(self);
+}
+static rkv_status rkvi_cuda_copy_in(const rkv_backend *self, void *dst, const void *host_src,
+                                    size_t bytes)
+{
+    return rkvi_copy(self, dst, host_src, bytes, cudaMemcpyHostToDevice);
+}
+static rkv_status rkvi_cuda_copy_out(const rkv_backend *self, void *host_dst, const void *src,
+                                     size_t bytes)
+{
+    return rkvi_copy(self, host_dst, src, bytes, cudaMemcpyDeviceToHost);
+}
+
+struct rkvi_copy_args {
+    rkvi_view dst, src; /* of head 0 */
+    int64_t dst_head, src_head, dst_dim, src_dim;
+    int64_t n_units; /* in all: heads * n_tokens * per_row */
+    int dst_token, src_token, n_tokens, element_units, per_row, unit;
+};
+template <typename V> static __device__ void rkvi_copy_unit(const rkvi_copy_args &args, int64_t i)
+{
+    const int in_row = static_cast<int>(i % args.per_row);
+    const int token = static_cast<int>(i / args.per_row % args.n_tokens);
+    const int64_t head = i / args.per_row / args.n_tokens;
+    const int element = in_row / args.element_units, rest = in_row % args.element_units * args.unit;
+    char *to = rkvi_row(args.dst, args.dst_token + token) + head * args.dst_head;
+    const char *from = rkvi_row(args.src, args.src_token + token) + head * args.src_head;
+    *reinterpret_cast<V *>(to + element * args.dst_dim + rest) =
+        *reinterpret_cast<const V *>(from + element * args.src_dim + rest);
+}
+static __global__ void __launch_bounds__(RKVI_MOVE_THREADS)
+    rkvi_copy_rows(const rkvi_copy_args args)
+{
+    const int64_t step = static_cast<int64_t>(gridDim.x) * RKVI_MOVE_THREADS;
+    int64_t i = static_cast<int64_t>(blockIdx.x) * RKVI_MOVE_THREADS + threadIdx.x;
+    for (; i < args.n_units; i += step) switch (args.unit) {
+        case 16: rkvi_copy_unit<uint4>(args, i); break;
+        case 8: rkvi_copy_unit<uint2>(args, i); break;
+        case 4: rkvi_copy_unit<uint32_t>(args, i); break;
+        case 2: rkvi_copy_unit<uint16_t>(args, i); break;
+        default: rkvi_copy_unit<uint8_t>(args, i); break;
+        }
+}
+
+static rkv_status rkvi_cuda_copy_rows(const rkv_backend *self, const rkv_tensor *dst, int dst_token,
+                                      const rkv_tensor *src, int src_token, int n_tokens)
+{
+    const rkvi_strides to = rkvi_strides_of(*dst), from = rkvi_strides_of(*src);
+    const bool whole = to.dim == to.element && from.dim == from.element;
+    const int a = rkvi_unit_of(*dst, to), b = rkvi_unit_of(*src, from);
+    rkvi_copy_args args;
+    memset(&args, 0, sizeof args);
+    args.unit = a < b ? a : b;
+    while (!whole && args.unit > to.element)
+        args.unit /= 2; /* the other side has runs of elements */
+    args.element_units =
+        whole ? static_cast<int>(static_cast<int64_t>(dst->dim) * to.element / args.unit)
+              : to.element / args.unit;
+    args.per_row = whole ? args.element_units : dst->dim * args.element_units;
+    args.dst = rkvi_view_of(static_cast<char *>(dst->data), dst->block_table, to, 0);
+    args.src = rkvi_view_of(static_cast<char *>(src->data), src->block_table, from, 0);
+    args.dst_head = to.head;
+    args.src_head = from.head;
+    args.dst_dim = to.dim;
+    args.src_dim = from.dim;
+    args.dst_token = dst_token;
+    args.src_token = src_token;
+    args.n_tokens = n_tokens;
+    args.n_units = static_cast<int64_t>(dst->heads) * n_tokens * args.per_row;
+    return rkvi_launch(rkvi_copy_rows, (args.n_units + RKVI_MOVE_THREADS - 1) / RKVI_MOVE_THREADS,
+                       RKVI_MOVE_THREADS, 0, rkvi_stream(self), args);
+}
+
+struct rkvi_fill_args {
+    int32_t *positions;
+    int64_t n; /* in all: n_sets * per_set */
+    int per_set, stride, row, first;
+};
+static __global__ void __launch_bounds__(RKVI_MOVE_THREADS)
+    rkvi_fill_positions(const rkvi_fill_args args)
+{
+    const int64_t step = static_cast<int64_t>(gridDim.x) * RKVI_MOVE_THREADS;
+    int64_t i = static_cast<int64_t>(blockIdx.x) * RKVI_MOVE_THREADS + threadIdx.x;
+    for (; i < args.n; i += step) {
+        const int at = static_cast<int>(i % args.per_set);
+        args.positions[i / args.per_set * args.stride + args.row + at] = args.first + at;
+    }
+}
+static rkv_status rkvi_cuda_fill_positions(const rkv_backend *self, int32_t *positions, int n_sets,
+                                           int stride, int row, int first, int n)
+{
+    const rkvi_fill_args args = {
+        positions, static_cast<int64_t>(n_sets) * n, n, stride, row, first
+    };
+    return rkvi_launch(rkvi_fill_positions, (args.n + RKVI_MOVE_THREADS - 1) / RKVI_MOVE_THREADS,
+                       RKVI_MOVE_THREADS, 0, rkvi_stream(self), args);
+}
+
+/* ==== 14. The table ======================================================================== */
+
+extern "C" rkv_status rkv_cuda_backend(rkv_backend *out, void *stream)
+{
+    const rkv_backend table = { "cuda",
+                                stream,
+                                rkvi_cuda_workspace_size,
+                                rkvi_cuda_score,
+                                rkvi_cuda_select,
+                                rkvi_cuda_compact,
+                                rkvi_cuda_compress,
+                                rkvi_cuda_alloc,
+                                rkvi_cuda_free,
+                                rkvi_cuda_copy_in,
+                                rkvi_cuda_copy_out,
+                                rkvi_cuda_copy_rows,
+                                rkvi_cuda_fill_positions,
+                                rkvi_cuda_synchronize };
+    int n_devices = 0;
+    if (!out) return RKV_ERROR_ARGUMENT;
+    if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices < 1) return RKV_ERROR_DEVICE;
+    *out = table;
+    return RKV_OK;
+}
+
+extern "C" rkv_status rkv_cuda_register(void *stream)
+{
+    static rkv_backend table; /* the registry keeps a pointer to it */
+    const rkv_status status = rkv_cuda_backend(&table, stream);
+    return status == RKV_OK ? rkv_backend_register(&table) : status;
+}

@@ -1,0 +1,490 @@
+/* A host machine for the kernels of rkv_cuda.cu, so that their logic is tested without a GPU:
+ *     g++ -include tests/cuda_shim.h -x c++ -c rkv_cuda.cu         (make test does it)
+ *
+ * Blocks run one after the other, the threads of a block as cooperating fibers: each runs until it
+ * comes to a barrier, and every warp intrinsic is one, so shared memory, shuffles, votes and
+ * atomics mean what they mean on a GPU. Three orders of blocks, warps and lanes (shim().order)
+ * bring a missing barrier to light; shared memory starts as NaN in every block; a barrier that not
+ * all threads reach ends the program. What it cannot show: real concurrency, memory ordering,
+ * speed, limits of registers. */
+#ifndef RKV_TESTS_CUDA_SHIM_H
+#define RKV_TESTS_CUDA_SHIM_H
+#define RKV_CUDA_SHIM 1
+
+#undef _FORTIFY_SOURCE /* its longjmp refuses to change stacks */
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <functional>
+#include <vector>
+
+#pragma GCC diagnostic ignored "-Wunknown-pragmas" /* #pragma unroll */
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+/* ---- Types and memory ----------------------------------------------------------------------- */
+struct uint2 {
+    uint32_t x, y;
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
+typedef struct shim_stream *cudaStream_t;
+enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+
+/* A graph holds launches with their parameters, copied at the time of capture. Whatever else is
+ * called between begin and end of a capture is an error. */
+struct shim_graph {
+    std::vector<std::function<void()>> launches;
+};
+typedef shim_graph *cudaGraph_t;
+typedef shim_graph *cudaGraphExec_t;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal };
+inline shim_graph *&shim_capture()
+{
+    static shim_graph *graph;
+    return graph;
+}
+inline void shim_die(const char *why);
+inline void shim_not_in_capture(const char *what)
+{
+    if (shim_capture()) shim_die(what);
+}
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode)
+{
+    shim_capture() = new shim_graph;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph)
+{
+    *graph = shim_capture();
+    shim_capture() = NULL;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph,
+                                        unsigned long long)
+{
+    *exec = new shim_graph(*graph);
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t)
+{
+    for (size_t i = 0; i < exec->launches.size(); i++) exec->launches[i]();
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph)
+{
+    delete graph;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec)
+{
+    delete exec;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamCreate(cudaStream_t *stream)
+{
+    *stream = NULL;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t)
+{
+    return cudaSuccess;
+}
+
+/* Device memory is host memory; like the device's it comes aligned to 256 bytes, full of junk. */
+inline cudaError_t cudaMalloc(void **out, size_t bytes)
+{
+    shim_not_in_capture("cudaMalloc in a capture");
+    if (posix_memalign(out, 256, bytes ? bytes : 1) != 0) return cudaErrorMemoryAllocation;
+    memset(*out, 0xa5, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaFree(void *memory)
+{
+    shim_not_in_capture("cudaFree in a capture");
+    free(memory);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t)
+{
+    shim_not_in_capture("a copy in a capture");
+    memcpy(dst, src, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t)
+{
+    shim_not_in_capture("cudaStreamSynchronize in a capture");
+    return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceCount(int *count)
+{
+    *count = 1;
+    return cudaSuccess;
+}
+
+/* ---- The machine ---------------------------------------------------------------------------- */
+enum { SHIM_MAX_THREADS = 1024, SHIM_STACK_BYTES = 128 * 1024, SHIM_SHARED_BYTES = 48 * 1024 };
+enum shim_state { SHIM_READY, SHIM_AT_WARP_BARRIER, SHIM_AT_BLOCK_BARRIER, SHIM_DONE };
+enum shim_order { SHIM_ASCENDING, SHIM_DESCENDING, SHIM_MIXED, SHIM_ORDERS };
+
+struct shim_index {
+    unsigned x;
+};
+struct shim_fiber {
+    ucontext_t first; /* until it has run once; then: */
+    jmp_buf again;
+    char *stack;
+    int started, state;
+    unsigned collectives; /* warp intrinsics so far: which half of the mailbox is in use */
+};
+struct shim_machine {
+    shim_fiber fibers[SHIM_MAX_THREADS];
+    uint64_t mailbox[SHIM_MAX_THREADS][2][6];
+    jmp_buf scheduler;
+    void (*kernel)(const void *); /* with its parameters bound */
+    const void *bound;
+    int current, n_threads, order;
+    int max_blocks; /* a smaller grid than asked for: kernels must walk over their items; 0: none */
+    int or_now, or_result;
+    shim_index thread, block, grid;
+    long launches;
+    alignas(16) char shared[SHIM_SHARED_BYTES + 64];
+};
+inline shim_machine &shim()
+{
+    static shim_machine machine;
+    return machine;
+}
+#define threadIdx (shim().thread)
+#define blockIdx  (shim().block)
+#define gridDim   (shim().grid)
+inline void *shim_shared()
+{
+    return shim().shared;
+}
+
+inline void shim_die(const char *why)
+{
+    printf("FAIL  shim, block %u, thread %d: %s\n0 passed, 1 failed, 0 skipped\n", shim().block.x,
+           shim().current, why);
+    fflush(stdout);
+    _Exit(1);
+}
+
+/* Back to the scheduler until this fiber is released. */
+__attribute__((noinline)) inline void shim_wait(int state)
+{
+    shim_machine &m = shim();
+    shim_fiber &self = m.fibers[m.current];
+    self.state = state;
+    if (_setjmp(self.again) == 0) _longjmp(m.scheduler, 1);
+}
+
+inline void shim_fiber_main()
+{
+    for (;;) { /* a fiber serves block after block */
+        shim().kernel(shim().bound);
+        shim_wait(SHIM_DONE);
+    }
+}
+
+__attribute__((noinline)) inline void shim_resume(int index)
+{
+    shim_machine &m = shim();
+    shim_fiber &fiber = m.fibers[index];
+    m.current = index;
+    m.thread.x = static_cast<unsigned>(index);
+    if (_setjmp(m.scheduler) != 0) return;
+    if (fiber.started) _longjmp(fiber.again, 1);
+    fiber.started = 1;
+    setcontext(&fiber.first);
+}
+
+inline void shim_make_fiber(shim_fiber *fiber)
+{
+    ucontext_t *first = &fiber->first;
+    if (fiber->stack) return;
+    fiber->stack = static_cast<char *>(malloc(SHIM_STACK_BYTES));
+    if (!fiber->stack) shim_die("no memory for a fiber");
+    getcontext(first);
+    first->uc_stack.ss_sp = fiber->stack;
+    first->uc_stack.ss_size = SHIM_STACK_BYTES;
+    first->uc_link = NULL;
+    makecontext(first, shim_fiber_main, 0);
+}
+
+/* Releases the threads [begin, end) if all that live wait at this barrier. */
+inline bool shim_release(int begin, int end, int barrier)
+{
+    shim_machine &m = shim();
+    int waiting = 0, done = 0, i;
+    for (i = begin; i < end; i++) {
+        waiting += m.fibers[i].state == barrier;
+        done += m.fibers[i].state == SHIM_DONE;
+    }
+    if (waiting == 0 || waiting + done < end - begin) return false;
+    if (done > 0) shim_die("a barrier that a thread has left behind");
+    for (i = begin; i < end; i++) m.fibers[i].state = SHIM_READY;
+    return true;
+}
+
+/* Runs a warp until all its threads are done or at the barrier of the block. */
+inline void shim_run_warp(int begin, int end)
+{
+    shim_machine &m = shim();
+    do {
+        for (int i = 0; i < end - begin; i++) {
+            const int lane = begin + (m.order == SHIM_DESCENDING ? end - begin - 1 - i
+                                      : m.order == SHIM_MIXED    ? i * 5 % (end - begin)
+                                                                 : i);
+            if (m.fibers[lane].state == SHIM_READY) shim_resume(lane);
+        }
+    } while (shim_release(begin, end, SHIM_AT_WARP_BARRIER));
+    for (int i = begin; i < end; i++)
+        if (m.fibers[i].state == SHIM_AT_WARP_BARRIER)
+            shim_die("a warp's threads went separate ways");
+}
+
+inline void shim_run_block()
+{
+    shim_machine &m = shim();
+    const int n_warps = m.n_threads / 32;
+    memset(m.shared, 0xff, sizeof m.shared); /* NaNs, and negative integers */
+    for (int i = 0; i < m.n_threads; i++) m.fibers[i].state = SHIM_READY;
+    do {
+        for (int i = 0; i < n_warps; i++) {
+            const int w = m.order == SHIM_ASCENDING ? i : n_warps - 1 - i;
+            shim_run_warp(32 * w, 32 * w + 32);
+        }
+        m.or_result = m.or_now;
+        m.or_now = 0;
+    } while (shim_release(0, m.n_threads, SHIM_AT_BLOCK_BARRIER));
+    for (int i = 0; i < m.n_threads; i++)
+        if (m.fibers[i].state != SHIM_DONE) shim_die("a barrier that not all threads reach");
+    for (int i = 0; i < 64; i++)
+        if (m.shared[SHIM_SHARED_BYTES + i] != '\xff') shim_die("wrote behind shared memory");
+}
+
+template <typename P> struct shim_bound {
+    void (*kernel)(P);
+    P parameters;
+    static void run(const void *self)
+    {
+        const shim_bound *bound = static_cast<const shim_bound *>(self);
+        bound->kernel(bound->parameters);
+    }
+};
+
+template <typename P> void shim_run(void (*kernel)(P), int blocks, int threads, const P &parameters)
+{
+    shim_machine &m = shim();
+    const shim_bound<P> bound = { kernel, parameters };
+    m.kernel = shim_bound<P>::run;
+    m.bound = &bound;
+    m.n_threads = threads;
+    m.grid.x = static_cast<unsigned>(blocks);
+    for (int i = 0; i < threads; i++) shim_make_fiber(&m.fibers[i]);
+    for (int i = 0; i < blocks; i++) {
+        m.block.x = static_cast<unsigned>(m.order == SHIM_ASCENDING ? i : blocks - 1 - i);
+        shim_run_block();
+    }
+}
+
+template <typename P>
+cudaError_t shim_launch(void (*kernel)(P), int blocks, int threads, size_t shared_bytes,
+                        cudaStream_t, const P &parameters)
+{
+    shim_machine &m = shim();
+    if (threads > SHIM_MAX_THREADS || threads % 32 != 0 || shared_bytes > SHIM_SHARED_BYTES ||
+        sizeof(P) > 4096)
+        shim_die("a launch that a GPU would refuse");
+    if (m.max_blocks > 0 && blocks > m.max_blocks) blocks = m.max_blocks;
+    m.launches++;
+    if (shim_capture())
+        shim_capture()->launches.push_back(
+            [=]() { shim_run<P>(kernel, blocks, threads, parameters); });
+    else
+        shim_run<P>(kernel, blocks, threads, parameters);
+    return cudaSuccess;
+}
+
+/* ---- Barriers, votes, shuffles -------------------------------------------------------------- */
+inline void __syncthreads()
+{
+    shim_wait(SHIM_AT_BLOCK_BARRIER);
+}
+inline int __syncthreads_or(int predicate)
+{
+    if (predicate) shim().or_now = 1;
+    shim_wait(SHIM_AT_BLOCK_BARRIER);
+    return shim().or_result;
+}
+inline void __syncwarp()
+{
+    shim_wait(SHIM_AT_WARP_BARRIER);
+}
+
+/* Puts words into this thread's mailbox and waits for the warp; the two halves take turns, so that
+ * nobody overwrites what a neighbour has yet to read. Returns the half. */
+inline unsigned shim_post(const uint64_t *words, int n)
+{
+    shim_machine &m = shim();
+    const int me = m.current;
+    const unsigned half = m.fibers[me].collectives++ % 2;
+    memcpy(m.mailbox[me][half], words, static_cast<size_t>(n) * sizeof *words);
+    shim_wait(SHIM_AT_WARP_BARRIER);
+    return half;
+}
+inline const uint64_t *shim_mail(int lane, unsigned half)
+{
+    return shim().mailbox[shim().current / 32 * 32 + lane][half];
+}
+template <typename T> T shim_shuffle(unsigned mask, T value, int lane, bool inside)
+{
+    uint64_t word = 0;
+    T out = value;
+    if (mask != 0xffffffffu) shim_die("a partial warp");
+    memcpy(&word, &value, sizeof value);
+    const unsigned half = shim_post(&word, 1);
+    if (inside) memcpy(&out, shim_mail(lane, half), sizeof out);
+    return out;
+}
+inline int shim_lane()
+{
+    return shim().current % 32;
+}
+template <typename T> T __shfl_sync(unsigned mask, T value, int lane)
+{
+    return shim_shuffle(mask, value, lane % 32, true);
+}
+template <typename T> T __shfl_xor_sync(unsigned mask, T value, int bits)
+{
+    return shim_shuffle(mask, value, shim_lane() ^ bits, true);
+}
+template <typename T> T __shfl_up_sync(unsigned mask, T value, unsigned distance)
+{
+    const int lane = shim_lane() - static_cast<int>(distance);
+    return shim_shuffle(mask, value, lane, lane >= 0);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate)
+{
+    const uint64_t word = predicate != 0;
+    unsigned votes = 0;
+    if (mask != 0xffffffffu) shim_die("a partial warp");
+    const unsigned half = shim_post(&word, 1);
+    for (int lane = 0; lane < 32; lane++)
+        votes |= static_cast<unsigned>(shim_mail(lane, half)[0]) << lane;
+    return votes;
+}
+inline int __any_sync(unsigned mask, int predicate)
+{
+    return __ballot_sync(mask, predicate) != 0;
+}
+
+/* acc += a * b of a warp: 16 x 8 x 16, in the fragments of mma.sync.m16n8k16. Products are exact;
+ * the sum is truncated, as tensor cores truncate. */
+template <typename T>
+void shim_mma(float *acc, const uint32_t *a, const uint32_t *b, float (*to_float)(T))
+{
+    const uint64_t words[6] = { a[0], a[1], a[2], a[3], b[0], b[1] };
+    const unsigned half = shim_post(words, 6);
+    for (int k = 0; k < 4; k++) {
+        const int row = shim_lane() / 4 + k / 2 * 8, column = 2 * (shim_lane() % 4) + k % 2;
+        double sum = static_cast<double>(acc[k]);
+        for (int i = 0; i < 16; i++) {
+            const uint64_t x = shim_mail(row % 8 * 4 + i % 8 / 2, half)[row / 8 + i / 8 * 2];
+            const uint64_t y = shim_mail(column * 4 + i % 8 / 2, half)[4 + i / 8];
+            const T p = { static_cast<uint16_t>(x >> i % 2 * 16) };
+            const T q = { static_cast<uint16_t>(y >> i % 2 * 16) };
+            sum += static_cast<double>(to_float(p)) * static_cast<double>(to_float(q));
+        }
+        acc[k] = static_cast<float>(sum);
+        if (fabs(static_cast<double>(acc[k])) > fabs(sum)) acc[k] = nextafterf(acc[k], 0.0f);
+    }
+}
+
+/* ---- Atomics (one thread runs at a time) and arithmetic ------------------------------------- */
+template <typename T> T atomicAdd(T *at, T value)
+{
+    const T old = *at;
+    *at = static_cast<T>(old + value);
+    return old;
+}
+template <typename T> T atomicMin(T *at, T value)
+{
+    const T old = *at;
+    if (value < old) *at = value;
+    return old;
+}
+template <typename T> T atomicCAS(T *at, T expected, T value)
+{
+    const T old = *at;
+    if (old == expected) *at = value;
+    return old;
+}
+template <typename T> T __ldg(const T *at)
+{
+    return *at;
+}
+inline int __popc(unsigned x)
+{
+    return __builtin_popcount(x);
+}
+inline int __ffs(int x)
+{
+    return __builtin_ffs(x);
+}
+inline int __ffsll(long long x)
+{
+    return __builtin_ffsll(x);
+}
+inline float __fmul_rn(float a, float b)
+{
+    return a * b;
+}
+inline uint32_t __float_as_uint(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+inline float __uint_as_float(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+struct __half {
+    uint16_t bits;
+};
+inline __half __ushort_as_half(uint16_t bits)
+{
+    const __half half = { bits };
+    return half;
+}
+inline float __half2float(__half half)
+{
+    const int exponent = half.bits >> 10 & 31, fraction = half.bits & 1023;
+    const float sign = half.bits & 0x8000 ? -1.0f : 1.0f;
+    if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+    if (exponent == 0) return sign * ldexpf(static_cast<float>(fraction), -24);
+    return sign * ldexpf(static_cast<float>(fraction + 1024), exponent - 25);
+}
+
+#endif

@@ -1,0 +1,1211 @@
+/* rkv_cuda.cu against the CPU: on a GPU, or without one as C++ over tests/cuda_shim.h.
+ *     make test (shim)    make test-cuda (GPU)    generated cases alone: test_cuda FIRST COUNT */
+#ifndef RKV_CUDA_SHIM
+#include <cuda_runtime.h>
+#endif
+extern "C" {
+#include "harness.h"
+#include "oracle.h"
+rkv_status rkv_cuda_register(void *stream);
+rkv_status rkv_cuda_backend(rkv_backend *out, void *stream);
+}
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <vector>
+
+#ifdef RKV_CUDA_SHIM
+static const bool on_gpu = false;
+static const uint64_t default_cases = 80;
+#else
+static const bool on_gpu = true;
+static const uint64_t default_cases = 1500;
+#endif
+
+static double worst_score; /* largest difference from the CPU, as a share of the largest score */
+static long sets_equal, sets_differ_in_ties;
+
+/* ---- A backend that works on host memory by way of the device -------------------------------
+ * So that the harness, which knows host memory only, can judge: each stage copies everything
+ * over, byte for byte at the same alignment, runs the CUDA stage, and copies it back. A fault
+ * found by the device becomes the status. */
+static void must(const char *what, bool holds)
+{
+    if (holds) return;
+    printf("FAIL  %s\n0 passed, 1 failed, 0 skipped\n", what);
+    exit(1);
+}
+static void to_device(void *device, const void *host, size_t bytes)
+{
+    must("copy to the device",
+         cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, NULL) == cudaSuccess &&
+             cudaStreamSynchronize(NULL) == cudaSuccess);
+}
+static void to_host(void *host, const void *device, size_t bytes)
+{
+    must("copy to the host",
+         cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, NULL) == cudaSuccess &&
+             cudaStreamSynchronize(NULL) == cudaSuccess);
+}
+
+struct mirror {
+    struct piece {
+        char *base, *device;
+        void *host;
+        size_t bytes;
+        bool writable;
+    };
+    std::vector<piece> pieces;
+    ~mirror()
+    {
+        for (size_t i = 0; i < pieces.size(); i++) (void)cudaFree(pieces[i].base);
+    }
+    /* Memory on the device at the same alignment, with nothing in it. */
+    template <typename T> T *reserve(T *host, size_t bytes, bool writable)
+    {
+        void *base = NULL;
+        must("device memory", cudaMalloc(&base, bytes + 16) == cudaSuccess);
+        piece p = { static_cast<char *>(base),
+                    static_cast<char *>(base) + reinterpret_cast<uintptr_t>(host) % 16,
+                    const_cast<void *>(static_cast<const void *>(host)), bytes, writable };
+        pieces.push_back(p);
+        return reinterpret_cast<T *>(p.device);
+    }
+    template <typename T> T *add(T *host, size_t bytes, bool writable)
+    {
+        if (!host) return NULL;
+        T *device = reserve(host, bytes, writable);
+        to_device(pieces.back().device, host, bytes);
+        return device;
+    }
+    void copy_back() const
+    {
+        for (size_t i = 0; i < pieces.size(); i++)
+            if (pieces[i].writable) to_host(pieces[i].host, pieces[i].device, pieces[i].bytes);
+    }
+};
+
+static size_t or_else(int64_t given, size_t otherwise)
+{
+    return given ? static_cast<size_t>(given) : otherwise;
+}
+static rkv_tensor mirror_tensor(mirror *m, const rkv_tensor &host, int n_tokens, bool writable)
+{
+    rkv_tensor t = host;
+    const size_t dim = static_cast<size_t>(t.dim), heads = static_cast<size_t>(t.heads);
+    const size_t rows = static_cast<size_t>(t.block_table ? t.block_tokens : t.tokens);
+    const size_t element =
+        t.element_bytes ? static_cast<size_t>(t.element_bytes) : dtype_bytes(t.dtype);
+    size_t last = (dim - 1) * or_else(t.dim_stride, 1) + (rows - 1) * or_else(t.token_stride, dim) +
+                  (heads - 1) * or_else(t.head_stride, rows * dim);
+    if (!t.data) return t;
+    if (t.block_table) {
+        const int n_blocks = (n_tokens + t.block_tokens - 1) / t.block_tokens;
+        int32_t highest = 0;
+        for (int i = 0; i < n_blocks; i++)
+            if (t.block_table[i] > highest) highest = t.block_table[i];
+        last += static_cast<size_t>(highest) * or_else(t.block_stride, heads * rows * dim);
+        t.block_table =
+            m->add(t.block_table, static_cast<size_t>(n_blocks) * sizeof(int32_t), false);
+    }
+    t.data = m->add(static_cast<char *>(t.data), (last + 1) * element, writable);
+    return t;
+}
+
+static rkv_layer mirror_layer(mirror *m, const rkv_config *config, const rkv_layer &host,
+                              bool leads)
+{
+    rkv_layer layer = host;
+    const size_t sets =
+        config->scope == RKV_PER_HEAD ? static_cast<size_t>(host.keys.heads) : leads;
+    const size_t candidates =
+        host.n_tokens > config->window ? static_cast<size_t>(host.n_tokens - config->window) : 0;
+    const size_t stride = or_else(host.position_stride, static_cast<size_t>(host.keys.tokens));
+    layer.keys = mirror_tensor(m, host.keys, host.n_tokens, true);
+    layer.values = mirror_tensor(m, host.values, host.n_tokens, true);
+    layer.queries = mirror_tensor(m, host.queries, config->window, false);
+    layer.kept = m->add(host.kept, sets * static_cast<size_t>(config->budget) * 4, true);
+    layer.positions = m->add(host.positions,
+                             ((sets - 1) * stride + static_cast<size_t>(host.n_tokens)) * 4, true);
+    layer.scores = m->add(host.scores, static_cast<size_t>(host.keys.heads) * candidates * 4, true);
+    layer.shared_scores = m->add(host.shared_scores, candidates * 4, true);
+    return layer;
+}
+
+static const rkv_backend *cuda()
+{
+    return rkv_backend_find("cuda");
+}
+static rkv_status run_mirrored(rkv_stage stage, const rkv_config *config, rkv_layer *layers,
+                               int n_layers, size_t bytes)
+{
+    const size_t guard_bytes = 64;
+    std::vector<unsigned char> guard(guard_bytes, 0x5a);
+    std::vector<rkv_layer> on_device;
+    rkv_fault fault = { RKV_OK, -7, -7, -7, -7 };
+    rkv_config device_config = *config;
+    mirror m;
+    for (int l = 0; l < n_layers; l++) {
+        const bool leads = config->scope != RKV_PER_SEQUENCE || l == 0 ||
+                           layers[l].sequence != layers[l - 1].sequence;
+        on_device.push_back(mirror_layer(&m, config, layers[l], leads));
+    }
+    device_config.fault = m.add(config->fault ? config->fault : &fault, sizeof fault, true);
+    unsigned char *device_workspace = m.reserve(guard.data() + 1, bytes + guard_bytes, false);
+    to_device(device_workspace + bytes, guard.data(), guard_bytes);
+    rkv_status status =
+        stage(cuda(), &device_config, on_device.data(), n_layers, device_workspace, bytes);
+    if (cuda()->synchronize(cuda()) != RKV_OK) return RKV_ERROR_DEVICE;
+    m.copy_back();
+    if (config->fault) fault = *config->fault;
+    to_host(guard.data(), device_workspace + bytes, guard_bytes);
+    for (size_t i = 0; i < guard_bytes; i++)
+        if (!expect_int("behind the workspace", static_cast<int>(i), guard[i], 0x5a)) break;
+    if (status == RKV_OK && fault.status != RKV_OK) return static_cast<rkv_status>(fault.status);
+    for (int l = 0; l < n_layers && status == RKV_OK; l++) {
+        layers[l].n_tokens = on_device[static_cast<size_t>(l)].n_tokens;
+        layers[l].n_kept = on_device[static_cast<size_t>(l)].n_kept;
+        layers[l].n_evicted = on_device[static_cast<size_t>(l)].n_evicted;
+    }
+    return status;
+}
+static rkv_status mirrored_size(const rkv_backend *, const rkv_config *config,
+                                const rkv_layer *layers, int n_layers, size_t *bytes)
+{
+    return cuda()->workspace_size(cuda(), config, layers, n_layers, bytes);
+}
+#define MIRRORED(stage)                                                                       \
+    static rkv_status mirrored_##stage(const rkv_backend *, const rkv_config *config,         \
+                                       rkv_layer *layers, int n_layers, void *, size_t bytes) \
+    {                                                                                         \
+        return run_mirrored(cuda()->stage, config, layers, n_layers, bytes);                  \
+    }
+MIRRORED(score)
+MIRRORED(select)
+MIRRORED(compact)
+MIRRORED(compress)
+
+static const rkv_backend mirrored = { "cuda by way of host memory",
+                                      NULL,
+                                      mirrored_size,
+                                      mirrored_score,
+                                      mirrored_select,
+                                      mirrored_compact,
+                                      mirrored_compress,
+                                      NULL,
+                                      NULL,
+                                      NULL,
+                                      NULL,
+                                      NULL,
+                                      NULL,
+                                      NULL };
+
+/* Orders of blocks and threads; every other one on few blocks. */
+static void shim_order_is(int order)
+{
+#ifdef RKV_CUDA_SHIM
+    shim().order = order % SHIM_ORDERS;
+    shim().max_blocks = order % 2 ? 3 : 0;
+#else
+    (void)order;
+#endif
+}
+
+/* ---- Judging a run -------------------------------------------------------------------------- */
+enum { MAX_JOBS = 40, FEW_JOBS = 4 };
+struct trial {
+    rkv_config config;
+    job cpu[MAX_JOBS], gpu[MAX_JOBS];
+    int n_jobs;
+    bool staged;
+};
+
+static bool is_scored(const trial &t, int i)
+{
+    const rkv_config &c = t.config;
+    return t.cpu[i].shape.n_tokens > c.budget && c.budget > config_window(&c) + c.pinned;
+}
+
+/* Scores of one head, or of a set, are the CPU's within 1e-5 of the largest, or of the largest of
+ * the two terms, where these cancel: a softmax over n has a value of 1 / n or more. Returns that
+ * bound. */
+static double judge_scores(const char *at, const rkv_config *config, const float *got,
+                           const float *want, int n)
+{
+    const double lambda = static_cast<double>(config->lambda);
+    double largest = fmax(lambda, 1 - lambda) / (n + config_window(config));
+    for (int j = 0; j < n; j++) largest = fmax(largest, fabs(static_cast<double>(want[j])));
+    for (int j = 0; j < n; j++) {
+        const double difference = fabs(static_cast<double>(got[j]) - static_cast<double>(want[j]));
+        worst_score = fmax(worst_score, difference / largest);
+        if (!expect_near(at, j, static_cast<double>(got[j]), static_cast<double>(want[j]),
+                         1e-5 * largest))
+            break;
+    }
+    return 1e-5 * largest;
+}
+
+/* The set is exactly what the GPU's own scores ask for, and the CPU's but for near ties. */
+static void judge_set(const trial &t, int i, int set, const float *got, const float *want,
+                      double tolerance)
+{
+    const job &gpu = t.gpu[i], &cpu = t.cpu[i];
+    const int n = gpu.shape.n_tokens, candidates = n - gpu.window, budget = t.config.budget;
+    const int32_t *kept = job_kept(&gpu) + set * budget, *other = job_kept(&cpu) + set * budget;
+    std::vector<double> exact(got, got + candidates);
+    std::vector<int32_t> chosen(static_cast<size_t>(n));
+    std::vector<char> differs(static_cast<size_t>(n), 0);
+    double gap, cut = INFINITY;
+    const int n_kept = oracle_select(&t.config, exact.data(), n, chosen.data(), &gap);
+    for (int k = 0; k < n_kept; k++)
+        if (!expect_int("kept, given the scores", k, kept[k], chosen[static_cast<size_t>(k)]))
+            return;
+    for (int k = 0; k < n_kept; k++) {
+        differs[static_cast<size_t>(kept[k])] ^= 1;
+        differs[static_cast<size_t>(other[k])] ^= 1;
+        if (other[k] >= t.config.pinned && other[k] < candidates)
+            cut = fmin(cut, static_cast<double>(want[other[k]]));
+    }
+    bool equal = true;
+    for (int j = 0; j < candidates; j++)
+        if (differs[static_cast<size_t>(j)]) {
+            equal = false;
+            expect_near("kept by one only, so near the cut", j, static_cast<double>(want[j]), cut,
+                        2 * tolerance);
+        }
+    (equal ? sets_equal : sets_differ_in_ties)++;
+}
+
+static void judge_sets(const trial &t, int i)
+{
+    const job &gpu = t.gpu[i], &cpu = t.cpu[i];
+    const int candidates = gpu.shape.n_tokens - gpu.window;
+    for (int h = 0; h < gpu.shape.kv_heads && is_scored(t, i); h++) {
+        const float *got = job_scores(&gpu) + h * candidates,
+                    *want = job_scores(&cpu) + h * candidates;
+        const double tolerance = judge_scores("score", &t.config, got, want, candidates);
+        if (t.config.scope == RKV_PER_HEAD) judge_set(t, i, h, got, want, tolerance);
+    }
+    if (t.config.scope == RKV_PER_HEAD || gpu.shape.follower || !is_scored(t, i)) return;
+    const double tolerance =
+        judge_scores("shared score", &t.config, job_shared(&gpu), job_shared(&cpu), candidates);
+    judge_set(t, i, 0, job_shared(&gpu), job_shared(&cpu), tolerance);
+}
+
+static void judge(const trial &t)
+{
+    int leader = 0;
+    for (int i = 0; i < t.n_jobs; i++) {
+        const job &gpu = t.gpu[i];
+        const int n = gpu.shape.n_tokens, n_kept = n < t.config.budget ? n : t.config.budget;
+        if (!gpu.shape.follower) leader = i;
+        judge_sets(t, i);
+        job_guards("guards", &gpu);
+        job_compacted("compacted", &gpu, job_kept(&t.gpu[leader]), t.config.budget, n_kept);
+        expect_int("n_tokens", i, gpu.layer.n_tokens, n_kept);
+        expect_int("n_kept", i, gpu.layer.n_kept, n_kept);
+        expect_int("n_evicted", i, gpu.layer.n_evicted, n - n_kept);
+    }
+}
+
+static bool run_trial(trial *t)
+{
+    const rkv_backend *best = rkv_backend_find(NULL);
+    const rkv_status cpu = call_stage(rkv_compress, best, &t->config, t->cpu, t->n_jobs);
+    const rkv_status gpu = t->staged
+                               ? call_stages(&mirrored, &t->config, t->gpu, t->n_jobs)
+                               : call_stage(rkv_compress, &mirrored, &t->config, t->gpu, t->n_jobs);
+    if (!expect_status("CPU", cpu, RKV_OK) || !expect_status("CUDA", gpu, RKV_OK)) return false;
+    judge(*t);
+    return true;
+}
+static void add_job(trial *t, rng *r, const shape &s, float scale, float softcap)
+{
+    rng again = *r;
+    job *cpu = &t->cpu[t->n_jobs], *gpu = &t->gpu[t->n_jobs];
+    t->n_jobs++;
+    job_make(cpu, r, &t->config, &s);
+    job_make(gpu, &again, &t->config, &s);
+    cpu->layer.scale = gpu->layer.scale = scale;
+    cpu->layer.softcap = gpu->layer.softcap = softcap;
+    cpu->remembered = cpu->layer;
+    gpu->remembered = gpu->layer;
+}
+static void free_trial(trial *t)
+{
+    for (int i = 0; i < t->n_jobs; i++) {
+        job_free(&t->cpu[i]);
+        job_free(&t->gpu[i]);
+    }
+    t->n_jobs = 0;
+}
+
+/* ---- Generated cases ------------------------------------------------------------------------ */
+static rkv_config any_config(rng *r, int n)
+{
+    static const int windows[] = { 0, 0, 1, 2, 8, 17, 33 }, pools[] = { 0, 0, 1, 2, 5, 64 };
+    static const int recents[] = { 0, 0, 0, 2, 3 }, pins[] = { 0, 0, 1, 4 };
+    static const int thresholds[] = { -20, 0, 50, 50, 50, 70, 99 },
+                     lambdas[] = { 0, 7, 10, 10, 50, 100 };
+    rkv_config c = rkv_config_default(1);
+    c.window = RNG_PICK(r, windows);
+    if (config_window(&c) >= n) c.window = 1;
+    c.pinned = RNG_PICK(r, pins);
+    const int least = config_window(&c) + c.pinned;
+    c.budget = least + (n > least ? rng_below(r, n - least + 1) : 0);
+    c.pool = RNG_PICK(r, pools);
+    c.recent = RNG_PICK(r, recents);
+    c.threshold = static_cast<float>(RNG_PICK(r, thresholds)) / 100.0f;
+    c.lambda = static_cast<float>(RNG_PICK(r, lambdas)) / 100.0f;
+    c.scope = static_cast<rkv_scope>(rng_below(r, 3));
+    c.pooling = static_cast<rkv_pooling>(rng_below(r, 2));
+    c.grouping = static_cast<rkv_grouping>(rng_below(r, 3) == 0);
+    c.redundancy = static_cast<rkv_redundancy>(rng_below(r, 3) == 0);
+    c.span = static_cast<rkv_span>(rng_below(r, 3) == 0);
+    c.column0 = static_cast<rkv_column0>(rng_below(r, 4) == 0);
+    c.order = static_cast<rkv_order>(rng_below(r, 5) == 0);
+    return c;
+}
+/* Lengths around the 64 rows of a tile and the 4 tiles of the first scan. */
+static int any_length(rng *r)
+{
+    static const int edges[] = { 63, 64, 65, 127, 128, 129, 192, 200 };
+    static const int far_edges[] = { 256, 257, 320, 513, 640 };
+    if (rng_below(r, 10) == 0) return RNG_PICK(r, far_edges);
+    return rng_below(r, 2) ? RNG_PICK(r, edges) : 1 + rng_below(r, 180);
+}
+static shape any_shape(rng *r, int n, int window)
+{
+    static const int dims[] = { 1, 7, 16, 20, 64, 64, 67, 96, 128, 128, 136, 192, 256, 576 };
+    static const int groups[] = { 1, 2, 4, 4, 7, 8, 71 }, sizes[] = { 0, 0, 0, 1, 3, 8, 16, 34 };
+    static const int exponents[] = { 0, 0, 0, 0, -6, 5 };
+    shape s;
+    memset(&s, 0, sizeof s);
+    s.kv_heads = 1 + rng_below(r, 3);
+    s.head_dim = RNG_PICK(r, dims);
+    s.group = RNG_PICK(r, groups);
+    s.n_tokens = n;
+    while (!on_gpu && s.head_dim > 64 && static_cast<double>(n) * n * s.head_dim > 8e6)
+        s.head_dim /= 2;
+    while (!on_gpu && s.group > 1 && s.group * window > 80) s.group /= 2;
+    s.capacity = n + rng_below(r, 20);
+    s.value_dim = 1 + rng_below(r, 90);
+    s.dtype = static_cast<rkv_dtype>(rng_below(r, 3));
+    s.value_bytes = RNG_PICK(r, sizes);
+    s.keys = static_cast<layout>(rng_below(r, N_KEY_LAYOUTS));
+    s.values = static_cast<layout>(rng_below(r, N_LAYOUTS));
+    s.queries = static_cast<layout>(rng_below(r, N_KEY_LAYOUTS));
+    s.kind = static_cast<key_kind>(rng_below(r, N_KEY_KINDS));
+    s.strength = 0.2 + 0.75 * rng_unit(r);
+    s.sharpness = 0.5 + rng_unit(r);
+    if (s.kind != KEYS_TINY) s.key_exponent = RNG_PICK(r, exponents);
+    s.misalign = rng_below(r, 3) ? 0 : 4 * static_cast<size_t>(rng_below(r, 4));
+    if (rng_below(r, 2)) s.position_stride = s.capacity + rng_below(r, 3);
+    return s;
+}
+
+static void test_generated(uint64_t seed)
+{
+    rng r = rng_seed(seed);
+    int n = any_length(&r), sequence = 1;
+    trial t;
+    memset(&t, 0, sizeof t);
+    t.config = any_config(&r, n);
+    t.staged = seed % 2 == 0;
+    const int n_jobs = 1 + (rng_below(&r, 3) == 0 ? rng_below(&r, FEW_JOBS) : 0);
+    for (int i = 0; i < n_jobs; i++) {
+        const bool joins = i > 0 && t.config.scope == RKV_PER_SEQUENCE && rng_below(&r, 3) > 0;
+        if (i > 0 && !joins) n = any_length(&r), sequence++;
+        shape s = any_shape(&r, n, config_window(&t.config));
+        s.sequence = sequence;
+        s.follower = joins;
+        const float scale = rng_below(&r, 4) ? 0.0f : 0.1f,
+                    softcap = rng_below(&r, 5) ? 0.0f : 3.0f;
+        add_job(&t, &r, s, scale, softcap);
+    }
+    const shape &s = t.cpu[0].shape;
+    const rkv_config &c = t.config;
+    case_begin("build/tests/test_cuda %lu 1: H%d G%d d%d n%d type %d %s keys, %s, budget %d window "
+               "%d recent %d lambda %.2f T %.2f options %d%d%d%d%d%d%d, %d layers",
+               static_cast<unsigned long>(seed), s.kv_heads, s.group, s.head_dim, s.n_tokens,
+               s.dtype, key_kind_name(s.kind), layout_name(s.keys), c.budget, c.window, c.recent,
+               static_cast<double>(c.lambda), static_cast<double>(c.threshold), c.scope, c.pooling,
+               c.grouping, c.redundancy, c.span, c.column0, c.order, t.n_jobs);
+    shim_order_is(static_cast<int>(seed / 2 % 6));
+    run_trial(&t);
+    case_end();
+    free_trial(&t);
+}
+
+/* ---- Chosen cases --------------------------------------------------------------------------- */
+static shape plain_shape(int heads, int group, int dim, int n, rkv_dtype dtype)
+{
+    shape s;
+    memset(&s, 0, sizeof s);
+    s.kv_heads = heads;
+    s.group = group;
+    s.head_dim = dim;
+    s.n_tokens = n;
+    s.dtype = dtype;
+    s.kind = KEYS_SHARED;
+    s.strength = 0.5;
+    return s;
+}
+static void run_one(const rkv_config &config, const shape &s, uint64_t seed)
+{
+    rng r = rng_seed(seed);
+    trial t;
+    memset(&t, 0, sizeof t);
+    t.config = config;
+    add_job(&t, &r, s, 0, 0);
+    run_trial(&t);
+    free_trial(&t);
+}
+
+/* Rows without look-alikes are what the second scan is for; a few with, in the same head. */
+static void test_far_scan()
+{
+    static const int lengths[] = { 257, 400, 640 };
+    for (int i = 0; i < 3; i++)
+        for (int recent = 1; recent < 4; recent += 2)
+            for (int type = RKV_F32; type <= RKV_BF16; type++) {
+                rkv_config config = rkv_config_default(200);
+                shape s = plain_shape(1, 2, 32, lengths[i], static_cast<rkv_dtype>(type));
+                config.recent = recent;
+                config.redundancy = recent == 1 ? RKV_REDUNDANCY_ROW : RKV_REDUNDANCY_OWN;
+                s.kind = type == RKV_F32 ? KEYS_ISOTROPIC : KEYS_REPEATS;
+                case_begin("far scan, n %d, recent %d, type %d", lengths[i], recent, type);
+                run_one(config, s, 11 + static_cast<uint64_t>(i));
+                case_end();
+            }
+}
+
+/* Cosines that equal the threshold exactly: not above it, so no look-alikes. */
+static void test_at_threshold()
+{
+    for (int type = RKV_F32; type <= RKV_BF16; type++)
+        for (int threshold = 0; threshold < 2; threshold++) {
+            const shape s = plain_shape(1, 1, 16, 90, static_cast<rkv_dtype>(type));
+            std::vector<float> keys(90 * 16, 0.0f), queries(8 * 16);
+            rng r = rng_seed(61), again = r;
+            trial t;
+            case_begin("cosines 0 and 1, threshold %d, type %d", threshold, type);
+            memset(&t, 0, sizeof t);
+            t.config = rkv_config_default(30);
+            t.config.threshold = static_cast<float>(threshold);
+            for (size_t i = 0; i < 90; i++) keys[i * 16 + i % 4] = 1.0f;
+            for (size_t i = 0; i < queries.size(); i++)
+                queries[i] = static_cast<float>(rng_normal(&r));
+            t.n_jobs = 1;
+            job_make_from(&t.cpu[0], &r, &t.config, &s, keys.data(), queries.data());
+            job_make_from(&t.gpu[0], &again, &t.config, &s, keys.data(), queries.data());
+            run_trial(&t);
+            case_end();
+            free_trial(&t);
+        }
+}
+
+/* Many layers, of many shapes, some with nothing to do: several uploads. And few launches. */
+static void test_many_layers()
+{
+    static const int lengths[] = { 100, 70, 40, 129, 64 };
+    trial t;
+    rng r = rng_seed(5);
+    case_begin("40 layers of mixed shapes");
+    memset(&t, 0, sizeof t);
+    t.config = rkv_config_default(64);
+    for (int l = 0; l < MAX_JOBS; l++) {
+        const rkv_dtype dtype = static_cast<rkv_dtype>(l < 30 ? RKV_BF16 : l % 3);
+        shape s = plain_shape(l < 34 ? 2 : 3, 4, l < 36 ? 64 : 40, lengths[l % 5], dtype);
+        s.keys = l % 7 == 6 ? LAYOUT_PAGED_NHD : LAYOUT_CONTIGUOUS;
+        s.sequence = l / 4;
+        add_job(&t, &r, s, 0, 0);
+    }
+    run_trial(&t);
+    case_end();
+    free_trial(&t);
+#ifdef RKV_CUDA_SHIM
+    case_begin("launches of one call, 28 layers");
+    for (int l = 0; l < 28; l++) add_job(&t, &r, plain_shape(2, 2, 16, 80, RKV_F16), 0, 0);
+    for (int scope = 0; scope < 3; scope++) {
+        t.config.scope = static_cast<rkv_scope>(scope);
+        for (int l = 0; l < t.n_jobs; l++) {
+            job_restore(&t.gpu[l]);
+            if (scope == RKV_PER_SEQUENCE && l > 0)
+                t.gpu[l].layer.kept = t.gpu[l].layer.positions = NULL,
+                t.gpu[l].layer.shared_scores = NULL;
+        }
+        const long before = shim().launches;
+        expect_status("28 layers", call_stage(rkv_compress, &mirrored, &t.config, t.gpu, t.n_jobs),
+                      RKV_OK);
+        expect_true("at most 8", shim().launches - before <= 8);
+    }
+    case_end();
+    free_trial(&t);
+#endif
+}
+
+/* The same bits five times over, in whatever order blocks and threads run. */
+static void test_determinism()
+{
+    for (int type = RKV_F32; type <= RKV_BF16; type++) {
+        rkv_config config = rkv_config_default(100);
+        shape s = plain_shape(2, 4, 64, 600, static_cast<rkv_dtype>(type));
+        rng r = rng_seed(77);
+        job j;
+        std::vector<unsigned char> kept, scores, rows;
+        case_begin("five runs, the same bits, type %d", type);
+        s.kind = KEYS_REPEATS;
+        job_make(&j, &r, &config, &s);
+        for (int run = 0; run < 5; run++) {
+            shim_order_is(run);
+            job_restore(&j);
+            expect_status("run", call_stage(rkv_compress, &mirrored, &config, &j, 1), RKV_OK);
+            if (run == 0) {
+                kept.assign(j.kept.data, j.kept.data + j.kept.bytes);
+                scores.assign(j.scores.data, j.scores.data + j.scores.bytes);
+                rows.assign(j.keys.memory.data, j.keys.memory.data + j.keys.memory.bytes);
+            }
+            expect_bytes("kept", j.kept.data, kept.data(), kept.size());
+            expect_bytes("scores", j.scores.data, scores.data(), scores.size());
+            expect_bytes("keys", j.keys.memory.data, rows.data(), rows.size());
+        }
+        shim_order_is(0);
+        case_end();
+        job_free(&j);
+    }
+}
+
+/* ---- Golden vectors ------------------------------------------------------------------------- */
+/* tests/golden/README.md has the formats. Numbers are taken as this little-endian host has them. */
+struct golden {
+    std::vector<unsigned char> bytes;
+    size_t at;
+    int heads, group, dim, n, budget, window, pool, rounds;
+    rkv_dtype dtype;
+    rkv_config config;
+    template <typename T> std::vector<T> take(size_t count)
+    {
+        std::vector<T> out(count);
+        must("golden file too short", at + count * sizeof(T) <= bytes.size());
+        memcpy(out.data(), bytes.data() + at, count * sizeof(T));
+        at += count * sizeof(T);
+        return out;
+    }
+    std::vector<float> numbers(size_t count)
+    {
+        if (dtype == RKV_F32) return take<float>(count);
+        const std::vector<uint16_t> bits = take<uint16_t>(count);
+        std::vector<float> out(count);
+        for (size_t i = 0; i < count; i++)
+            out[i] = dtype == RKV_F16 ? f16_to_float(bits[i]) : bf16_to_float(bits[i]);
+        return out;
+    }
+    size_t size(int a, int b, int c) const
+    {
+        return static_cast<size_t>(a) * static_cast<size_t>(b) * static_cast<size_t>(c);
+    }
+};
+
+static bool golden_open(golden *g, const char *name)
+{
+    char path[256];
+    snprintf(path, sizeof path, "tests/golden/%s.rkvg", name);
+    FILE *file = fopen(path, "rb");
+    if (!file) return false;
+    int byte;
+    while ((byte = fgetc(file)) != EOF) g->bytes.push_back(static_cast<unsigned char>(byte));
+    fclose(file);
+    g->at = 12;
+    const std::vector<int32_t> head = g->take<int32_t>(9);
+    const std::vector<float> reals = g->take<float>(2);
+    g->heads = head[0], g->group = head[1], g->dim = head[2], g->n = head[3], g->budget = head[4];
+    g->window = head[5], g->pool = head[6], g->dtype = static_cast<rkv_dtype>(head[7]);
+    g->rounds = head[8];
+    g->config = rkv_config_default(g->budget);
+    g->config.window = g->window;
+    g->config.pool = g->pool;
+    g->config.lambda = reals[0];
+    g->config.threshold = reals[1];
+    return true;
+}
+
+/* One round: n rows whose true positions are slot[head][row]; kept holds the expected ones. */
+static void golden_round(const golden &g, const char *name, int n, const std::vector<float> &keys,
+                         const std::vector<float> &queries, const std::vector<float> &score,
+                         const std::vector<int32_t> &kept, const std::vector<int32_t> &slot)
+{
+    const shape s = plain_shape(g.heads, g.group, g.dim, n, g.dtype);
+    const int candidates = n - g.window;
+    double largest = 0;
+    rng r = rng_seed(1);
+    job j;
+    job_make_from(&j, &r, &g.config, &s, keys.data(), queries.data());
+    if (expect_status(name, call_stage(rkv_compress, &mirrored, &g.config, &j, 1), RKV_OK)) {
+        for (size_t i = 0; i < score.size(); i++)
+            largest = fmax(largest, fabs(static_cast<double>(score[i])));
+        /* offset_logits: logits near 93, so the importance may differ by 1e-4 */
+        const double tolerance = (strstr(name, "offset") ? 1e-4 : 1e-5) * largest;
+        for (int i = 0; i < g.heads * candidates; i++)
+            if (!expect_near("score", i, static_cast<double>(job_scores(&j)[i]),
+                             static_cast<double>(score[static_cast<size_t>(i)]), tolerance))
+                break;
+        for (int h = 0; h < g.heads && !strstr(name, "tie"); h++) {
+            std::vector<char> wanted(static_cast<size_t>(100000), 0);
+            for (int k = 0; k < g.budget; k++)
+                wanted[static_cast<size_t>(kept[static_cast<size_t>(h * g.budget + k)])] = 1;
+            for (int k = 0; k < g.budget; k++) {
+                const int row = job_kept(&j)[h * g.budget + k];
+                if (!expect_true(
+                        "kept",
+                        wanted[static_cast<size_t>(slot[static_cast<size_t>(h * n + row)])]))
+                    break;
+            }
+        }
+    }
+    job_free(&j);
+}
+
+static void golden_single(golden *g, const char *name)
+{
+    const size_t candidates = g->size(g->heads, g->n - g->window, 1);
+    const std::vector<float> queries = g->numbers(g->size(g->heads * g->group, g->window, g->dim));
+    const std::vector<float> keys = g->numbers(g->size(g->heads, g->n, g->dim));
+    g->take<float>(candidates + g->size(g->heads, g->n, 1)); /* importance, redundancy */
+    const std::vector<float> score = g->take<float>(candidates);
+    const std::vector<int32_t> kept = g->take<int32_t>(g->size(g->heads, g->budget, 1));
+    std::vector<int32_t> slot(g->size(g->heads, g->n, 1));
+    for (size_t i = 0; i < slot.size(); i++) slot[i] = static_cast<int32_t>(i) % g->n;
+    golden_round(*g, name, g->n, keys, queries, score, kept, slot);
+}
+
+/* Each round is fed from the file: the rows that the round before kept, in either order, then the
+ * new ones. */
+static void golden_multi(golden *g, const char *name)
+{
+    std::vector<float> all[64]; /* per head, every key so far */
+    std::vector<int32_t> before[2];
+    int total = 0;
+    must("heads of a golden file", g->heads <= 64);
+    for (int round = 0; round < g->rounds; round++) {
+        const int appended = g->take<int32_t>(1)[0],
+                  n = round == 0 ? appended : g->budget + appended;
+        const std::vector<float> queries =
+            g->numbers(g->size(g->heads * g->group, g->window, g->dim));
+        const std::vector<float> fresh = g->numbers(g->size(g->heads, appended, g->dim));
+        std::vector<int32_t> kept[2];
+        std::vector<float> score[2];
+        const size_t per_head = g->size(appended, g->dim, 1), dim = static_cast<size_t>(g->dim);
+        for (int i = 0; i < 2; i++) kept[i] = g->take<int32_t>(g->size(g->heads, g->budget, 1));
+        for (int i = 0; i < 2; i++) score[i] = g->take<float>(g->size(g->heads, n - g->window, 1));
+        g->take<float>(g->size(g->heads, 2, 1));
+        for (int h = 0; h < g->heads; h++)
+            all[h].insert(
+                all[h].end(), fresh.begin() + static_cast<long>(static_cast<size_t>(h) * per_head),
+                fresh.begin() + static_cast<long>((static_cast<size_t>(h) + 1) * per_head));
+        for (int i = 0; i < 2; i++) {
+            std::vector<int32_t> slot;
+            std::vector<float> keys;
+            for (int h = 0; h < g->heads; h++) {
+                for (int k = 0; k < n - appended; k++)
+                    slot.push_back(before[i][static_cast<size_t>(h * g->budget + k)]);
+                for (int k = 0; k < appended; k++) slot.push_back(total + k);
+            }
+            for (size_t k = 0; k < slot.size(); k++) {
+                const std::vector<float> &from = all[k / static_cast<size_t>(n)];
+                const size_t row = static_cast<size_t>(slot[k]) * dim;
+                keys.insert(keys.end(), from.begin() + static_cast<long>(row),
+                            from.begin() + static_cast<long>(row + dim));
+            }
+            golden_round(*g, name, n, keys, queries, score[i], kept[i], slot);
+            before[i] = kept[i];
+        }
+        total += appended;
+    }
+}
+
+static void test_golden()
+{
+    static const char *const names[] = { "iso_mha_d64",
+                                         "iso_gqa_d20",
+                                         "iso_gqa7_d96_bf16",
+                                         "aniso_weak",
+                                         "aniso_half",
+                                         "aniso_most_bf16",
+                                         "aniso_all_f16",
+                                         "aniso_mixed_heads_f16",
+                                         "aniso_lambda0",
+                                         "lambda1_pool1",
+                                         "lambda1_pool7",
+                                         "repeats_gqa_d64",
+                                         "repeats_gqa7_d128_bf16",
+                                         "repeats_lambda0_pool5",
+                                         "repeats_mqa_d128_f16",
+                                         "exactdup_gqa_d64_f16",
+                                         "rope_gqa_d64",
+                                         "rope_gqa7_d128_f16",
+                                         "rope_mha_d80_w16_f16",
+                                         "rope_mqa_d96_bf16",
+                                         "tie_identical_keys",
+                                         "zero_key",
+                                         "budget_n_minus_1",
+                                         "small_n40_w16",
+                                         "outlier_channel_f16",
+                                         "aniso_threshold07_f16",
+                                         "offset_logits",
+                                         "multi_aniso_gqa_f16",
+                                         "multi_repeats_mha_f16",
+                                         "multi_rope_gqa7_bf16",
+                                         "multi_repeats_mqa_f32" };
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        golden g;
+        case_begin("golden %s", names[i]);
+        if (!expect_true("tests/golden has it (run from the top folder)",
+                         golden_open(&g, names[i]))) {
+            case_end();
+            continue;
+        }
+        if (g.bytes[7] == '1')
+            golden_single(&g, names[i]);
+        else
+            golden_multi(&g, names[i]);
+        expect_true("the whole file was read", g.at <= g.bytes.size());
+        case_end();
+    }
+}
+
+/* ---- Errors --------------------------------------------------------------------------------- */
+/* The CPU and the device refuse the same job with the same fault and leave everything as it was. */
+static void expect_refused(const rkv_config &given, job *jobs, int n_jobs, stage_function call,
+                           rkv_status want)
+{
+    rkv_config config = given;
+    rkv_fault fault[2];
+    for (int device = 0; device < 2; device++) {
+        memset(&fault[device], 0, sizeof fault[device]);
+        config.fault = &fault[device];
+        for (int i = 0; i < n_jobs; i++) block_remember(&jobs[i].kept);
+        expect_status(
+            device ? "CUDA" : "CPU",
+            call_stage(call, device ? &mirrored : rkv_backend_find(NULL), &config, jobs, n_jobs),
+            want);
+        for (int i = 0; i < n_jobs; i++) job_unchanged(device ? "CUDA" : "CPU", &jobs[i]);
+    }
+    if (want != RKV_ERROR_NONFINITE || call != rkv_compress) return;
+    expect_int("fault.status", 0, fault[1].status, fault[0].status);
+    expect_int("fault.layer", 0, fault[1].layer, fault[0].layer);
+    expect_int("fault.head", 0, fault[1].head, fault[0].head);
+    expect_int("fault.token", 0, fault[1].token, fault[0].token);
+    expect_int("fault.query", 0, fault[1].query, fault[0].query);
+}
+
+static void test_faults()
+{
+    static const struct {
+        const char *name;
+        int layer, query, head, token;
+        float value;
+    } cases[] = {
+        { "NaN in a key", 1, 0, 1, 70, NAN },  { "infinity in a key", 0, 0, 0, 0, INFINITY },
+        { "a huge key", 2, 0, 1, 99, 3e18f },  { "NaN in the window", 0, 0, 1, 97, NAN },
+        { "NaN in a query", 1, 1, 5, 3, NAN }, { "infinity in a query", 2, 1, 7, 7, -INFINITY },
+    };
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        rkv_config config = rkv_config_default(50);
+        job jobs[3];
+        rng r = rng_seed(c);
+        case_begin("%s", cases[c].name);
+        for (int i = 0; i < 3; i++) {
+            const shape s =
+                plain_shape(2, 4, 32, 100, static_cast<rkv_dtype>(c % 2 ? RKV_F16 : RKV_F32));
+            job_make(&jobs[i], &r, &config, &s);
+        }
+        job *bad = &jobs[cases[c].layer];
+        view *where = cases[c].query ? &bad->queries : &bad->keys;
+        float value = cases[c].value;
+        if (bad->shape.dtype != RKV_F32 && value > 1e6f) value = NAN; /* f16 has no huge keys */
+        view_store_one(where, cases[c].head, cases[c].token, 5, value);
+        view_store_one(where, cases[c].head, cases[c].token, 6, value);
+        block_remember(&where->memory);
+        shim_order_is(static_cast<int>(c));
+        expect_refused(config, jobs, 3, rkv_compress, RKV_ERROR_NONFINITE);
+        shim_order_is(0);
+        case_end();
+        for (int i = 0; i < 3; i++) job_free(&jobs[i]);
+    }
+}
+
+/* A fault of rkv_score stops rkv_select and rkv_compact that were queued behind it. */
+static void test_queued_stages()
+{
+    rkv_config config = rkv_config_default(50);
+    rkv_fault fault;
+    job j;
+    rng r = rng_seed(3);
+    const shape s = plain_shape(2, 4, 32, 100, RKV_F32);
+    case_begin("stages queued behind a fault");
+    memset(&fault, 0, sizeof fault);
+    config.fault = &fault;
+    job_make(&j, &r, &config, &s);
+    view_store_one(&j.keys, 1, 3, 0, NAN);
+    block_remember(&j.keys.memory);
+    stage_function stages[] = { rkv_score, rkv_select, rkv_compact };
+    for (int i = 0; i < 3; i++) {
+        j.layer.n_kept = i == 2 ? 50 : 0;
+        j.remembered = j.layer;
+        expect_status("stage", call_stage(stages[i], &mirrored, &config, &j, 1),
+                      RKV_ERROR_NONFINITE);
+        job_unchanged("stage", &j);
+        expect_int("the fault stays", i, fault.token, 3);
+    }
+    case_end();
+    job_free(&j);
+}
+
+static void test_bad_lists()
+{
+    static const struct {
+        const char *name;
+        int at, value;
+        rkv_order order;
+    } cases[] = {
+        { "a kept row twice", 20, 19, RKV_BY_POSITION },
+        { "a kept row out of range", 49, 100, RKV_BY_POSITION },
+        { "a negative kept row", 30, -1, RKV_BY_POSITION },
+        { "a pinned row elsewhere", 1, 2, RKV_BY_POSITION },
+        { "descending rows", 30, 90, RKV_BY_POSITION },
+        { "a row twice, by score", 20, 40, RKV_BY_SCORE },
+        { "out of range, by score", 20, 1 << 20, RKV_BY_SCORE },
+    };
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        rkv_config config = rkv_config_default(50);
+        job j;
+        rng r = rng_seed(c);
+        const shape s = plain_shape(2, 1, 32, 100, RKV_BF16);
+        case_begin("%s", cases[c].name);
+        config.pinned = 3;
+        config.order = cases[c].order;
+        job_make(&j, &r, &config, &s);
+        int32_t *kept = reinterpret_cast<int32_t *>(j.kept.data);
+        for (int i = 0; i < 100; i++) kept[i] = i % 50;
+        kept[50 + cases[c].at] = cases[c].value;
+        j.layer.n_kept = 50;
+        j.remembered = j.layer;
+        expect_refused(config, &j, 1, rkv_compact, RKV_ERROR_ARGUMENT);
+        case_end();
+        job_free(&j);
+    }
+}
+
+static void test_bad_tables()
+{
+    for (int c = 0; c < 6; c++) {
+        rkv_config config = rkv_config_default(50);
+        job j;
+        rng r = rng_seed(static_cast<uint64_t>(c));
+        shape s = plain_shape(2, 1, 32, 100, RKV_F16);
+        view *const views[] = { &j.keys, &j.values, &j.queries }, *bad = views[c / 2];
+        s.keys = s.values = c < 2 ? LAYOUT_PAGED_NHD : LAYOUT_ROW_LIST;
+        s.queries = LAYOUT_ROW_LIST;
+        case_begin("table %d with %s, %s", c / 2, c % 2 ? "a negative entry" : "an entry twice",
+                   layout_name(s.keys));
+        job_make(&j, &r, &config, &s);
+        int32_t *table = reinterpret_cast<int32_t *>(bad->table.data);
+        table[3] = c % 2 ? -5 : table[1];
+        block_remember(&bad->table);
+        expect_refused(config, &j, 1, rkv_compress, RKV_ERROR_ARGUMENT);
+        case_end();
+        job_free(&j);
+    }
+}
+
+static void test_refusals()
+{
+    rkv_config config = rkv_config_default(50);
+    rng r = rng_seed(9);
+    shape s = plain_shape(2, 2, 32, 100, RKV_F16);
+    size_t bytes = 0, more = 0;
+    rkv_backend table;
+    job j;
+    case_begin("refusals");
+    job_make(&j, &r, &config, &s);
+    expect_status("size", rkv_workspace_size(cuda(), &config, &j.layer, 1, &bytes), RKV_OK);
+    expect_status("too small",
+                  call_with(rkv_compress, &mirrored, &config, &j, 1, &table, bytes - 1),
+                  RKV_ERROR_WORKSPACE);
+    expect_status("none", rkv_compress(cuda(), &config, &j.layer, 1, NULL, bytes),
+                  RKV_ERROR_WORKSPACE);
+    j.layer.queries.dtype = RKV_BF16;
+    expect_status("mixed types", call_stage(rkv_compress, &mirrored, &config, &j, 1),
+                  RKV_ERROR_UNSUPPORTED);
+    j.layer.queries.dtype = RKV_F16;
+    reinterpret_cast<float *>(j.scores.data)[92 + 5] = NAN;
+    block_remember(&j.scores);
+    expect_refused(config, &j, 1, rkv_select, RKV_ERROR_NONFINITE);
+    job_free(&j);
+    s.misalign = 1;
+    job_make(&j, &r, &config, &s);
+    expect_status("odd address", call_stage(rkv_compress, &mirrored, &config, &j, 1),
+                  RKV_ERROR_UNSUPPORTED);
+    job_unchanged("odd address", &j);
+    job_free(&j);
+    expect_status("no table", rkv_cuda_backend(NULL, NULL), RKV_ERROR_ARGUMENT);
+    expect_status("a table of one's own", rkv_cuda_backend(&table, &s), RKV_OK);
+    expect_true("its stream", table.context == &s);
+    for (int n = 60; n < 200; n += 20) { /* never shrinks */
+        rkv_layer layer = RKV_INIT;
+        layer.keys = rkv_tensor_make(&bytes, RKV_F16, 2, n, 32);
+        layer.queries = rkv_tensor_make(&bytes, RKV_F16, 4, 8, 32);
+        layer.n_tokens = n;
+        expect_status("size", rkv_workspace_size(cuda(), &config, &layer, 1, &bytes), RKV_OK);
+        expect_true("grows", bytes >= more);
+        more = bytes;
+    }
+    expect_status("no layers", rkv_compress(cuda(), &config, NULL, 0, NULL, 0),
+                  RKV_ERROR_WORKSPACE);
+    case_end();
+}
+
+/* ---- The managed cache on device memory ------------------------------------------------------ */
+struct cache_pair {
+    rkv_cache *cpu, *gpu;
+};
+enum { CACHE_HEADS = 2, CACHE_GROUP = 2, CACHE_DIM = 32, CACHE_LAYERS = 2 };
+
+static void append_both(cache_pair pair, rng *r, int layer, int n)
+{
+    const size_t rows = static_cast<size_t>(n) * CACHE_DIM;
+    std::vector<float> data[3];
+    rkv_tensor host[3], device[3];
+    mirror m;
+    for (int i = 0; i < 3; i++) {
+        const int heads = i == 2 ? CACHE_HEADS * CACHE_GROUP : CACHE_HEADS;
+        data[i].resize(static_cast<size_t>(heads) * rows);
+        for (size_t k = 0; k < data[i].size(); k++) data[i][k] = static_cast<float>(rng_normal(r));
+        host[i] = rkv_tensor_make(data[i].data(), RKV_F32, heads, n, CACHE_DIM);
+        device[i] = mirror_tensor(&m, host[i], n, false);
+    }
+    expect_status("append", rkv_cache_append(pair.cpu, layer, n, &host[0], &host[1], &host[2]),
+                  RKV_OK);
+    expect_status("append on the device",
+                  rkv_cache_append(pair.gpu, layer, n, &device[0], &device[1], &device[2]), RKV_OK);
+    expect_status("synchronize", cuda()->synchronize(cuda()), RKV_OK);
+}
+
+static void compare_caches(cache_pair pair)
+{
+    for (int layer = 0; layer < CACHE_LAYERS; layer++) {
+        const int rows = rkv_cache_rows(pair.cpu, layer);
+        if (!expect_int("rows", layer, rkv_cache_rows(pair.gpu, layer), rows)) return;
+        for (int h = 0; h < CACHE_HEADS; h++) {
+            const size_t n = static_cast<size_t>(rows), row_bytes = CACHE_DIM * sizeof(float);
+            std::vector<int32_t> positions(n);
+            std::vector<float> values(n * CACHE_DIM);
+            to_host(positions.data(), rkv_cache_positions(pair.gpu, layer, h), n * 4);
+            expect_bytes("positions", positions.data(), rkv_cache_positions(pair.cpu, layer, h),
+                         n * 4);
+            const rkv_tensor a = rkv_cache_values(pair.cpu, layer),
+                             b = rkv_cache_values(pair.gpu, layer);
+            const size_t stride =
+                static_cast<size_t>(a.head_stride) * sizeof(float) * static_cast<size_t>(h);
+            to_host(values.data(), static_cast<char *>(b.data) + stride, n * row_bytes);
+            expect_bytes("values", values.data(), static_cast<char *>(a.data) + stride,
+                         n * row_bytes);
+        }
+    }
+}
+
+static void test_cache()
+{
+    for (int scope = RKV_PER_HEAD; scope <= RKV_PER_SEQUENCE; scope++) {
+        cache_pair pair = { NULL, NULL };
+        rkv_cache_config config;
+        rng r = rng_seed(21);
+        int rounds = 0;
+        memset(&config, 0, sizeof config);
+        config.compress = rkv_config_default(40);
+        config.compress.scope = static_cast<rkv_scope>(scope);
+        config.n_layers = CACHE_LAYERS;
+        config.kv_heads = CACHE_HEADS;
+        config.query_heads = CACHE_HEADS * CACHE_GROUP;
+        config.head_dim = CACHE_DIM;
+        config.buffer = 24;
+        config.capacity = 100;
+        case_begin("managed cache on the device, scope %d", scope);
+        expect_status("create", rkv_cache_create(&pair.cpu, &config), RKV_OK);
+        config.backend = cuda();
+        if (expect_status("create on the device", rkv_cache_create(&pair.gpu, &config), RKV_OK)) {
+            for (int step = 0; step < 60; step++) {
+                int evicted[2] = { 0, 0 };
+                const int n = step == 0 ? 90 : 1;
+                for (int layer = 0; layer < CACHE_LAYERS; layer++) append_both(pair, &r, layer, n);
+                expect_status("step", rkv_cache_step(pair.cpu, &evicted[0]), RKV_OK);
+                expect_status("step on the device", rkv_cache_step(pair.gpu, &evicted[1]), RKV_OK);
+                expect_int("evicted", step, evicted[1], evicted[0]);
+                rounds += evicted[0] > 0;
+                if (evicted[0] > 0 || step == 0) compare_caches(pair);
+            }
+            expect_true("several rounds", rounds >= 2);
+        }
+        case_end();
+        rkv_cache_destroy(pair.cpu);
+        rkv_cache_destroy(pair.gpu);
+    }
+}
+
+/* ---- Graphs and streams --------------------------------------------------------------------- */
+/* A call captured in a graph; each replay works on what the buffers then hold. */
+static void test_graph()
+{
+    rkv_config config = rkv_config_default(256);
+    const shape s = plain_shape(2, 4, 128, on_gpu ? 1152 : 300, RKV_BF16);
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    rkv_backend backend;
+    mirror m, work; /* a replay refills m, not the workspace */
+    job j;
+    size_t bytes = 0;
+    rng r = rng_seed(31);
+    case_begin("a captured graph, replayed on new data");
+    must("a stream", cudaStreamCreate(&stream) == cudaSuccess);
+    must("a table", rkv_cuda_backend(&backend, stream) == RKV_OK);
+    job_make(&j, &r, &config, &s);
+    rkv_layer layer = mirror_layer(&m, &config, j.layer, true);
+    expect_status("size", rkv_workspace_size(&backend, &config, &layer, 1, &bytes), RKV_OK);
+    char *workspace = work.reserve(static_cast<char *>(NULL), bytes, false);
+    must("capture", cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
+    expect_status("captured", rkv_compress(&backend, &config, &layer, 1, workspace, bytes), RKV_OK);
+    must("end of capture", cudaStreamEndCapture(stream, &graph) == cudaSuccess);
+    must("instance", cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess);
+    job_free(&j);
+    for (int replay = 0; replay < 4; replay++) {
+        trial t;
+        memset(&t, 0, sizeof t);
+        t.config = config;
+        add_job(&t, &r, s, 0, 0);
+        job *gpu = &t.gpu[0], *cpu = &t.cpu[0];
+        mirror fresh;
+        mirror_layer(&fresh, &config, gpu->layer, true);
+        for (size_t i = 0; i < m.pieces.size(); i++) {
+            m.pieces[i].host = fresh.pieces[i].host;
+            to_device(m.pieces[i].device, m.pieces[i].host, m.pieces[i].bytes);
+        }
+        must("replay", cudaGraphLaunch(exec, stream) == cudaSuccess &&
+                           cudaStreamSynchronize(stream) == cudaSuccess);
+        m.copy_back();
+        gpu->layer.n_tokens = gpu->layer.n_kept = config.budget;
+        gpu->layer.n_evicted = s.n_tokens - config.budget;
+        expect_status("CPU", call_stage(rkv_compress, rkv_backend_find(NULL), &config, cpu, 1),
+                      RKV_OK);
+        judge(t);
+        free_trial(&t);
+    }
+    case_end();
+    (void)cudaGraphExecDestroy(exec);
+    (void)cudaGraphDestroy(graph);
+    (void)cudaStreamDestroy(stream);
+}
+
+static void test_two_streams()
+{
+    enum { STREAMS = 2 };
+    rkv_config config = rkv_config_default(256);
+    const shape s = plain_shape(2, 4, 128, on_gpu ? 1152 : 300, RKV_F16);
+    rng r = rng_seed(41);
+    trial t;
+    cudaStream_t stream[STREAMS];
+    rkv_backend backend[STREAMS];
+    rkv_layer layer[STREAMS];
+    mirror m[STREAMS];
+    case_begin("two streams at a time");
+    memset(&t, 0, sizeof t);
+    t.config = config;
+    for (int i = 0; i < STREAMS; i++) {
+        size_t bytes = 0;
+        must("a stream", cudaStreamCreate(&stream[i]) == cudaSuccess);
+        must("a table", rkv_cuda_backend(&backend[i], stream[i]) == RKV_OK);
+        add_job(&t, &r, s, 0, 0);
+        layer[i] = mirror_layer(&m[i], &config, t.gpu[i].layer, true);
+        expect_status("size", rkv_workspace_size(&backend[i], &config, &layer[i], 1, &bytes),
+                      RKV_OK);
+        char *workspace = m[i].reserve(static_cast<char *>(NULL), bytes, false);
+        expect_status("call", rkv_compress(&backend[i], &config, &layer[i], 1, workspace, bytes),
+                      RKV_OK);
+    }
+    for (int i = 0; i < STREAMS; i++) {
+        must("the stream", cudaStreamSynchronize(stream[i]) == cudaSuccess);
+        m[i].copy_back();
+        t.gpu[i].layer.n_tokens = t.gpu[i].layer.n_kept = layer[i].n_kept;
+        t.gpu[i].layer.n_evicted = layer[i].n_evicted;
+        (void)cudaStreamDestroy(stream[i]);
+    }
+    expect_status("CPU", call_stage(rkv_compress, rkv_backend_find(NULL), &config, t.cpu, STREAMS),
+                  RKV_OK);
+    judge(t);
+    case_end();
+    free_trial(&t);
+}
+
+/* ---- What only a GPU can show --------------------------------------------------------------- */
+#ifdef RKV_CUDA_SHIM
+static void test_on_gpu()
+{
+    skip("graphs and streams of a real device: needs a GPU");
+    skip("tensor cores, warps and blocks that run at the same time: needs a GPU");
+    skip("16k tokens and more: needs a GPU");
+    skip("compute-sanitizer memcheck, racecheck, initcheck: needs a GPU");
+}
+#else
+static void test_on_gpu()
+{
+    static const int lengths[] = { 1152, 4224, 16807 };
+    for (int i = 0; i < 3; i++)
+        for (int type = RKV_F32; type <= RKV_BF16; type++)
+            for (int kind = 0; kind < 2; kind++) {
+                shape s = plain_shape(2, 4, 128, lengths[i], static_cast<rkv_dtype>(type));
+                s.kind = kind ? KEYS_REPEATS : KEYS_SHARED;
+                case_begin("n %d, type %d, %s keys", lengths[i], type, key_kind_name(s.kind));
+                run_one(rkv_config_default(lengths[i] / 2), s, 51 + static_cast<uint64_t>(i));
+                case_end();
+            }
+}
+#endif
+
+static void test_chosen()
+{
+    test_golden();
+    test_far_scan();
+    test_at_threshold();
+    test_many_layers();
+    test_determinism();
+    test_faults();
+    test_queued_stages();
+    test_bad_lists();
+    test_bad_tables();
+    test_refusals();
+    test_cache();
+    test_graph();
+    test_two_streams();
+    test_on_gpu();
+}
+
+int main(int argc, char **argv)
+{
+    const char *wanted = getenv("RKV_TEST_CASES");
+    const uint64_t first = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
+    const uint64_t count = argc > 2 ? strtoull(argv[2], NULL, 10)
+                           : wanted ? strtoull(wanted, NULL, 10)
+                                    : default_cases;
+    if (rkv_cuda_register(NULL) != RKV_OK) {
+        skip("rkv_cuda.cu on a GPU: no CUDA device");
+        return close_tests();
+    }
+    if (argc <= 1) test_chosen();
+    for (uint64_t seed = first; seed < first + count; seed++) test_generated(seed);
+    printf("scores differ from the CPU's by at most %.1e of the largest; %ld kept sets equal, %ld "
+           "but for near ties\n",
+           worst_score, sets_equal, sets_differ_in_ties);
+    return close_tests();
+}
