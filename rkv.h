@@ -928,7 +928,7 @@ static void rkvi_query_tile_scalar(const rkvi_query_tile *tile)
 }
 
 /* The rows of a tile from `first` on, for the paths that take them in several goes. */
-static rkvi_query_tile rkvi_query_rows_from(const rkvi_query_tile *tile, int first)
+RKVI_INLINE rkvi_query_tile rkvi_query_rows_from(const rkvi_query_tile *tile, int first)
 {
     rkvi_query_tile rest = *tile;
     rest.rows += (size_t)first * tile->stride;

@@ -433,7 +433,7 @@ int main(int argc, char **argv)
         "# %d kv heads, %d query heads, head dim %d, window 8; 1 thread unless said otherwise\n"
         "# us: least of the runs that fit in %.2g s, over copies of the layer of 64 MiB in all\n"
         "# roof: per stage the larger of flops / peak and bytes / bandwidth, added up;\n"
-        "#   score    (2 window group (n - window) + 6 n + 2 pairs) d flops a head; keys read once\n"
+        "#   score    (2 window group (n - window) + 6 n + 2 pairs) d flops, keys read once\n"
         "#            pairs: those that a scan from the newest key back to the first look-alike\n"
         "#            of each key meets, each once\n"
         "#   compact  rows that move, K and V, read and written\n"

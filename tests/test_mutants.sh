@@ -97,7 +97,7 @@ fault avx2-reduction avx2 \
 fault avx2-unfused avx2 \
     '/^RKVI_TARGET_AVX2 static void rkvi_sum_squares_avx2/,/^}/s/_mm256_fmadd_ps(a_x8, a_x8, low_x8)/_mm256_add_ps(_mm256_mul_ps(a_x8, a_x8), low_x8)/'
 fault avx2-exp avx2 '/rkvi_exp_avx2(__m256 x_x8)/,/^}/s/RKVI_EXP_C4/RKVI_EXP_C5/'
-fault avx2-rows avx2 '/^static rkvi_query_tile rkvi_query_rows_from/,/^}/s/rest.rows += .*//'
+fault avx2-rows avx2 '/^RKVI_INLINE rkvi_query_tile rkvi_query_rows_from/,/^}/s/rest.rows += .*//'
 fault avx512-reduction avx512 '/rkvi_reduce_four_avx512/,/^}/s/sum, sum, 0xb1/sum, sum, 0x4e/'
 fault avx512-columns avx512 \
     '/^RKVI_TARGET_AVX512 static void rkvi_add_rows_avx512/,/^}/s/i < n; i += 16/i + 16 < n; i += 16/'
