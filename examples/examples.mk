@@ -1,0 +1,38 @@
+# The end-to-end example: a small model that reasons, its trainer, and the study of cache policies.
+# Included by the Makefile. The arithmetic alone is built for this very machine.
+
+MODEL     ?= examples/models/ponder.gguf
+EVAL      ?=
+TRAIN     ?=
+NATIVE    := $(if $(RUNNER),,$(shell \
+              $(CC) -march=native -E -x c /dev/null >/dev/null 2>&1 && echo -march=native))
+
+ENGINE    = $(patsubst %,$(BUILD)/obj/examples/%.o, \
+              study solve own_cache policy model gguf task kernels seconds rkv_impl)
+
+$(BUILD)/obj/examples/kernels.o: C_FLAGS += -O3 $(NATIVE)
+
+$(BUILD)/demo: $(patsubst %,$(BUILD)/obj/examples/%.o,demo page plot managed_cache) $(ENGINE)
+	$(link)
+
+$(BUILD)/eval: $(patsubst %,$(BUILD)/obj/examples/%.o,eval plot) $(ENGINE)
+	$(link)
+
+$(BUILD)/train: $(patsubst %,$(BUILD)/obj/examples/%.o,train backprop kernels task gguf seconds)
+	$(link)
+
+.PHONY: demo eval train
+demo: $(BUILD)/demo
+	$< --model $(MODEL) --html $(BUILD)/demo.html $(DEMO)
+
+# Resumable; `make eval EVAL='--quick'` for a short one.
+eval: $(BUILD)/eval
+	$< --model $(MODEL) --csv bench/results/eval.csv --svg bench/results/eval.svg $(EVAL)
+
+# Resumable: the same command goes on where it was stopped.
+train: $(BUILD)/train
+	$< --task ponder --seed 1 --out $(MODEL) $(TRAIN)
+
+# The engine's test needs the engine; the library's code comes with every test.
+$(BUILD)/tests/test_engine: $(patsubst %,$(BUILD)/obj/examples/%.o, \
+    managed_cache own_cache policy model gguf kernels seconds)

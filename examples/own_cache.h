@@ -1,0 +1,50 @@
+/* own_cache.h - a cache such as an engine has already, [token][head][dim] per layer, kept at a
+ * fixed size by rkv_compress on the engine's own buffers, with its own positions.
+ */
+#ifndef OWN_CACHE_H
+#define OWN_CACHE_H
+
+#include "policy.h"
+#include "prng.h"
+#include "shape.h"
+
+typedef struct own_cache {
+    model_shape shape;
+    policy policy;
+    const rkv_backend *backend; /* looked up once, at the start */
+    int capacity;         /* rows per layer                                                     */
+    int n_rows;           /* in use: the physical length                                        */
+    int position;         /* of the next token: the logical length                              */
+    int window;           /* rows of `queries`, a ring                                          */
+    float *keys, *values; /* [layers][capacity][kv heads][head_dim]                       */
+    float *queries;       /* [layers][window][heads][head_dim]                            */
+    int32_t *positions;   /* [layers][kv heads][capacity]; of a set that several heads
+                                  share: in the first of them                              */
+    float *sums, *scores; /* [layers][kv heads][capacity]: POLICY_SUMS and POLICY_RANDOM  */
+    int32_t *kept;        /* [layers][kv heads][budget]                                   */
+    float *weights;       /* [capacity]                                                   */
+    rkv_layer *layers;
+    void *workspace;
+    size_t workspace_bytes;
+    prng random;
+    double seconds; /* spent in compression so far                                  */
+    int n_rounds, peak_rows;
+} own_cache;
+
+/* max_tokens: longest sequence with POLICY_FULL, longest prompt otherwise. NULL when out of
+ * memory or when the policy's config is not valid; *why then tells which. */
+own_cache *own_cache_create(const model_shape *s, const policy *p, int max_tokens,
+                            const char **why);
+void own_cache_destroy(own_cache *c);
+void own_cache_reset(own_cache *c, uint64_t seed);
+
+/* Stores one layer's share of a new token and attends. `ahead` counts the new tokens before it,
+ * 0 in decoding. own_cache_advance, behind the last layer, makes n new tokens part of the cache
+ * and compresses when the buffer is full. */
+void own_cache_attend(own_cache *c, int layer, int ahead, const float *q, const float *k,
+                      const float *v, float *out);
+rkv_status own_cache_advance(own_cache *c, int n);
+
+size_t own_cache_bytes(const own_cache *c, int n_rows); /* keys and values of that many rows */
+
+#endif

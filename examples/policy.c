@@ -1,0 +1,67 @@
+/* policy.c - see policy.h. Build: part of `make demo` and `make eval`. */
+#include "policy.h"
+
+#include <string.h>
+
+static rkv_config unpooled(int budget)
+{
+    rkv_config c = rkv_config_default(budget);
+    c.pool = 1;
+    return c;
+}
+
+static rkv_config paper_unpooled(int budget)
+{
+    rkv_config c = rkv_config_paper(budget);
+    c.pool = 1;
+    return c;
+}
+
+/* Half of the budget for the tokens most attended to so far, half for the newest, as in H2O. */
+static rkv_config half_recent(int budget)
+{
+    rkv_config c = rkv_config_h2o(budget);
+    c.window = budget / 2 > 0 ? budget / 2 : 1;
+    return c;
+}
+
+static const struct {
+    const char *name, *about;
+    policy_kind kind;
+    rkv_config (*config)(int budget);
+} policies[] = {
+    { "full", "every token is kept", POLICY_FULL, rkv_config_default },
+    { "rkv", "R-KV without pooling", POLICY_CONFIG, unpooled },
+    { "rkv-pool7", "R-KV, rkv_config_default: as published", POLICY_CONFIG, rkv_config_default },
+    { "rkv-paper", "R-KV, rkv_config_paper", POLICY_CONFIG, rkv_config_paper },
+    { "rkv-paper-pool1", "R-KV, rkv_config_paper, without pooling", POLICY_CONFIG, paper_unpooled },
+    { "snapkv", "SnapKV, rkv_config_snapkv", POLICY_CONFIG, rkv_config_snapkv },
+    { "h2o", "H2O: summed attention, half of the budget for the newest", POLICY_SUMS, half_recent },
+    { "h2o-last", "rkv_config_h2o: attention of the newest token", POLICY_CONFIG, rkv_config_h2o },
+    { "streaming", "StreamingLLM, rkv_config_streaming", POLICY_CONFIG, rkv_config_streaming },
+    { "random", "random tokens and the window", POLICY_RANDOM, rkv_config_default },
+};
+enum { N_POLICIES = sizeof policies / sizeof *policies };
+
+int policy_make(policy *out, const char *name, int budget, int buffer)
+{
+    for (int i = 0; i < N_POLICIES; i++)
+        if (strcmp(policies[i].name, name) == 0) {
+            out->name = policies[i].name;
+            out->kind = policies[i].kind;
+            out->config = policies[i].config(budget);
+            out->buffer = buffer;
+            return 1;
+        }
+    return 0;
+}
+
+const char *policy_name(int i)
+{
+    return i < N_POLICIES ? policies[i].name : NULL;
+}
+
+const char *policy_about(int i)
+{
+    return i < N_POLICIES ? policies[i].about : NULL;
+}

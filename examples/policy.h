@@ -1,0 +1,26 @@
+/* policy.h - the cache policies that the demo and the study compare, by name. */
+#ifndef POLICY_H
+#define POLICY_H
+
+#include "rkv.h"
+
+typedef enum policy_kind {
+    POLICY_FULL,   /* keeps everything                                                         */
+    POLICY_CONFIG, /* whatever the config says, by rkv_compress                                */
+    POLICY_SUMS,   /* scores are attention summed since each token came, by rkv_select: H2O    */
+    POLICY_RANDOM  /* scores are random numbers, by rkv_select                                 */
+} policy_kind;
+
+typedef struct policy {
+    const char *name;
+    policy_kind kind;
+    rkv_config config;
+    int buffer; /* tokens between two compressions */
+} policy;
+
+/* 1 = done, 0 = no policy of that name. */
+int policy_make(policy *out, const char *name, int budget, int buffer);
+const char *policy_name(int i); /* the i-th name, NULL behind the last */
+const char *policy_about(int i);
+
+#endif
