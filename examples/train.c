@@ -317,8 +317,8 @@ static void fill_ones(float *x, int n)
     for (int i = 0; i < n; i++) x[i] = 1.0f;
 }
 
-/* The query heads of the first layer start out looking 1, 2, 3, .. tokens back. Which word came just
- * before is what copying and looking up are built from, and finding that out from nothing takes
+/* The query heads of the first layer start out looking 1, 2, 3, .. tokens back. Which word came
+ * just before is what copying and looking up are built from; to find that out from nothing takes
  * longer than all the rest. Dimension 0 of every embedding is a constant for this; from it a key
  * is the same in each of its first rotary pairs, and a query that key turned by the distance. */
 static void look_back(trainer *t, weights *w)
