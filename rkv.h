@@ -296,7 +296,8 @@ RKV_API rkv_tensor rkv_tensor_make(void *data, rkv_dtype dtype, int heads, int t
 
 /* rkv_backend_find: a function table by name: "scalar", "avx2", "avx512", "neon", or a registered
  * one ("cuda"). NULL asks for the best CPU path of this machine. Returns NULL when there is none
- * of that name, when it is compiled out, or when this CPU or OS cannot run it.
+ * of that name, when it is compiled out, or when this CPU or OS cannot run it. It asks the CPU
+ * every time: keep the result where microseconds count, instead of passing NULL.
  * rkv_backend_at: the index-th usable table, NULL behind the last.
  * rkv_backend_register: adds a table, which must outlive its use; one of the same name is
  * replaced. Not thread-safe: call it at start-up. RKV_ERROR_ARGUMENT: a nameless or built-in
