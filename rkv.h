@@ -789,7 +789,7 @@ static unsigned char *rkvi_row(const rkvi_view *view, int head, int token)
 #define RKVI_EXP_C5      5.0000001201e-1f
 
 /* Rows that will be read soon, prefetched line by line between other work, which hides the way
- * from memory behind the arithmetic (bench, n 1152: 10 % of a round). */
+ * from memory behind the arithmetic. */
 typedef struct rkvi_fetch {
     const unsigned char *const *rows;
     int n_rows;
@@ -2399,7 +2399,7 @@ static void rkvi_pool(const rkvi_head *h, rkvi_scratch *s, float *x, int n)
     if (width == 1) return;
     memset(s->pool, 0, rkvi_pool_floats(h->config, n) * sizeof *s->pool);
     memcpy(s->pool + before, x, (size_t)n * sizeof *x);
-    for (; 2 * reach <= width; reach *= 2) h->kernels->max_into(s->pool, s->pool + reach, length);
+    for (; reach <= width / 2; reach *= 2) h->kernels->max_into(s->pool, s->pool + reach, length);
     if (reach < width) h->kernels->max_into(s->pool, s->pool + (width - reach), length);
     memcpy(x, s->pool, (size_t)n * sizeof *x);
 }
@@ -3608,6 +3608,7 @@ static const char *rkvi_check_keys(const rkv_layer *layer)
 {
     const rkv_tensor *keys = &layer->keys;
     if (layer->n_tokens < 0) return "layer.n_tokens: must not be negative";
+    if (layer->n_tokens > INT_MAX - RKVI_CHUNK) return "layer.n_tokens: more than 2^31 - 49";
     if (!rkvi_tensor_is_sound(keys)) return "layer.keys: a field is out of range or overflows";
     if (!rkvi_is_readable(keys)) return "layer.keys: dim must be contiguous, elements the dtype's";
     if (layer->n_tokens > keys->tokens) return "layer.n_tokens: more than keys.tokens";

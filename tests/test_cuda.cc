@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 #endif
 extern "C" {
+#include "golden_names.h"
 #include "harness.h"
 #include "oracle.h"
 rkv_status rkv_cuda_register(void *stream);
@@ -727,49 +728,18 @@ static void golden_multi(golden *g, const char *name)
 
 static void test_golden()
 {
-    static const char *const names[] = { "iso_mha_d64",
-                                         "iso_gqa_d20",
-                                         "iso_gqa7_d96_bf16",
-                                         "aniso_weak",
-                                         "aniso_half",
-                                         "aniso_most_bf16",
-                                         "aniso_all_f16",
-                                         "aniso_mixed_heads_f16",
-                                         "aniso_lambda0",
-                                         "lambda1_pool1",
-                                         "lambda1_pool7",
-                                         "repeats_gqa_d64",
-                                         "repeats_gqa7_d128_bf16",
-                                         "repeats_lambda0_pool5",
-                                         "repeats_mqa_d128_f16",
-                                         "exactdup_gqa_d64_f16",
-                                         "rope_gqa_d64",
-                                         "rope_gqa7_d128_f16",
-                                         "rope_mha_d80_w16_f16",
-                                         "rope_mqa_d96_bf16",
-                                         "tie_identical_keys",
-                                         "zero_key",
-                                         "budget_n_minus_1",
-                                         "small_n40_w16",
-                                         "outlier_channel_f16",
-                                         "aniso_threshold07_f16",
-                                         "offset_logits",
-                                         "multi_aniso_gqa_f16",
-                                         "multi_repeats_mha_f16",
-                                         "multi_rope_gqa7_bf16",
-                                         "multi_repeats_mqa_f32" };
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+    for (size_t i = 0; i < N_GOLDEN; i++) {
         golden g;
-        case_begin("golden %s", names[i]);
+        case_begin("golden %s", golden_names[i]);
         if (!expect_true("tests/golden has it (run from the top folder)",
-                         golden_open(&g, names[i]))) {
+                         golden_open(&g, golden_names[i]))) {
             case_end();
             continue;
         }
         if (g.bytes[7] == '1')
-            golden_single(&g, names[i]);
+            golden_single(&g, golden_names[i]);
         else
-            golden_multi(&g, names[i]);
+            golden_multi(&g, golden_names[i]);
         expect_true("the whole file was read", g.at <= g.bytes.size());
         case_end();
     }

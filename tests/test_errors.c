@@ -279,6 +279,26 @@ static void test_tables(const rkv_backend *backend)
     }
 }
 
+/* Row numbers stay clear of the end of an int: loops step over whole chunks of them. */
+static void test_longest(const rkv_backend *backend)
+{
+    scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+    rkv_layer layer = sc.jobs[0].layer;
+    size_t bytes = 0;
+    case_begin("%s: the most rows", backend->name);
+    layer.values.data = NULL;
+    layer.values.dim = 0;
+    layer.keys.head_stride = DIM;
+    layer.keys.token_stride = HEADS * DIM;
+    layer.keys.tokens = layer.n_tokens = INT32_MAX - 64;
+    expect_status("a chunk below", rkv_workspace_size(backend, &sc.config, &layer, 1, &bytes),
+                  RKV_OK);
+    layer.keys.tokens = layer.n_tokens = INT32_MAX;
+    expect_status("the last", rkv_workspace_size(backend, &sc.config, &layer, 1, &bytes),
+                  RKV_ERROR_ARGUMENT);
+    scene_free(&sc);
+}
+
 /* Queries are only read, but a wild block number would be read too. */
 static void test_query_blocks(const rkv_backend *backend)
 {
@@ -599,6 +619,7 @@ int main(void)
         test_workspace_overlap(backends[i]);
         test_nonfinite(backends[i]);
         test_fault_after_success(backends[i]);
+        test_longest(backends[i]);
         test_query_blocks(backends[i]);
         test_unread_queries(backends[i]);
     }

@@ -1,5 +1,6 @@
 /* Golden vectors: what the published PyTorch code computes, against the oracle and every CPU path.
  *     make test        or: build/tests/test_golden [directory of the .rkvg files] */
+#include "golden_names.h"
 #include "harness.h"
 #include "oracle.h"
 
@@ -440,40 +441,6 @@ static void test_positional(const char *name, const golden *g, const rkv_backend
     case_end();
 }
 
-static const char *const files[] = {
-    "iso_mha_d64",
-    "iso_gqa_d20",
-    "iso_gqa7_d96_bf16",
-    "aniso_weak",
-    "aniso_half",
-    "aniso_most_bf16",
-    "aniso_all_f16",
-    "aniso_mixed_heads_f16",
-    "aniso_lambda0",
-    "lambda1_pool1",
-    "lambda1_pool7",
-    "repeats_gqa_d64",
-    "repeats_gqa7_d128_bf16",
-    "repeats_lambda0_pool5",
-    "repeats_mqa_d128_f16",
-    "exactdup_gqa_d64_f16",
-    "rope_gqa_d64",
-    "rope_gqa7_d128_f16",
-    "rope_mha_d80_w16_f16",
-    "rope_mqa_d96_bf16",
-    "tie_identical_keys",
-    "zero_key",
-    "budget_n_minus_1",
-    "small_n40_w16",
-    "outlier_channel_f16",
-    "aniso_threshold07_f16",
-    "offset_logits",
-    "multi_aniso_gqa_f16",
-    "multi_repeats_mha_f16",
-    "multi_rope_gqa7_bf16",
-    "multi_repeats_mqa_f32",
-};
-
 int main(int argc, char **argv)
 {
     const char *directory = argc > 1 ? argv[1] : "tests/golden";
@@ -481,19 +448,19 @@ int main(int argc, char **argv)
     int n_backends = usable_backends(backends), b;
     size_t i;
     backends[n_backends++] = NULL; /* the oracle is on trial too */
-    for (i = 0; i < sizeof files / sizeof *files; i++) {
+    for (i = 0; i < N_GOLDEN; i++) {
         golden g;
-        case_begin("%s/%s.rkvg", directory, files[i]);
-        if (!expect_true("readable golden file", golden_read(&g, directory, files[i]))) {
+        case_begin("%s/%s.rkvg", directory, golden_names[i]);
+        if (!expect_true("readable golden file", golden_read(&g, directory, golden_names[i]))) {
             golden_free(&g);
             continue;
         }
         for (b = 0; b < n_backends; b++) {
             if (g.rounds == 1) {
-                test_single(files[i], &g, backends[b]);
+                test_single(golden_names[i], &g, backends[b]);
             } else {
-                test_published(files[i], &g, backends[b]);
-                test_positional(files[i], &g, backends[b]);
+                test_published(golden_names[i], &g, backends[b]);
+                test_positional(golden_names[i], &g, backends[b]);
             }
         }
         golden_free(&g);
