@@ -21,6 +21,8 @@ help:
 	@echo 'rkv $(VERSION): R-KV key/value cache compression in one header'
 	@echo
 	@echo '  make demo           see it work'
+	@echo '  make eval           the study of cache policies: bench/results/eval.csv, .svg; resumable'
+	@echo '  make train          the model of demo and study again, from nothing; resumable'
 	@echo '  make test           every test, on every code path that this CPU has'
 	@echo '                      (EXPECT="scalar avx2" fails if one of these did not run)'
 	@echo '  make bench          timings beside the limits of this machine; CSV in $(BUILD)/'
@@ -90,8 +92,8 @@ demo: $(BUILD)/examples/hello
 endif
 
 .PHONY: test
-test: $(TESTS) $(EXTRA_TESTS) $(EXTRA_CHECKS) $(BUILD)/examples/hello
-	@sh tests/run.sh $(TESTS) $(EXTRA_TESTS)
+test: $(TESTS) $(PROGRAM_TEST) $(EXTRA_TESTS) $(EXTRA_CHECKS) $(BUILD)/examples/hello
+	@sh tests/run.sh $(TESTS) $(PROGRAM_TEST) $(EXTRA_TESTS)
 
 .PHONY: bench bench-smoke
 bench: $(BUILD)/bench/bench $(BUILD)/bench/libpeer.so

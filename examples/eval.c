@@ -14,7 +14,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { MAX_RUNS = 1024, MAX_MODELS = 8, MAX_PROBLEMS = 4096, MAX_LINE = 512 };
+enum { MAX_RUNS = 1024, MAX_MODELS = 8, MAX_METHODS = 16, MAX_PROBLEMS = 4096, MAX_LINE = 512 };
 
 typedef struct run {
     const char *model; /* file */
@@ -32,7 +32,8 @@ typedef struct plan {
 typedef struct options {
     const char *models[MAX_MODELS], *csv, *svg;
     const task *task;
-    int n_models, n_problems, n_threads, quick;
+    const char *methods[MAX_METHODS]; /* none: all */
+    int n_models, n_methods, n_problems, n_threads, quick;
     uint64_t seed;
 } options;
 
@@ -58,8 +59,15 @@ static run *plan_run(plan *p, const char *file, const char *method, double perce
     return r;
 }
 
-/* Methods x budgets x buffers, on test problems. */
-static void plan_grid(plan *p, const char *file, int quick)
+static int is_wanted(const options *o, const char *method)
+{
+    int found = o->n_methods == 0;
+    for (int i = 0; i < o->n_methods; i++) found |= strcmp(o->methods[i], method) == 0;
+    return found;
+}
+
+/* Methods x budgets x buffers, on test problems. Quick: with one buffer. */
+static void plan_grid(plan *p, const options *o, const char *file, int quick)
 {
     static const double percents[] = { 10, 16, 25, 34, 50 };
     static const int buffers[] = { 32, 16, 64 };
@@ -67,7 +75,8 @@ static void plan_grid(plan *p, const char *file, int quick)
     for (int b = 0; b < (quick ? 1 : 3); b++)
         for (int k = 0; k < 5; k++)
             for (int i = 1; policy_name(i); i++) /* 0 is the full cache */
-                plan_run(p, file, policy_name(i), percents[k], buffers[b]);
+                if (is_wanted(o, policy_name(i)))
+                    plan_run(p, file, policy_name(i), percents[k], buffers[b]);
 }
 
 /* One setting at a time away from R-KV without pooling, on validation problems. */
@@ -213,22 +222,24 @@ static void run_all(const options *o, const plan *p)
     free(problems[SPLIT_TEST]);
 }
 
-/* ---- the picture --------------------------------------------------------------------------- */
+/* ---- the picture and the table -------------------------------------------------------------- */
 
-/* Test problems with a buffer of 32 under one method, all models together, by ascending budget. */
-static void collect(const options *o, const plan *p, const char *method, plot_series *s)
+/* Test problems with a buffer of 32 under one method, by ascending budget, models `first` to
+ * `last` together. */
+static void collect(const options *o, const plan *p, const char *method, int first, int last,
+                    plot_series *s)
 {
     s->name = method;
     s->n_points = 0;
     for (int i = 0; i < p->n_runs; i++) {
         const run *r = &p->runs[i];
-        char key[MAX_LINE];
-        tally t = { 0 };
         int right = 0, problems = 0;
-        if (r->split != SPLIT_TEST || r->policy.buffer != 32 || r->model != o->models[0] ||
+        if (r->split != SPLIT_TEST || r->policy.buffer != 32 || r->model != o->models[first] ||
             strcmp(r->policy.name, method) != 0 || s->n_points == PLOT_MAX_POINTS)
             continue;
-        for (int k = 0; k < o->n_models; k++) {
+        for (int k = first; k <= last; k++) {
+            char key[MAX_LINE];
+            tally t;
             run same = *r;
             same.model = o->models[k];
             describe(p, &same, o->n_problems, key, sizeof key);
@@ -244,6 +255,25 @@ static void collect(const options *o, const plan *p, const char *method, plot_se
     }
 }
 
+/* In Markdown: accuracy in percent and its 95 % interval by method and budget. */
+static void print_table(const options *o, const plan *p, int first, int last)
+{
+    static plot_series s;
+    collect(o, p, policy_name(0), first, last, &s);
+    printf("\n%s%s; %s %.1f (%.0f to %.0f)\n\n", base_name(o->models[first]),
+           last > first ? " and the others" : "", policy_name(0), 100.0 * s.points[0].accuracy,
+           100.0 * s.points[0].low, 100.0 * s.points[0].high);
+    for (int i = 1; policy_name(i); i++) {
+        if (!is_wanted(o, policy_name(i))) continue;
+        collect(o, p, policy_name(i), first, last, &s);
+        printf("| %s |", policy_about(i));
+        for (int k = 0; k < s.n_points; k++)
+            printf(" %.1f (%.0f to %.0f) |", 100.0 * s.points[k].accuracy, 100.0 * s.points[k].low,
+                   100.0 * s.points[k].high);
+        printf("\n");
+    }
+}
+
 static void draw_picture(const options *o, const plan *p)
 {
     static const char *const drawn[] = { "full",   "rkv", "rkv-pool7", "rkv-paper-pool1",
@@ -251,7 +281,7 @@ static void draw_picture(const options *o, const plan *p)
     enum { N_DRAWN = sizeof drawn / sizeof *drawn };
     static plot_series series[N_DRAWN];
     char title[128];
-    for (int i = 0; i < N_DRAWN; i++) collect(o, p, drawn[i], &series[i]);
+    for (int i = 0; i < N_DRAWN; i++) collect(o, p, drawn[i], 0, o->n_models - 1, &series[i]);
     snprintf(title, sizeof title, "Problems solved, task %s, buffer 32, %d problems x %d model%s",
              o->task->name, o->n_problems, o->n_models, o->n_models > 1 ? "s" : "");
     FILE *f = fopen(o->svg, "w");
@@ -264,8 +294,11 @@ static void draw_picture(const options *o, const plan *p)
 
 static const char usage[] =
     "usage: eval --model FILE.gguf [--model FILE.gguf ..] --csv FILE --svg FILE\n"
-    "            [--task ponder|brief] [--problems N] [--threads N] [--seed N] [--quick]\n"
-    "  several models are several training seeds of one task; --quick: one buffer, no sweeps";
+    "            [--method NAME ..] [--task ponder|brief] [--problems N] [--threads N] [--seed N]\n"
+    "            [--quick]\n"
+    "  Several models are several training seeds of one task. The first gets every buffer and the\n"
+    "  sweeps of the settings, the others a buffer of 32 tokens; so does the first with --quick.\n"
+    "  --method limits the study to some of the methods.";
 
 static int whole(const char *name, const char *text, long low, long high)
 {
@@ -275,9 +308,16 @@ static int whole(const char *name, const char *text, long low, long high)
     return (int)v;
 }
 
+static const char *method_name(const char *text)
+{
+    policy p;
+    if (!policy_make(&p, text, 1, 1)) die("no policy %s", text);
+    return p.name;
+}
+
 static options parse(int argc, char **argv)
 {
-    options o = { { NULL }, NULL, NULL, task_find("ponder"), 0, 200, 2, 0, 1000 };
+    options o = { .task = task_find("ponder"), .n_problems = 200, .n_threads = 2, .seed = 1000 };
     for (int i = 1; i < argc; i++) {
         const char *name = argv[i];
         if (strcmp(name, "--help") == 0) {
@@ -291,6 +331,8 @@ static options parse(int argc, char **argv)
         if (++i >= argc) die("%s needs a value, or is unknown; --help lists the options", name);
         if (strcmp(name, "--model") == 0 && o.n_models < MAX_MODELS)
             o.models[o.n_models++] = argv[i];
+        else if (strcmp(name, "--method") == 0 && o.n_methods < MAX_METHODS)
+            o.methods[o.n_methods++] = method_name(argv[i]);
         else if (strcmp(name, "--csv") == 0)
             o.csv = argv[i];
         else if (strcmp(name, "--svg") == 0)
@@ -321,9 +363,11 @@ int main(int argc, char **argv)
     task_generate_full(o.task, SPLIT_TEST, &random, &sample);
     p.task = o.task;
     p.length = sample.n_tokens;
-    for (int i = 0; i < o.n_models; i++) plan_grid(&p, o.models[i], o.quick);
-    if (!o.quick) plan_sweeps(&p, o.models[0]);
+    for (int i = 0; i < o.n_models; i++) plan_grid(&p, &o, o.models[i], o.quick || i > 0);
+    if (!o.quick && is_wanted(&o, "rkv")) plan_sweeps(&p, o.models[0]);
     run_all(&o, &p);
     draw_picture(&o, &p);
+    for (int i = 0; o.n_models > 1 && i < o.n_models; i++) print_table(&o, &p, i, i);
+    print_table(&o, &p, 0, o.n_models - 1);
     return 0;
 }

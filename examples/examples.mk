@@ -10,7 +10,7 @@ NATIVE    := $(if $(RUNNER),,$(shell \
 ENGINE    = $(patsubst %,$(BUILD)/obj/examples/%.o, \
               study solve own_cache policy model gguf task kernels seconds rkv_impl)
 
-$(BUILD)/obj/examples/kernels.o: C_FLAGS += -O3 $(NATIVE)
+$(BUILD)/obj/examples/kernels.o: C_FLAGS += -O3 -ffp-contract=fast $(NATIVE)
 
 $(BUILD)/demo: $(patsubst %,$(BUILD)/obj/examples/%.o,demo page plot managed_cache) $(ENGINE)
 	$(link)
@@ -32,6 +32,11 @@ eval: $(BUILD)/eval
 # Resumable: the same command goes on where it was stopped.
 train: $(BUILD)/train
 	$< --task ponder --seed 1 --out $(MODEL) $(TRAIN)
+
+PROGRAM_TEST = $(BUILD)/tests/test_programs
+$(PROGRAM_TEST): tests/test_programs.sh $(BUILD)/demo $(BUILD)/eval $(BUILD)/train
+	@mkdir -p $(@D)
+	@printf '#!/bin/sh\nexec sh $< $(BUILD) %s\n' '$(firstword $(RUNNER))' >$@ && chmod +x $@
 
 # The engine's test needs the engine; the library's code comes with every test.
 $(BUILD)/tests/test_engine: $(patsubst %,$(BUILD)/obj/examples/%.o, \
