@@ -21,8 +21,8 @@
  * What a serving engine can rely on
  *  - Nothing is allocated, nothing synchronises and nothing is read back inside rkv_compress and
  *    its stages: they can be captured in a CUDA graph. A replay works on what the buffers then
- *    hold, with the sizes and pointers of the capture. Make one call before the first capture: it
- *    loads the kernels.
+ *    hold, with the sizes and pointers of the capture. Make one call with the same options and
+ *    types before the first capture: it loads the kernels.
  *  - At most 8 launches for 28 layers of one shape (CUDA 12.1 and later: 250); one more for every
  *    further 28 (250) and every change of shape, one for block tables, three for a second element
  *    type.
@@ -244,8 +244,27 @@ static __device__ __forceinline__ bool rkvi_faulted(const rkvi_args &args)
  * over these that finds them, all of them. */
 static __device__ __forceinline__ bool rkvi_refused(const rkvi_args &args)
 {
-    return rkvi_faulted(args) && args.control->fault >> 62 != RKVI_NONFINITE;
+    const unsigned long long fault = args.control->fault; /* once: other blocks may write it */
+    return fault != RKVI_NO_FAULT && fault >> 62 != RKVI_NONFINITE;
 }
+/* Item number `item` of a launch: the job and which of its args.items. Almost always in 32 bits,
+ * since 64-bit division is slow. */
+struct rkvi_item {
+    int job, part;
+};
+static __device__ __forceinline__ rkvi_item rkvi_item_at(const rkvi_args &args, int64_t item)
+{
+    rkvi_item out;
+    if (item <= INT32_MAX) {
+        out.job = static_cast<int>(item) / args.items;
+        out.part = static_cast<int>(item) - out.job * args.items;
+    } else {
+        out.job = static_cast<int>(item / args.items);
+        out.part = static_cast<int>(item % args.items);
+    }
+    return out;
+}
+
 /* Tokens that redundancy is taken over. */
 static __device__ __forceinline__ int rkvi_span(const rkvi_args &args, const rkvi_job &job)
 {
@@ -256,7 +275,13 @@ static __device__ __forceinline__ int rkvi_span(const rkvi_args &args, const rkv
 static __device__ __forceinline__ void rkvi_add_fixed(long long *sum, float value)
 {
     const long long fixed = static_cast<long long>(value * 4294967296.0f);
-    atomicAdd(reinterpret_cast<unsigned long long *>(sum), static_cast<unsigned long long>(fixed));
+#ifndef RKV_CUDA_SHIM
+    /* What atomicAdd does. It would ask first whether the address, which comes out of a
+     * descriptor, lies in shared memory, and fetch the old value. */
+    asm volatile("red.global.add.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(sum)), "l"(fixed));
+#else
+    atomicAdd(sum, fixed);
+#endif
 }
 static __device__ __forceinline__ double rkvi_from_fixed(long long sum)
 {
@@ -704,8 +729,8 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS) rkvi_attend(const rk
     const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
     if (rkvi_refused(args)) return;
     for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
-        const int job_index = static_cast<int>(item / args.items);
-        const int first_tile = static_cast<int>(item % args.items) * args.tiles_per_item;
+        const rkvi_item at = rkvi_item_at(args, item);
+        const int job_index = at.job, first_tile = at.part * args.tiles_per_item;
         const rkvi_job &job = args.jobs[job_index];
         const int n_queries = args.importance ? args.config.window * job.group : 0;
         int staged = -1;
@@ -731,7 +756,7 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS) rkvi_attend(const rk
  * Row i looks from the newest key back for its `recent` look-alikes, 64 keys at a time, and stops
  * at the last of them. Most rows are done within a few tiles; rows that are not after
  * RKVI_NEAR_TILES are packed together, so that the second scan has none but those.
- * An item is 64 rows of one head. */
+ * An item is 64 rows of one head; in the second scan every args.items-th 64 of them. */
 
 /* The tile's rows: token numbers, pointers, norms. Tiles count from the newest key back. */
 static __device__ void rkvi_scan_rows(const rkvi_args &args, const rkvi_job &job, int job_index,
@@ -936,20 +961,22 @@ static __device__ void rkvi_scan_tile(const rkvi_args &args, const rkvi_job &job
         rkvi_exempt_column0<T>(args, job, s);
 }
 
+/* The last jobs first: their keys are what the attention pass has left in the L2. */
 template <typename T> static __device__ void rkvi_scan(const rkvi_args &args, bool far_rows)
 {
     rkvi_tiles &s = *reinterpret_cast<rkvi_tiles *>(rkvi_shared_memory());
     const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
     if (rkvi_faulted(args)) return;
-    for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
-        const int job_index = static_cast<int>(item / args.items);
-        const int tile = static_cast<int>(item % args.items);
-        const rkvi_job &job = args.jobs[job_index];
+    for (int64_t i = blockIdx.x; i < n_items; i += gridDim.x) {
+        const rkvi_item at = rkvi_item_at(args, n_items - 1 - i);
+        const rkvi_job &job = args.jobs[at.job];
+        if (far_rows && args.open_count[at.job] == 0) continue; /* as a rule */
         if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
-        const int n_rows = far_rows ? args.open_count[job_index] : rkvi_span(args, job);
-        if (static_cast<int64_t>(tile) * RKVI_TILE >= n_rows) continue;
-        rkvi_scan_tile<T>(args, job, job_index, tile, far_rows, s);
-        __syncthreads();
+        const int n_rows = far_rows ? args.open_count[at.job] : rkvi_span(args, job);
+        for (int64_t tile = at.part; tile * RKVI_TILE < n_rows; tile += args.items) {
+            rkvi_scan_tile<T>(args, job, at.job, static_cast<int>(tile), far_rows, s);
+            __syncthreads();
+        }
     }
 }
 template <typename T>
@@ -1301,9 +1328,10 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_share(const rkv
     const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
     if (rkvi_faulted(args)) return;
     for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
-        const int first = static_cast<int>(item / args.items);
+        const rkvi_item at = rkvi_item_at(args, item);
+        const int first = at.job;
         const rkvi_job &set = args.jobs[first];
-        const int64_t j = item % args.items * RKVI_HEAD_THREADS + threadIdx.x;
+        const int64_t j = static_cast<int64_t>(at.part) * RKVI_HEAD_THREADS + threadIdx.x;
         float sum = 0;
         if (set.set_first != first || !set.scored) continue;
         if (j >= set.n_tokens - args.config.window) continue;
@@ -1497,8 +1525,9 @@ static __global__ void __launch_bounds__(RKVI_MOVE_THREADS, 3) rkvi_compact(cons
     rkvi_report(args);
     if (rkvi_faulted(args)) return;
     for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
-        const rkvi_job &job = args.jobs[item / args.items];
-        int slice = static_cast<int>(item % args.items), tensor = 0;
+        const rkvi_item at = rkvi_item_at(args, item);
+        const rkvi_job &job = args.jobs[at.job];
+        int slice = at.part, tensor = 0;
         if (job.n_keep == job.n_tokens) continue;
         for (; tensor < 3; tensor++) {
             const int n_units = job.moved[tensor].rows.data ? job.moved[tensor].n_units : 0;
@@ -2001,6 +2030,8 @@ template <typename T> static rkv_status rkvi_score_type(rkvi_call *call)
 {
     const int tiles = (call->most_scored - 1) / RKVI_TILE + 1;
     const int64_t all_tiles = tiles * call->n_jobs, plenty = 4096; /* blocks that fill any GPU */
+    const int64_t few = plenty / 2 / call->n_jobs; /* blocks per job that the second scan gets */
+    const int far_items = static_cast<int>(few < 1 ? 1 : few < tiles ? few : tiles);
     int per_item = static_cast<int>(all_tiles / plenty < 4 ? all_tiles / plenty : 4);
     if (!call->dtypes[rkvi_dtype_of<T>::value]) return RKV_OK;
     if (per_item < 1) per_item = 1;
@@ -2012,7 +2043,7 @@ template <typename T> static rkv_status rkvi_score_type(rkvi_call *call)
         status = rkvi_launch_items(*call, rkvi_scan_near<T>, tiles, RKVI_TILE_THREADS,
                                    sizeof(rkvi_tiles));
     if (status == RKV_OK && tiles > RKVI_NEAR_TILES)
-        status = rkvi_launch_items(*call, rkvi_scan_far<T>, tiles, RKVI_TILE_THREADS,
+        status = rkvi_launch_items(*call, rkvi_scan_far<T>, far_items, RKVI_TILE_THREADS,
                                    sizeof(rkvi_tiles));
     return status;
 }
@@ -2118,7 +2149,9 @@ static void *rkvi_cuda_alloc(const rkv_backend *self, size_t bytes)
 {
     void *memory = NULL;
     (void)self;
-    return cudaMalloc(&memory, bytes ? bytes : 1) == cudaSuccess ? memory : NULL;
+    if (cudaMalloc(&memory, bytes ? bytes : 1) == cudaSuccess) return memory;
+    (void)cudaGetLastError(); /* said by the NULL: not again at the caller's next look */
+    return NULL;
 }
 static void rkvi_cuda_free(const rkv_backend *self, void *memory)
 {

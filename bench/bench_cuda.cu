@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <chrono>
 #include <vector>
 
 #include "rkv.h"
@@ -41,7 +42,7 @@ static const bench_case cases[] = {
     { "36 layers, long", 36, 1, 8, 4, 128, 16807, 8403, RKV_BF16, 0.7f },
     { "36 layers, long, none alike", 36, 1, 8, 4, 128, 16807, 8403, RKV_BF16, 0.0f },
 };
-enum { N_CASES = sizeof cases / sizeof *cases, WINDOW = 8, PASSES = 12 };
+enum { N_CASES = sizeof cases / sizeof *cases, WINDOW = 8, PASSES = 10 };
 
 static void must(cudaError_t error, const char *what)
 {
@@ -292,22 +293,41 @@ static int differing_tokens(const bench_job &job)
     return differ;
 }
 
+/* Passes before the timed ones: two, and as many as a tenth of a second has, since the clocks of
+ * an idle card are low. */
+struct bench_warm_up {
+    std::chrono::steady_clock::time_point begin;
+    int passes;
+};
+static bench_warm_up warm_up_begin()
+{
+    const bench_warm_up warm_up = { std::chrono::steady_clock::now(), 0 };
+    return warm_up;
+}
+static bool is_warm(bench_warm_up *warm_up)
+{
+    const std::chrono::duration<double> past = std::chrono::steady_clock::now() - warm_up->begin;
+    return warm_up->passes++ >= 2 && past.count() > 0.1;
+}
+
 static double median(std::vector<double> *list)
 {
     std::sort(list->begin(), list->end());
     return (*list)[list->size() / 2];
 }
 
-/* Median microseconds of one call. The first two passes warm up. */
+/* Median microseconds of one call. */
 static double time_calls(bench_job *job, bool as_graph)
 {
     std::vector<cudaEvent_t> begin(job->sets.size()), end(job->sets.size());
     std::vector<double> us;
+    bench_warm_up warm_up = warm_up_begin();
     for (size_t i = 0; i < job->sets.size(); i++) {
         must(cudaEventCreate(&begin[i]), "event");
         must(cudaEventCreate(&end[i]), "event");
     }
-    for (int pass = 0; pass < PASSES; pass++) {
+    while (us.size() < PASSES * job->sets.size()) {
+        const bool timed = is_warm(&warm_up);
         for (size_t i = 0; i < job->sets.size(); i++) refill(*job, job->sets[i]);
         for (size_t i = 0; i < job->sets.size(); i++) {
             must(cudaEventRecord(begin[i], job->stream), "event");
@@ -318,7 +338,7 @@ static double time_calls(bench_job *job, bool as_graph)
             must(cudaEventRecord(end[i], job->stream), "event");
         }
         must(cudaStreamSynchronize(job->stream), "a timed pass");
-        for (size_t i = 0; i < job->sets.size() && pass >= 2; i++) {
+        for (size_t i = 0; i < job->sets.size() && timed; i++) {
             float ms = 0;
             must(cudaEventElapsedTime(&ms, begin[i], end[i]), "event");
             us.push_back(static_cast<double>(ms) * 1e3);
@@ -338,18 +358,19 @@ static double copy_bandwidth()
     char *from = device_memory(bytes), *to = device_memory(bytes);
     cudaEvent_t begin, end;
     std::vector<double> rate;
+    bench_warm_up warm_up = warm_up_begin();
     must(cudaMemset(from, 0x3c, bytes), "memory");
     must(cudaEventCreate(&begin), "event");
     must(cudaEventCreate(&end), "event");
-    for (int pass = 0; pass < PASSES; pass++) {
+    while (rate.size() < PASSES) {
+        const bool timed = is_warm(&warm_up);
         float ms = 0;
         must(cudaEventRecord(begin), "event");
         must(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice), "copy");
         must(cudaEventRecord(end), "event");
         must(cudaEventSynchronize(end), "copy");
         must(cudaEventElapsedTime(&ms, begin, end), "event");
-        if (pass >= 2)
-            rate.push_back(2 * static_cast<double>(bytes) / (static_cast<double>(ms) * 1e6));
+        if (timed) rate.push_back(2 * static_cast<double>(bytes) / (static_cast<double>(ms) * 1e6));
     }
     (void)cudaEventDestroy(begin);
     (void)cudaEventDestroy(end);

@@ -32,7 +32,7 @@
 #define __launch_bounds__(...)
 
 /* ---- Types and memory ----------------------------------------------------------------------- */
-struct uint2 {
+struct alignas(8) uint2 {
     uint32_t x, y;
 };
 struct alignas(16) uint4 {
@@ -112,6 +112,10 @@ inline cudaError_t cudaMalloc(void **out, size_t bytes)
     shim_not_in_capture("cudaMalloc in a capture");
     if (posix_memalign(out, 256, bytes ? bytes : 1) != 0) return cudaErrorMemoryAllocation;
     memset(*out, 0xa5, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError()
+{
     return cudaSuccess;
 }
 inline cudaError_t cudaFree(void *memory)
@@ -397,8 +401,28 @@ inline int __any_sync(unsigned mask, int predicate)
     return __ballot_sync(mask, predicate) != 0;
 }
 
-/* acc += a * b of a warp: 16 x 8 x 16, in the fragments of mma.sync.m16n8k16. Products are exact;
- * the sum is truncated, as tensor cores truncate. */
+/* acc + the products, as the tensor cores of the cards with bf16 add, and not better: all are
+ * aligned to the largest and cut off one bit below its last; so is the sum, at its own last. */
+enum { SHIM_MMA_TERMS = 8, SHIM_MMA_BITS = 24 };
+inline float shim_mma_sum(float acc, const double *products)
+{
+    double largest = fabs(static_cast<double>(acc)), sum, unit;
+    int exponent;
+    for (int i = 0; i < SHIM_MMA_TERMS; i++) largest = fmax(largest, fabs(products[i]));
+    if (largest == 0.0 || !(largest <= 3e38)) { /* NaN and infinity as they come */
+        sum = static_cast<double>(acc);
+        for (int i = 0; i < SHIM_MMA_TERMS; i++) sum += products[i];
+        return static_cast<float>(sum);
+    }
+    frexp(largest, &exponent);
+    unit = ldexp(1.0, exponent - 1 - SHIM_MMA_BITS);
+    sum = trunc(static_cast<double>(acc) / unit);
+    for (int i = 0; i < SHIM_MMA_TERMS; i++) sum += trunc(products[i] / unit);
+    sum *= unit;
+    const float out = static_cast<float>(sum);
+    return fabs(static_cast<double>(out)) > fabs(sum) ? nextafterf(out, 0.0f) : out;
+}
+/* acc += a * b of a warp: 16 x 8 x 16, in the fragments of mma.sync.m16n8k16. */
 template <typename T>
 void shim_mma(float *acc, const uint32_t *a, const uint32_t *b, float (*to_float)(T))
 {
@@ -406,16 +430,15 @@ void shim_mma(float *acc, const uint32_t *a, const uint32_t *b, float (*to_float
     const unsigned half = shim_post(words, 6);
     for (int k = 0; k < 4; k++) {
         const int row = shim_lane() / 4 + k / 2 * 8, column = 2 * (shim_lane() % 4) + k % 2;
-        double sum = static_cast<double>(acc[k]);
+        double products[16];
         for (int i = 0; i < 16; i++) {
             const uint64_t x = shim_mail(row % 8 * 4 + i % 8 / 2, half)[row / 8 + i / 8 * 2];
             const uint64_t y = shim_mail(column * 4 + i % 8 / 2, half)[4 + i / 8];
             const T p = { static_cast<uint16_t>(x >> i % 2 * 16) };
             const T q = { static_cast<uint16_t>(y >> i % 2 * 16) };
-            sum += static_cast<double>(to_float(p)) * static_cast<double>(to_float(q));
+            products[i] = static_cast<double>(to_float(p)) * static_cast<double>(to_float(q));
         }
-        acc[k] = static_cast<float>(sum);
-        if (fabs(static_cast<double>(acc[k])) > fabs(sum)) acc[k] = nextafterf(acc[k], 0.0f);
+        for (int i = 0; i < 16; i += SHIM_MMA_TERMS) acc[k] = shim_mma_sum(acc[k], products + i);
     }
 }
 

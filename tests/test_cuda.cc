@@ -1,5 +1,6 @@
 /* rkv_cuda.cu against the CPU: on a GPU, or without one as C++ over tests/cuda_shim.h.
- *     make test (shim)    make test-cuda (GPU)    generated cases alone: test_cuda FIRST COUNT */
+ *     make test (shim)    make test-cuda (GPU)    generated cases alone: test_cuda FIRST COUNT
+ * test_cuda kernels runs every kernel in little time: for the sanitizers. */
 #ifndef RKV_CUDA_SHIM
 #include <cuda_runtime.h>
 #endif
@@ -1125,7 +1126,7 @@ static void test_on_gpu()
     skip("graphs and streams of a real device: needs a GPU");
     skip("tensor cores, warps and blocks that run at the same time: needs a GPU");
     skip("16k tokens and more: needs a GPU");
-    skip("compute-sanitizer memcheck, racecheck, initcheck: needs a GPU");
+    skip("compute-sanitizer memcheck, racecheck, initcheck, synccheck: needs a GPU");
 }
 #else
 static void test_on_gpu()
@@ -1161,17 +1162,32 @@ static void test_chosen()
     test_on_gpu();
 }
 
+/* The second scan in every type, the copies of the managed cache, every check, a graph; the first
+ * generated cases have the rest. */
+static void test_kernels()
+{
+    test_far_scan();
+    test_cache();
+    test_bad_lists();
+    test_bad_tables();
+    test_graph();
+    for (uint64_t seed = 1; seed <= 30; seed++) test_generated(seed);
+}
+
 int main(int argc, char **argv)
 {
     const char *wanted = getenv("RKV_TEST_CASES");
+    const bool kernels = argc == 2 && strcmp(argv[1], "kernels") == 0;
     const uint64_t first = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
-    const uint64_t count = argc > 2 ? strtoull(argv[2], NULL, 10)
-                           : wanted ? strtoull(wanted, NULL, 10)
-                                    : default_cases;
+    const uint64_t count = argc > 2  ? strtoull(argv[2], NULL, 10)
+                           : kernels ? 0
+                           : wanted  ? strtoull(wanted, NULL, 10)
+                                     : default_cases;
     if (rkv_cuda_register(NULL) != RKV_OK) {
         skip("rkv_cuda.cu on a GPU: no CUDA device");
         return close_tests();
     }
+    if (kernels) test_kernels();
     if (argc <= 1) test_chosen();
     for (uint64_t seed = first; seed < first + count; seed++) test_generated(seed);
     printf("scores differ from the CPU's by at most %.1e of the largest; %ld kept sets equal, %ld "
