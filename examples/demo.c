@@ -248,7 +248,7 @@ static void make_series(const page_row *rows, plot_series *series)
 
 static const char usage[] =
     "usage: demo [--model FILE.gguf] [--task ponder|brief]\n"
-    "            [--prompt \"A c 4 ? start a 5 ; think\"]\n"
+    "            [--prompt \"A c 4 ; start a 5 ; C d #a ; D e 2 ; F b #d ? E f #c ; think\"]\n"
     "            [--budget PERCENT] [--buffer TOKENS] [--temperature X] [--seed N]\n"
     "            [--problems N] [--seconds N] [--threads N] [--html FILE]";
 

@@ -38,6 +38,13 @@ $(PROGRAM_TEST): tests/test_programs.sh $(BUILD)/demo $(BUILD)/eval $(BUILD)/tra
 	@mkdir -p $(@D)
 	@printf '#!/bin/sh\nexec sh $< $(BUILD) %s\n' '$(firstword $(RUNNER))' >$@ && chmod +x $@
 
+# Another runtime reads the same file.
+.PHONY: test-peer
+test-peer: $(BUILD)/demo
+	@if $(PYTHON) -c 'import accelerate, gguf, torch, transformers' 2>/dev/null; then \
+	    $(PYTHON) tests/peer_transformers.py $< $(MODEL) 2>$(BUILD)/peer.log; \
+	else echo 'skip  test-peer: $(PYTHON) lacks torch, transformers, accelerate or gguf'; fi
+
 # The engine's test needs the engine; the library's code comes with every test.
 $(BUILD)/tests/test_engine: $(patsubst %,$(BUILD)/obj/examples/%.o, \
     managed_cache own_cache policy model gguf kernels seconds)

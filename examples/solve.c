@@ -37,6 +37,7 @@ solver *solver_create(const model *m, const policy *p, int longest_prompt, int l
 {
     const int rows = p->kind == POLICY_FULL ? longest + GRACE : longest_prompt;
     solver *s = calloc(1, sizeof *s);
+    const policy fitted = policy_for_prompt(p, longest_prompt);
     *why = "out of memory";
     if (!s) return NULL;
     s->model = m;
@@ -44,7 +45,7 @@ solver *solver_create(const model *m, const policy *p, int longest_prompt, int l
         model_scratch_create(m, longest_prompt > SOLVE_LANES ? longest_prompt : SOLVE_LANES);
     int ok = s->scratch != NULL;
     for (int i = 0; ok && i < SOLVE_LANES; i++) {
-        s->lanes[i].cache = own_cache_create(model_get_shape(m), p, rows, why);
+        s->lanes[i].cache = own_cache_create(model_get_shape(m), &fitted, rows, why);
         ok = s->lanes[i].cache != NULL;
     }
     if (ok) return s;

@@ -23,7 +23,7 @@ static const char *const check_words[TASK_MAX_CHECKS][CHECK_WORDS] = {
 };
 
 static const task tasks[] = {
-    { "ponder", 6, 2, 7 },
+    { "ponder", 6, 3, 7 },
     { "brief", 8, 3, 0 },
 };
 

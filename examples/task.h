@@ -12,7 +12,7 @@
  *   now C d #a ? #a 5 + 9 so #d 4 ;
  *   ...  so the answer is 4 </s>
  *
- * Problems of the two tasks: "ponder" has 6 variables and 2 checks with dots, "brief" has 8
+ * Problems of the two tasks: "ponder" has 6 variables and 3 checks with dots, "brief" has 8
  * variables and 3 checks without.
  */
 #ifndef TASK_H

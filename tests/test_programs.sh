@@ -61,7 +61,7 @@ prints 'R-KV     answers ., right'
 grep -q '</html>' "$dir/page.html"
 check 'the page is whole' $?
 works 'demo, a prompt of our own' demo --model $model --html "$dir/page.html" --problems 0 \
-    --prompt 'A c 4 ? start a 5 ; think'
+    --prompt 'A c 4 ; start a 5 ; C d #a ; D e 2 ; F b #d ? E f #c ; think'
 prints 'R-KV     answers 9'
 works 'demo, a problem under every policy' demo --model $model --html "$dir/page.html" \
     --problems 1 --seconds 600
