@@ -21,8 +21,9 @@
  * What a serving engine can rely on
  *  - Nothing is allocated, nothing synchronises and nothing is read back inside rkv_compress and
  *    its stages: they can be captured in a CUDA graph. A replay works on what the buffers then
- *    hold, with the sizes and pointers of the capture. Make one call with the same options and
- *    types before the first capture: it loads the kernels.
+ *    hold, with the sizes and pointers of the capture. No call is needed before the first capture:
+ *    rkv_cuda_register and rkv_cuda_backend load all kernels, on the current device. Where there is
+ *    none, or this file was not compiled for it, they return RKV_ERROR_DEVICE.
  *  - At most 8 launches for 28 layers of one shape (CUDA 12.1 and later: 250); one more for every
  *    further 28 (250) and every change of shape, one for block tables, three for a second element
  *    type.
@@ -2267,6 +2268,46 @@ static rkv_status rkvi_cuda_fill_positions(const rkv_backend *self, int32_t *pos
 
 /* ==== 14. The table ======================================================================== */
 
+/* For lists of kernels: their address, whatever they are instances of. */
+template <typename P> static const void *rkvi_kernel(void (*kernel)(P))
+{
+    return reinterpret_cast<const void *>(kernel);
+}
+
+/* Asking for the attributes of a kernel loads it, which the runtime otherwise does at its first
+ * launch: too late in a capture, and too late to hear that there is no code for this device. */
+static rkv_status rkvi_load_kernels()
+{
+    const void *const kernels[] = {
+        rkvi_kernel(rkvi_upload),
+        rkvi_kernel(rkvi_check_tables),
+        rkvi_kernel(rkvi_check_lists),
+        rkvi_kernel(rkvi_check_scores),
+        rkvi_kernel(rkvi_attend<float>),
+        rkvi_kernel(rkvi_attend<rkvi_f16>),
+        rkvi_kernel(rkvi_attend<rkvi_bf16>),
+        rkvi_kernel(rkvi_scan_near<float>),
+        rkvi_kernel(rkvi_scan_near<rkvi_f16>),
+        rkvi_kernel(rkvi_scan_near<rkvi_bf16>),
+        rkvi_kernel(rkvi_scan_far<float>),
+        rkvi_kernel(rkvi_scan_far<rkvi_f16>),
+        rkvi_kernel(rkvi_scan_far<rkvi_bf16>),
+        rkvi_kernel(rkvi_score),
+        rkvi_kernel(rkvi_share),
+        rkvi_kernel(rkvi_select),
+        rkvi_kernel(rkvi_compact),
+        rkvi_kernel(rkvi_copy_rows),
+        rkvi_kernel(rkvi_fill_positions),
+    };
+    for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++) {
+        cudaFuncAttributes attributes;
+        if (cudaFuncGetAttributes(&attributes, kernels[i]) == cudaSuccess) continue;
+        (void)cudaGetLastError(); /* said by the status */
+        return RKV_ERROR_DEVICE;
+    }
+    return RKV_OK;
+}
+
 extern "C" rkv_status rkv_cuda_backend(rkv_backend *out, void *stream)
 {
     const rkv_backend table = { "cuda",
@@ -2286,8 +2327,9 @@ extern "C" rkv_status rkv_cuda_backend(rkv_backend *out, void *stream)
     int n_devices = 0;
     if (!out) return RKV_ERROR_ARGUMENT;
     if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices < 1) return RKV_ERROR_DEVICE;
-    *out = table;
-    return RKV_OK;
+    const rkv_status status = rkvi_load_kernels();
+    if (status == RKV_OK) *out = table;
+    return status;
 }
 
 extern "C" rkv_status rkv_cuda_register(void *stream)

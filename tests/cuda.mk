@@ -9,6 +9,8 @@ CUDA_DIR    = $(BUILD)/cuda
 CUDA_WARNINGS = -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wconversion,-Wshadow
 CUDA_FLAGS  = -I. -Itests -std=c++14 -O3 $(CUDA_WARNINGS)
 SHIM_FLAGS  = -I. -Itests -std=c++14 $(OPT) $(WARNINGS) -Wno-unknown-pragmas $(CXXFLAGS)
+SHIM_HEADERS = rkv.h tests/golden_names.h tests/harness.h tests/oracle.h tests/cuda_shim.h \
+               tests/cuda_race.h
 CUDA_ARCHS := $(shell $(NVCC) --list-gpu-arch 2>/dev/null | sed -n 's/^compute_//p' | \
                       awk '$$1 >= 75' | sort -n)
 
@@ -27,10 +29,10 @@ cuda-no-cxx:
 cuda-no-nvcc:
 	@echo 'skip  rkv_cuda.cu for each GPU architecture: no nvcc'
 
-$(CUDA_DIR)/shim/kernels.o: rkv_cuda.cu rkv.h tests/cuda_shim.h tests/cuda.mk
+$(CUDA_DIR)/shim/kernels.o: rkv_cuda.cu rkv.h tests/cuda_shim.h tests/cuda_race.h tests/cuda.mk
 	@mkdir -p $(@D)
 	$(CXX) $(SHIM_FLAGS) -include tests/cuda_shim.h -x c++ -c $< -o $@
-$(CUDA_DIR)/shim/test.o: tests/test_cuda.cc rkv.h tests/harness.h tests/oracle.h tests/cuda_shim.h
+$(CUDA_DIR)/shim/test.o: tests/test_cuda.cc $(SHIM_HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(SHIM_FLAGS) -include tests/cuda_shim.h -c $< -o $@
 $(BUILD)/tests/test_cuda: $(CUDA_DIR)/shim/test.o $(CUDA_DIR)/shim/kernels.o $(TEST_SHARED)
@@ -40,6 +42,36 @@ $(BUILD)/tests/test_cuda: $(CUDA_DIR)/shim/test.o $(CUDA_DIR)/shim/kernels.o $(T
 $(CUDA_DIR)/sm_%.o: rkv_cuda.cu rkv.h tests/cuda.mk
 	@mkdir -p $(@D)
 	$(NVCC) $(CUDA_FLAGS) -gencode arch=compute_$*,code=sm_$* -c $< -o $@
+
+# ---- Races --------------------------------------------------------------------------------------
+
+# The kernels tell tests/cuda_race.cc about every access; no libtsan is linked. Without -pie code
+# lies below 4 GB, as that file wants it; -g names the lines. The cases are those of
+# test-cuda-sanitize and more. MUTANTS="NAME..." takes barriers out instead, as
+# tests/test_race_mutants.sh says.
+RACE_SOURCE = rkv_cuda.cu
+RACE_DIR    = $(CUDA_DIR)/race
+RACE_FLAGS  = $(SHIM_FLAGS) -g -fno-pie -fno-threadsafe-statics -DRKV_CUDA_RACE \
+              -include tests/cuda_shim.h
+RACE_CASES ?= 40
+
+.PHONY: test-cuda-race
+test-cuda-race:
+	@if ! command -v $(CXX) >/dev/null; then echo 'skip  test-cuda-race: no C++ compiler'; \
+	elif [ -n '$(MUTANTS)' ]; then CXX='$(CXX)' sh tests/test_race_mutants.sh $(MUTANTS); \
+	else \
+	    $(MAKE) --no-print-directory $(RACE_DIR)/test_cuda && \
+	    $(RACE_DIR)/test_cuda kernels $(RACE_CASES); fi
+
+$(RACE_DIR)/kernels.o: $(RACE_SOURCE) $(SHIM_HEADERS) tests/cuda.mk
+	@mkdir -p $(@D)
+	$(CXX) $(RACE_FLAGS) -O1 -fsanitize=thread -x c++ -c $< -o $@
+$(RACE_DIR)/%.o: tests/%.cc $(SHIM_HEADERS) tests/cuda.mk
+	@mkdir -p $(@D)
+	$(CXX) $(RACE_FLAGS) -c $< -o $@
+$(RACE_DIR)/test_cuda: $(RACE_DIR)/kernels.o $(RACE_DIR)/test_cuda.o $(RACE_DIR)/cuda_race.o \
+        $(TEST_SHARED)
+	$(CXX) -no-pie -Wl,--wrap=memcpy,--wrap=memset $^ -o $@ $(LIBS)
 
 # ---- On a GPU -----------------------------------------------------------------------------------
 

@@ -5,8 +5,9 @@
  * comes to a barrier, and every warp intrinsic is one, so shared memory, shuffles, votes and
  * atomics mean what they mean on a GPU. Three orders of blocks, warps and lanes (shim().order)
  * bring a missing barrier to light; shared memory starts as NaN in every block; a barrier that not
- * all threads reach ends the program. What it cannot show: real concurrency, memory ordering,
- * speed, limits of registers. */
+ * all threads reach ends the program. A missing barrier that no order brings to light is one for
+ * tests/cuda_race.cc, which listens where RKV_CUDA_RACE is defined. What neither can show: threads
+ * that really run at the same time, speed, limits of registers. */
 #ifndef RKV_TESTS_CUDA_SHIM_H
 #define RKV_TESTS_CUDA_SHIM_H
 #define RKV_CUDA_SHIM 1
@@ -21,7 +22,10 @@
 #include <ucontext.h>
 
 #include <functional>
+#include <set>
 #include <vector>
+
+#include "cuda_race.h"
 
 #pragma GCC diagnostic ignored "-Wunknown-pragmas" /* #pragma unroll */
 
@@ -43,7 +47,14 @@ struct alignas(16) float4 {
 };
 
 typedef struct shim_stream *cudaStream_t;
-enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2 };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorNoKernelImageForDevice = 209
+};
+struct cudaFuncAttributes {
+    int binaryVersion;
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 
 /* A graph holds launches with their parameters, copied at the time of capture. Whatever else is
@@ -112,6 +123,7 @@ inline cudaError_t cudaMalloc(void **out, size_t bytes)
     shim_not_in_capture("cudaMalloc in a capture");
     if (posix_memalign(out, 256, bytes ? bytes : 1) != 0) return cudaErrorMemoryAllocation;
     memset(*out, 0xa5, bytes);
+    race_memory(*out, bytes);
     return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError()
@@ -121,13 +133,16 @@ inline cudaError_t cudaGetLastError()
 inline cudaError_t cudaFree(void *memory)
 {
     shim_not_in_capture("cudaFree in a capture");
+    race_forget(memory);
     free(memory);
     return cudaSuccess;
 }
-inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind,
+inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind,
                                    cudaStream_t)
 {
     shim_not_in_capture("a copy in a capture");
+    if (kind != cudaMemcpyHostToDevice) race_copy_out(src, bytes);
+    if (kind != cudaMemcpyDeviceToHost) race_copy_in(dst, bytes);
     memcpy(dst, src, bytes);
     return cudaSuccess;
 }
@@ -139,6 +154,25 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t)
 inline cudaError_t cudaGetDeviceCount(int *count)
 {
     *count = 1;
+    return cudaSuccess;
+}
+
+/* Kernels must be loaded, by asking about them, before they are launched: a real runtime would do
+ * it in the launch, which may be part of a capture. `is_missing`: no code for this device. */
+struct shim_code {
+    std::set<const void *> loaded;
+    bool is_missing;
+};
+inline shim_code &shim_kernels()
+{
+    static shim_code code;
+    return code;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *kernel)
+{
+    if (shim_kernels().is_missing) return cudaErrorNoKernelImageForDevice;
+    attributes->binaryVersion = 0;
+    shim_kernels().loaded.insert(kernel);
     return cudaSuccess;
 }
 
@@ -244,6 +278,7 @@ inline bool shim_release(int begin, int end, int barrier)
     }
     if (waiting == 0 || waiting + done < end - begin) return false;
     if (done > 0) shim_die("a barrier that a thread has left behind");
+    if (barrier == SHIM_AT_BLOCK_BARRIER) race_block_barrier();
     for (i = begin; i < end; i++) m.fibers[i].state = SHIM_READY;
     return true;
 }
@@ -270,6 +305,7 @@ inline void shim_run_block()
     shim_machine &m = shim();
     const int n_warps = m.n_threads / 32;
     memset(m.shared, 0xff, sizeof m.shared); /* NaNs, and negative integers */
+    race_block();
     for (int i = 0; i < m.n_threads; i++) m.fibers[i].state = SHIM_READY;
     do {
         for (int i = 0; i < n_warps; i++) {
@@ -279,6 +315,7 @@ inline void shim_run_block()
         m.or_result = m.or_now;
         m.or_now = 0;
     } while (shim_release(0, m.n_threads, SHIM_AT_BLOCK_BARRIER));
+    race_block_end();
     for (int i = 0; i < m.n_threads; i++)
         if (m.fibers[i].state != SHIM_DONE) shim_die("a barrier that not all threads reach");
     for (int i = 0; i < 64; i++)
@@ -295,7 +332,8 @@ template <typename P> struct shim_bound {
     }
 };
 
-template <typename P> void shim_run(void (*kernel)(P), int blocks, int threads, const P &parameters)
+template <typename P>
+void shim_run(void (*kernel)(P), int blocks, int threads, size_t shared_bytes, const P &parameters)
 {
     shim_machine &m = shim();
     const shim_bound<P> bound = { kernel, parameters };
@@ -304,6 +342,7 @@ template <typename P> void shim_run(void (*kernel)(P), int blocks, int threads, 
     m.n_threads = threads;
     m.grid.x = static_cast<unsigned>(blocks);
     for (int i = 0; i < threads; i++) shim_make_fiber(&m.fibers[i]);
+    race_launch(shared_bytes, &bound, sizeof bound);
     for (int i = 0; i < blocks; i++) {
         m.block.x = static_cast<unsigned>(m.order == SHIM_ASCENDING ? i : blocks - 1 - i);
         shim_run_block();
@@ -318,13 +357,15 @@ cudaError_t shim_launch(void (*kernel)(P), int blocks, int threads, size_t share
     if (threads > SHIM_MAX_THREADS || threads % 32 != 0 || shared_bytes > SHIM_SHARED_BYTES ||
         sizeof(P) > 4096)
         shim_die("a launch that a GPU would refuse");
+    if (!shim_kernels().loaded.count(reinterpret_cast<const void *>(kernel)))
+        shim_die("a kernel that was not loaded at registration");
     if (m.max_blocks > 0 && blocks > m.max_blocks) blocks = m.max_blocks;
     m.launches++;
     if (shim_capture())
         shim_capture()->launches.push_back(
-            [=]() { shim_run<P>(kernel, blocks, threads, parameters); });
+            [=]() { shim_run<P>(kernel, blocks, threads, shared_bytes, parameters); });
     else
-        shim_run<P>(kernel, blocks, threads, parameters);
+        shim_run<P>(kernel, blocks, threads, shared_bytes, parameters);
     return cudaSuccess;
 }
 
@@ -342,6 +383,7 @@ inline int __syncthreads_or(int predicate)
 inline void __syncwarp()
 {
     shim_wait(SHIM_AT_WARP_BARRIER);
+    race_warp_barrier();
 }
 
 /* Puts words into this thread's mailbox and waits for the warp; the two halves take turns, so that
@@ -445,24 +487,28 @@ void shim_mma(float *acc, const uint32_t *a, const uint32_t *b, float (*to_float
 /* ---- Atomics (one thread runs at a time) and arithmetic ------------------------------------- */
 template <typename T> T atomicAdd(T *at, T value)
 {
+    const race_as as(RACE_ATOMIC);
     const T old = *at;
     *at = static_cast<T>(old + value);
     return old;
 }
 template <typename T> T atomicMin(T *at, T value)
 {
+    const race_as as(RACE_ATOMIC);
     const T old = *at;
     if (value < old) *at = value;
     return old;
 }
 template <typename T> T atomicCAS(T *at, T expected, T value)
 {
+    const race_as as(RACE_ATOMIC);
     const T old = *at;
     if (old == expected) *at = value;
     return old;
 }
 template <typename T> T __ldg(const T *at)
 {
+    const race_as as(RACE_LDG);
     return *at;
 }
 inline int __popc(unsigned x)

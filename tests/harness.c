@@ -51,6 +51,17 @@ static int fails(void)
     return ++case_failures <= MAX_PRINTED;
 }
 
+void case_fail(const char *format, ...)
+{
+    va_list arguments;
+    if (!fails()) return;
+    printf("FAIL  %s: ", case_name);
+    va_start(arguments, format);
+    vprintf(format, arguments);
+    va_end(arguments);
+    printf("\n");
+}
+
 int expect_true(const char *at, int holds)
 {
     if (holds) return 1;

@@ -17,7 +17,8 @@
  * Each check prints one line on failure (the first few of a case) and returns 1 when it held. */
 void case_begin(const char *format, ...);
 void case_end(void);
-const char *case_text(void); /* the name of the case under way */
+const char *case_text(void);             /* the name of the case under way */
+void case_fail(const char *format, ...); /* what no expect_ can say */
 int expect_true(const char *at, int holds);
 int expect_int(const char *at, int i, int64_t got, int64_t want);
 int expect_near(const char *at, int i, double got, double want, double tolerance);

@@ -1,6 +1,7 @@
 /* rkv_cuda.cu against the CPU: on a GPU, or without one as C++ over tests/cuda_shim.h.
  *     make test (shim)    make test-cuda (GPU)    generated cases alone: test_cuda FIRST COUNT
- * test_cuda kernels runs every kernel in little time: for the sanitizers. */
+ * test_cuda kernels [COUNT] runs every kernel in little time, for the sanitizers: chosen cases and
+ * the first COUNT generated ones. */
 #ifndef RKV_CUDA_SHIM
 #include <cuda_runtime.h>
 #endif
@@ -63,13 +64,13 @@ struct mirror {
     {
         for (size_t i = 0; i < pieces.size(); i++) (void)cudaFree(pieces[i].base);
     }
-    /* Memory on the device at the same alignment, with nothing in it. */
+    /* Memory on the device at the same alignment, with nothing in it nor behind it. */
     template <typename T> T *reserve(T *host, size_t bytes, bool writable)
     {
         void *base = NULL;
-        must("device memory", cudaMalloc(&base, bytes + 16) == cudaSuccess);
-        piece p = { static_cast<char *>(base),
-                    static_cast<char *>(base) + reinterpret_cast<uintptr_t>(host) % 16,
+        const size_t skew = reinterpret_cast<uintptr_t>(host) % 16;
+        must("device memory", cudaMalloc(&base, skew + (bytes ? bytes : 1)) == cudaSuccess);
+        piece p = { static_cast<char *>(base), static_cast<char *>(base) + skew,
                     const_cast<void *>(static_cast<const void *>(host)), bytes, writable };
         pieces.push_back(p);
         return reinterpret_cast<T *>(p.device);
@@ -924,6 +925,12 @@ static void test_refusals()
     expect_status("no table", rkv_cuda_backend(NULL, NULL), RKV_ERROR_ARGUMENT);
     expect_status("a table of one's own", rkv_cuda_backend(&table, &s), RKV_OK);
     expect_true("its stream", table.context == &s);
+#ifdef RKV_CUDA_SHIM
+    shim_kernels().is_missing = true;
+    expect_status("no code for this device", rkv_cuda_backend(&table, NULL), RKV_ERROR_DEVICE);
+    expect_true("the table is as it was", table.context == &s);
+    shim_kernels().is_missing = false;
+#endif
     for (int n = 60; n < 200; n += 20) { /* never shrinks */
         rkv_layer layer = RKV_INIT;
         layer.keys = rkv_tensor_make(&bytes, RKV_F16, 2, n, 32);
@@ -1164,32 +1171,35 @@ static void test_chosen()
 
 /* The second scan in every type, the copies of the managed cache, every check, a graph; the first
  * generated cases have the rest. */
-static void test_kernels()
+static void test_kernels(uint64_t count)
 {
     test_far_scan();
     test_cache();
     test_bad_lists();
     test_bad_tables();
     test_graph();
-    for (uint64_t seed = 1; seed <= 30; seed++) test_generated(seed);
+    for (uint64_t seed = 1; seed <= count; seed++) test_generated(seed);
 }
 
 int main(int argc, char **argv)
 {
     const char *wanted = getenv("RKV_TEST_CASES");
-    const bool kernels = argc == 2 && strcmp(argv[1], "kernels") == 0;
+    const bool kernels = argc > 1 && strcmp(argv[1], "kernels") == 0;
     const uint64_t first = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
     const uint64_t count = argc > 2  ? strtoull(argv[2], NULL, 10)
-                           : kernels ? 0
+                           : kernels ? 30
                            : wanted  ? strtoull(wanted, NULL, 10)
                                      : default_cases;
+    int n_devices = 0;
     if (rkv_cuda_register(NULL) != RKV_OK) {
+        must("this program has no code for the device",
+             cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices < 1);
         skip("rkv_cuda.cu on a GPU: no CUDA device");
         return close_tests();
     }
-    if (kernels) test_kernels();
+    if (kernels) test_kernels(count);
     if (argc <= 1) test_chosen();
-    for (uint64_t seed = first; seed < first + count; seed++) test_generated(seed);
+    for (uint64_t seed = first; seed < first + count && !kernels; seed++) test_generated(seed);
     printf("scores differ from the CPU's by at most %.1e of the largest; %ld kept sets equal, %ld "
            "but for near ties\n",
            worst_score, sets_equal, sets_differ_in_ties);
