@@ -266,7 +266,7 @@ static options parse(int argc, char **argv)
                   "build/demo.html",
                   NULL,
                   task_find("ponder"),
-                  34,
+                  25,
                   40,
                   0,
                   32,
