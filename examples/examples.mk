@@ -31,7 +31,7 @@ eval: $(BUILD)/eval
 
 # Resumable: the same command goes on where it was stopped.
 train: $(BUILD)/train
-	$< --task ponder --seed 1 --out $(MODEL) $(TRAIN)
+	$< --task ponder --seed 2 --out $(MODEL) $(TRAIN)
 
 PROGRAM_TEST = $(BUILD)/tests/test_programs
 $(PROGRAM_TEST): tests/test_programs.sh $(BUILD)/demo $(BUILD)/eval $(BUILD)/train

@@ -1,5 +1,5 @@
 /* train.c - trains the small reasoning model from nothing and writes it as a GGUF file.
- * Build and run: make train        (or: build/train --task ponder --seed 1 --out FILE.gguf)
+ * Build and run: make train        (or: build/train --task ponder --seed 2 --out FILE.gguf)
  *
  * First a curriculum: copying, then problems without checks, then with them; each level lasts until
  * nine of ten of its problems come out right, or for its share of the tokens. Then full problems

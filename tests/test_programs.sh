@@ -91,7 +91,7 @@ refuses other.gguf demo --model "$dir/other.gguf"
 # ---- the study: resumable, whatever it was interrupted in ----
 study() {
     run eval --model $model --csv "$dir/study.csv" --svg "$dir/study.svg" --problems 1 --quick \
-        --method rkv --method h2o
+        --method rkv --method h2o+prompt
 }
 study
 check 'eval' $?
