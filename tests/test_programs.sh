@@ -67,8 +67,9 @@ if [ -z "${RKV_TEST_CASES:-}" ]; then
     works 'demo, a problem under every policy' demo --model $model --html "$dir/page.html" \
         --problems 1 --seconds 600
     prints 'rkv-pool7 .* 34 %'
+    works 'train --check' train --check
 else
-    echo 'skip  programs: the demo under every policy, where RKV_TEST_CASES asks for few cases'
+    echo 'skip  programs: every policy, train --check: where RKV_TEST_CASES asks for few cases'
     skipped=1
 fi
 refuses 'unknown option' demo --nonsense 1
@@ -120,7 +121,6 @@ refuses missing.gguf eval --model "$dir/missing.gguf" --csv "$dir/a.csv" --svg "
 train() {
     run train --tokens 1 --finetune 1 --validate 1 --out "$dir/new.gguf" "$@"
 }
-works 'train --check' train --check
 train --checkpoint "$dir/1.ckpt" --threads 1
 check 'train' $?
 mv "$dir/new.gguf" "$dir/one.gguf"
