@@ -87,12 +87,12 @@ def run_case(library, name, n, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("library")
+    parser.add_argument("peer", help="libpeer.so")
     parser.add_argument("--csv")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each case")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    library = ctypes.CDLL(options.library)
+    library = ctypes.CDLL(options.peer)
     library.peer_compress.restype = ctypes.c_double
     print(f"\n# PyTorch {torch.__version__}, the plain formulation, f32, 8 kv heads in one batch, "
           "n - 128 kept, 1 thread\n"
