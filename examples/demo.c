@@ -6,6 +6,7 @@
  */
 #define _POSIX_C_SOURCE 200809L
 #include "managed_cache.h"
+#include "options.h"
 #include "page.h"
 #include "study.h"
 
@@ -29,20 +30,7 @@ typedef struct options {
     uint64_t seed;
 } options;
 
-static void die(const char *format, const char *detail)
-{
-    fprintf(stderr, "demo: ");
-    fprintf(stderr, format, detail);
-    fputc('\n', stderr);
-    exit(1);
-}
-
-static void *allocate(size_t n, size_t bytes)
-{
-    void *memory = calloc(n, bytes);
-    if (!memory) die("%s", "out of memory");
-    return memory;
-}
+const char program_name[] = "demo";
 
 /* ---- one problem, aloud -------------------------------------------------------------------- */
 
@@ -252,14 +240,6 @@ static const char usage[] =
     "            [--budget PERCENT] [--buffer TOKENS] [--temperature X] [--seed N]\n"
     "            [--problems N] [--seconds N] [--threads N] [--html FILE]";
 
-static double number(const char *name, const char *text, double low, double high)
-{
-    char *end;
-    const double v = strtod(text, &end);
-    if (*text == 0 || *end != 0 || !(v >= low && v <= high)) die("%s is out of range", name);
-    return v;
-}
-
 static options parse(int argc, char **argv)
 {
     options o = { "examples/models/ponder.gguf",
@@ -289,23 +269,23 @@ static options parse(int argc, char **argv)
         else if (strcmp(name, "--task") == 0)
             o.task = task_find(value);
         else if (strcmp(name, "--budget") == 0)
-            o.budget = number(name, value, 2, 100);
+            o.budget = option_number(name, value, 2, 100);
         else if (strcmp(name, "--seconds") == 0)
-            o.seconds = number(name, value, 1, 86400);
+            o.seconds = option_number(name, value, 1, 86400);
         else if (strcmp(name, "--temperature") == 0)
-            o.temperature = number(name, value, 0, 100);
+            o.temperature = option_number(name, value, 0, 100);
         else if (strcmp(name, "--buffer") == 0)
-            o.buffer = (int)number(name, value, 1, 1024);
+            o.buffer = (int)option_whole(name, value, 1, 1024);
         else if (strcmp(name, "--problems") == 0)
-            o.n_problems = (int)number(name, value, 0, MAX_PROBLEMS);
+            o.n_problems = (int)option_whole(name, value, 0, MAX_PROBLEMS);
         else if (strcmp(name, "--threads") == 0)
-            o.n_threads = (int)number(name, value, 1, STUDY_MAX_THREADS);
+            o.n_threads = (int)option_whole(name, value, 1, STUDY_MAX_THREADS);
         else if (strcmp(name, "--seed") == 0)
-            o.seed = (uint64_t)number(name, value, 0, 1e15);
+            o.seed = (uint64_t)option_whole(name, value, 0, INT64_MAX);
         else
             die("unknown option %s; --help lists the options", name);
     }
-    if (!o.task) die("%s", "no such task; there are ponder and brief");
+    if (!o.task) die("no such task; there are ponder and brief");
     return o;
 }
 
@@ -319,7 +299,7 @@ static void read_prompt(const char *text, int room, problem *p)
     for (int n; sscanf(text, " %31s%n", word, &n) == 1; text += n) {
         const int token = task_token(word);
         if (token < 0) die("the model does not know the word '%s'", word);
-        if (p->n_prompt >= room) die("%s", "the prompt is too long for the model");
+        if (p->n_prompt >= room) die("the prompt is too long for the model");
         p->tokens[p->n_prompt++] = token;
     }
     p->n_tokens = p->n_prompt;
@@ -334,10 +314,7 @@ int main(int argc, char **argv)
     gguf_error error;
     model *m;
     prng random = { o.seed };
-    if (!model_load(&m, o.model, &error)) {
-        fprintf(stderr, "demo: %s: %s\n", o.model, error.text);
-        return 1;
-    }
+    if (!model_load(&m, o.model, &error)) die("%s: %s", o.model, error.text);
     if (!solve_fits(m)) die("%s: not a model of these problems", o.model);
     const model_shape *s = model_get_shape(m);
     task_generate_full(o.task, SPLIT_TEST, &random, &p);

@@ -6,6 +6,7 @@
  * the comparison of the methods uses test problems, which decide nothing.
  */
 #define _POSIX_C_SOURCE 200809L
+#include "options.h"
 #include "plot.h"
 #include "study.h"
 
@@ -37,19 +38,13 @@ typedef struct options {
     uint64_t seed;
 } options;
 
-static void die(const char *format, const char *detail)
-{
-    fprintf(stderr, "eval: ");
-    fprintf(stderr, format, detail);
-    fputc('\n', stderr);
-    exit(1);
-}
+const char program_name[] = "eval";
 
 /* ---- what to run --------------------------------------------------------------------------- */
 
 static run *plan_run(plan *p, const char *file, const char *method, double percent, int buffer)
 {
-    if (p->n_runs == MAX_RUNS) die("%s", "too many runs");
+    if (p->n_runs == MAX_RUNS) die("too many runs");
     run *r = &p->runs[p->n_runs++];
     r->model = file;
     r->split = SPLIT_TEST;
@@ -172,9 +167,8 @@ static void show_progress(void *user, double done)
 
 static problem *draw(const options *o, task_split split)
 {
-    problem *problems = calloc((size_t)o->n_problems, sizeof *problems);
+    problem *problems = allocate((size_t)o->n_problems, sizeof *problems);
     prng random = { o->seed + (uint64_t)split };
-    if (!problems) die("%s", "out of memory");
     for (int i = 0; i < o->n_problems; i++)
         task_generate_full(o->task, split, &random, &problems[i]);
     return problems;
@@ -184,10 +178,7 @@ static model *load(const char *path)
 {
     gguf_error error;
     model *m;
-    if (!model_load(&m, path, &error)) {
-        fprintf(stderr, "eval: %s: %s\n", path, error.text);
-        exit(1);
-    }
+    if (!model_load(&m, path, &error)) die("%s: %s", path, error.text);
     if (!solve_fits(m)) die("%s: not a model of these problems", path);
     return m;
 }
@@ -300,14 +291,6 @@ static const char usage[] =
     "  sweeps of the settings, the others a buffer of 32 tokens; so does the first with --quick.\n"
     "  --method limits the study to some of the methods.";
 
-static int whole(const char *name, const char *text, long low, long high)
-{
-    char *end;
-    const long v = strtol(text, &end, 10);
-    if (*text == 0 || *end != 0 || v < low || v > high) die("%s is out of range", name);
-    return (int)v;
-}
-
 static const char *method_name(const char *text)
 {
     policy p;
@@ -340,17 +323,17 @@ static options parse(int argc, char **argv)
         else if (strcmp(name, "--task") == 0)
             o.task = task_find(argv[i]);
         else if (strcmp(name, "--problems") == 0)
-            o.n_problems = whole(name, argv[i], 1, MAX_PROBLEMS);
+            o.n_problems = (int)option_whole(name, argv[i], 1, MAX_PROBLEMS);
         else if (strcmp(name, "--threads") == 0)
-            o.n_threads = whole(name, argv[i], 1, STUDY_MAX_THREADS);
+            o.n_threads = (int)option_whole(name, argv[i], 1, STUDY_MAX_THREADS);
         else if (strcmp(name, "--seed") == 0)
-            o.seed = (uint64_t)whole(name, argv[i], 0, 1000000000);
+            o.seed = (uint64_t)option_whole(name, argv[i], 0, INT64_MAX);
         else
             die("unknown option %s; --help lists the options", name);
     }
-    if (!o.task) die("%s", "no such task; there are ponder and brief");
+    if (!o.task) die("no such task; there are ponder and brief");
     if (o.n_models == 0 || !o.csv || !o.svg)
-        die("%s", "--model, --csv and --svg are needed; --help says more");
+        die("--model, --csv and --svg are needed; --help says more");
     return o;
 }
 

@@ -8,7 +8,7 @@ NATIVE    := $(if $(RUNNER),,$(shell \
               $(CC) -march=native -E -x c /dev/null >/dev/null 2>&1 && echo -march=native))
 
 ENGINE    = $(patsubst %,$(BUILD)/obj/examples/%.o, \
-              study solve own_cache policy model gguf task kernels seconds rkv_impl)
+              study solve own_cache policy model gguf task kernels seconds options rkv_impl)
 
 $(BUILD)/obj/examples/kernels.o: C_FLAGS += -O3 -ffp-contract=fast $(NATIVE)
 
@@ -18,7 +18,7 @@ $(BUILD)/demo: $(patsubst %,$(BUILD)/obj/examples/%.o,demo page plot managed_cac
 $(BUILD)/eval: $(patsubst %,$(BUILD)/obj/examples/%.o,eval plot) $(ENGINE)
 	$(link)
 
-$(BUILD)/train: $(patsubst %,$(BUILD)/obj/examples/%.o,train backprop kernels task gguf seconds)
+$(BUILD)/train: $(patsubst %,$(BUILD)/obj/examples/%.o,train backprop kernels task gguf seconds options)
 	$(link)
 
 .PHONY: demo eval train

@@ -11,6 +11,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "backprop.h"
 #include "gguf.h"
+#include "options.h"
 #include "seconds.h"
 #include "task.h"
 
@@ -81,18 +82,7 @@ typedef struct trainer {
     float scale;
 } trainer;
 
-static void die(const char *what, const char *name)
-{
-    fprintf(stderr, "train: %s%s%s\n", what, name ? ": " : "", name ? name : "");
-    exit(1);
-}
-
-static void *allocate(size_t n, size_t size)
-{
-    void *memory = calloc(n, size);
-    if (!memory) die("out of memory", NULL);
-    return memory;
-}
+const char program_name[] = "train";
 
 /* ---- data ---------------------------------------------------------------------------------- */
 
@@ -197,7 +187,7 @@ static void run_batch(trainer *t)
         workers[i].t = t;
         workers[i].thread = i;
         if (i > 0 && pthread_create(&threads[i], NULL, work, &workers[i]) != 0)
-            die("cannot start a thread", NULL);
+            die("cannot start a thread");
     }
     work(&workers[0]);
     for (int i = 1; i < t->opt.n_threads; i++) pthread_join(threads[i], NULL);
@@ -286,10 +276,10 @@ static void save_checkpoint(trainer *t)
     char name[1024];
     snprintf(name, sizeof name, "%s.new", t->opt.checkpoint);
     FILE *f = fopen(name, "wb");
-    if (!f) die("cannot write", name);
+    if (!f) die("cannot write %s", name);
     int ok = transfer(f, 1, &t->at, sizeof t->at) && transfer_all(t, f, 1);
     if (fclose(f) != 0 || !ok || rename(name, t->opt.checkpoint) != 0)
-        die("cannot write", t->opt.checkpoint);
+        die("cannot write %s", t->opt.checkpoint);
 }
 
 static int load_checkpoint(trainer *t)
@@ -300,7 +290,7 @@ static int load_checkpoint(trainer *t)
     int ok = transfer(f, 0, &at, sizeof at) && memcmp(at.magic, magic, sizeof magic) == 0 &&
              at.n_weights == t->n && transfer_all(t, f, 0);
     fclose(f);
-    if (!ok) die("damaged, or of another model; delete it to start again", t->opt.checkpoint);
+    if (!ok) die("%s: damaged, or of another model; delete it to start again", t->opt.checkpoint);
     t->at = at;
     return 1;
 }
@@ -541,13 +531,13 @@ static void write_model(trainer *t)
     const weights all = weights_view(s, t->weights);
     gguf_error error;
     gguf_writer *w = gguf_writer_create();
-    if (!w) die("out of memory", NULL);
+    if (!w) die("out of memory");
     put_metadata(t, w);
     gguf_put_tensor(w, "token_embd.weight", GGUF_F16, (uint64_t)s->vocabulary, (uint64_t)s->dim,
                     all.embedding);
     gguf_put_tensor(w, "output_norm.weight", GGUF_F32, 0, (uint64_t)s->dim, all.final_norm);
     for (int l = 0; l < s->n_layers; l++) put_layer(w, s, &all, l);
-    if (!gguf_write(w, t->opt.out, &error)) die(error.text, t->opt.out);
+    if (!gguf_write(w, t->opt.out, &error)) die("%s: %s", t->opt.out, error.text);
     gguf_writer_destroy(w);
     printf("wrote %s\n", t->opt.out);
 }
@@ -568,7 +558,7 @@ static void create(trainer *t)
     for (int i = 0; i < SHARES; i++) t->gradient[i] = allocate(t->n, sizeof(float));
     for (int i = 0; i < t->opt.n_threads; i++) {
         t->worker[i] = backprop_create(&t->shape, TASK_MAX_TOKENS);
-        if (!t->worker[i]) die("out of memory", NULL);
+        if (!t->worker[i]) die("out of memory");
     }
     for (int i = 0; i < MAX_BATCH; i++)
         t->jobs[i].dropped =
@@ -584,14 +574,6 @@ static const char usage[] =
     "             [--tokens N] [--finetune N] [--rate X] [--threads N] [--validate PROBLEMS]\n"
     "       train --write-only ..   writes the last checkpoint as it is\n"
     "       train --check           compares gradients with finite differences";
-
-static double number(const char *name, const char *text, double low, double high)
-{
-    char *end;
-    const double v = strtod(text, &end);
-    if (*text == 0 || *end != 0 || !(v >= low && v <= high)) die("out of range", name);
-    return v;
-}
 
 static options parse(int argc, char **argv)
 {
@@ -610,7 +592,7 @@ static options parse(int argc, char **argv)
             o.write_only = 1;
             continue;
         }
-        if (!value) die("an option that needs a value, or is unknown; --help lists them", name);
+        if (!value) die("%s needs a value, or is unknown; --help lists the options", name);
         i++;
         if (strcmp(name, "--task") == 0)
             o.task = task_find(value);
@@ -619,21 +601,21 @@ static options parse(int argc, char **argv)
         else if (strcmp(name, "--checkpoint") == 0)
             o.checkpoint = value;
         else if (strcmp(name, "--seed") == 0)
-            o.seed = (uint64_t)number(name, value, 0, 1e15);
+            o.seed = (uint64_t)option_whole(name, value, 0, INT64_MAX);
         else if (strcmp(name, "--tokens") == 0)
-            o.tokens[0] = number(name, value, 1, 1e12);
+            o.tokens[0] = option_number(name, value, 1, 1e12);
         else if (strcmp(name, "--finetune") == 0)
-            o.tokens[1] = number(name, value, 0, 1e12);
+            o.tokens[1] = option_number(name, value, 0, 1e12);
         else if (strcmp(name, "--rate") == 0)
-            o.learning_rate = number(name, value, 0, 1);
+            o.learning_rate = option_number(name, value, 0, 1);
         else if (strcmp(name, "--threads") == 0)
-            o.n_threads = (int)number(name, value, 1, SHARES);
+            o.n_threads = (int)option_whole(name, value, 1, SHARES);
         else if (strcmp(name, "--validate") == 0)
-            o.n_validate = (int)number(name, value, 0, 1e6);
+            o.n_validate = (int)option_whole(name, value, 0, 1000000);
         else
-            die("unknown option; --help lists them", name);
+            die("unknown option %s; --help lists the options", name);
     }
-    if (!o.task) die("no such task; there are ponder and brief", NULL);
+    if (!o.task) die("no such task; there are ponder and brief");
     return o;
 }
 
@@ -641,7 +623,7 @@ static options parse(int argc, char **argv)
 static void check_writable(const char *path)
 {
     FILE *f = fopen(path, "ab");
-    if (!f) die("cannot write", path);
+    if (!f) die("cannot write %s", path);
     fseek(f, 0, SEEK_END);
     const int is_new = ftell(f) == 0;
     fclose(f);
