@@ -37,6 +37,7 @@ help:
 	@echo '  make test-sanitize  the tests under the address and undefined behaviour sanitizers'
 	@echo '  make test-valgrind  the tests under valgrind'
 	@echo '  make test-qemu      the tests on AArch64 (NEON) and s390x (big-endian), emulated'
+	@echo '  make test-windows   the header tests built by mingw-w64, under wine'
 	@echo '  make test-peer      the model in another runtime, word for word (transformers)'
 	@echo '  make test-cuda      the tests on a GPU'
 	@echo '  make test-cuda-race the GPU kernels without a GPU: races, stray accesses'
@@ -133,6 +134,13 @@ test-valgrind:
 test-qemu: test-qemu-aarch64 test-qemu-s390x
 test-qemu-aarch64 test-qemu-s390x: test-qemu-%:
 	$(call suite,$*-linux-gnu-gcc qemu-$*,$*,CC=$*-linux-gnu-gcc LDFLAGS=-static RUNNER=qemu-$*)
+
+# The tests of the header; what else there is asks for POSIX.
+.PHONY: test-windows
+test-windows:
+	$(call suite,x86_64-w64-mingw32-gcc wine,windows,CC=x86_64-w64-mingw32-gcc LDFLAGS=-static \
+	    RUNNER='env WINEDEBUG=-all wine' PROGRAM_TEST= \
+	    TESTS='$(patsubst %,$(BUILD)/windows/tests/test_%,api cache errors golden random)')
 
 .PHONY: test-std test-symbols test-mutants check lint format
 test-std:

@@ -683,6 +683,27 @@ static uint32_t rkvi_bits_from_float(float value)
     return bits;
 }
 
+/* a * b + c, rounded once: libm's fmaf is slow without such an instruction and in some C libraries
+ * (mingw-w64) not exact. In double the product is exact and the sum loses `lost`; with an odd last
+ * bit where something is lost ("round to odd"), rounding to float afterwards is as good as at once
+ * (Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008). */
+RKVI_INLINE float rkvi_fma(float a, float b, float c)
+{
+#ifdef FP_FAST_FMAF
+    return fmaf(a, b, c);
+#else
+    double product = (double)a * b, sum = product + c, added = sum - product;
+    double lost = (product - (sum - added)) + (c - added);
+    uint64_t bits, inexact, toward_zero;
+    memcpy(&bits, &sum, sizeof bits);
+    inexact = lost > 0 || lost < 0 ? ~bits & 1 : 0;
+    toward_zero = (lost < 0) != (sum < 0);
+    bits += inexact - 2 * (inexact & toward_zero);
+    memcpy(&sum, &bits, sizeof sum);
+    return (float)sum;
+#endif
+}
+
 static float rkvi_float_from_f16(uint16_t half)
 {
     uint32_t sign = (uint32_t)(half & 0x8000u) << 16;
@@ -882,8 +903,10 @@ static float rkvi_reduce_scalar(float *lanes)
 static float rkvi_dot_scalar(const float *a, const float *b, size_t dim)
 {
     float lanes[RKVI_LANES] = { 0 };
-    size_t i;
-    for (i = 0; i < dim; i++) lanes[i % RKVI_LANES] = fmaf(a[i], b[i], lanes[i % RKVI_LANES]);
+    size_t i, l;
+    for (i = 0; i + RKVI_LANES <= dim; i += RKVI_LANES)
+        for (l = 0; l < RKVI_LANES; l++) lanes[l] = rkvi_fma(a[i + l], b[i + l], lanes[l]);
+    for (l = 0; i + l < dim; l++) lanes[l] = rkvi_fma(a[i + l], b[i + l], lanes[l]);
     return rkvi_reduce_scalar(lanes);
 }
 
@@ -911,7 +934,7 @@ static void rkvi_add_rows_scalar(float *sum, const float *rows, size_t stride, c
     size_t i;
     int r;
     for (r = 0; r < n_rows; r++, rows += stride)
-        for (i = 0; i < n; i++) sum[i] = fmaf(weights[r], rows[i], sum[i]);
+        for (i = 0; i < n; i++) sum[i] = rkvi_fma(weights[r], rows[i], sum[i]);
 }
 
 static void rkvi_query_tile_scalar(const rkvi_query_tile *tile)
@@ -920,12 +943,12 @@ static void rkvi_query_tile_scalar(const rkvi_query_tile *tile)
     float *out = tile->out;
     size_t i, n_queries = (size_t)tile->n_queries, q;
     int r;
-    for (r = 0; r < RKVI_TILE_ROWS; r++, rows += tile->stride, out += tile->out_stride)
-        for (q = 0; q < n_queries; q++) {
-            out[q] = 0;
-            for (i = 0; i < tile->dim; i++)
-                out[q] = fmaf(tile->panel[i * n_queries + q], rows[i], out[q]);
-        }
+    for (r = 0; r < RKVI_TILE_ROWS; r++, rows += tile->stride, out += tile->out_stride) {
+        for (q = 0; q < n_queries; q++) out[q] = 0;
+        for (i = 0; i < tile->dim; i++)
+            for (q = 0; q < n_queries; q++)
+                out[q] = rkvi_fma(tile->panel[i * n_queries + q], rows[i], out[q]);
+    }
 }
 
 /* The rows of a tile from `first` on, for the paths that take them in several goes. */
@@ -968,15 +991,15 @@ static void rkvi_fold_group_scalar(const float *tile, size_t tile_stride, int gr
 
 static float rkvi_exp_scalar(float x)
 {
-    float shifted = fmaf(x, RKVI_LOG2E, RKVI_ROUND_MAGIC);
+    float shifted = rkvi_fma(x, RKVI_LOG2E, RKVI_ROUND_MAGIC);
     float n = shifted - RKVI_ROUND_MAGIC;
-    float r = fmaf(n, -RKVI_LN2_LOW, fmaf(n, -RKVI_LN2_HIGH, x));
-    float y = fmaf(RKVI_EXP_C0, r, RKVI_EXP_C1);
-    y = fmaf(y, r, RKVI_EXP_C2);
-    y = fmaf(y, r, RKVI_EXP_C3);
-    y = fmaf(y, r, RKVI_EXP_C4);
-    y = fmaf(y, r, RKVI_EXP_C5);
-    y = fmaf(y, r * r, r) + 1.0f;
+    float r = rkvi_fma(n, -RKVI_LN2_LOW, rkvi_fma(n, -RKVI_LN2_HIGH, x));
+    float y = rkvi_fma(RKVI_EXP_C0, r, RKVI_EXP_C1);
+    y = rkvi_fma(y, r, RKVI_EXP_C2);
+    y = rkvi_fma(y, r, RKVI_EXP_C3);
+    y = rkvi_fma(y, r, RKVI_EXP_C4);
+    y = rkvi_fma(y, r, RKVI_EXP_C5);
+    y = rkvi_fma(y, r * r, r) + 1.0f;
     if (!(x >= RKVI_EXP_LOWEST)) return 0; /* -infinity too, which made y a NaN */
     return rkvi_float_from_bits(rkvi_bits_from_float(y) + (rkvi_bits_from_float(shifted) << 23));
 }

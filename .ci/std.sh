@@ -38,7 +38,7 @@ language() { # compiler, language, standard
 }
 
 for standard in c99 c11; do
-    for compiler in gcc clang aarch64-linux-gnu-gcc s390x-linux-gnu-gcc; do
+    for compiler in gcc clang aarch64-linux-gnu-gcc s390x-linux-gnu-gcc x86_64-w64-mingw32-gcc; do
         language "$compiler" c "$standard"
     done
 done

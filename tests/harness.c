@@ -2,6 +2,7 @@
  *     make test */
 #include "harness.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -280,7 +281,7 @@ static double round_binary(double x, int mantissa, int min_exponent)
 {
     int exponent;
     double step, scaled;
-    if (x == 0 || isnan(x) || isinf(x)) return x;
+    if (x == 0 || !(fabs(x) <= DBL_MAX)) return x; /* zero, infinity, NaN */
     frexp(x, &exponent);
     exponent = exponent - 1 < min_exponent ? min_exponent : exponent - 1;
     step = ldexp(1.0, exponent - mantissa);

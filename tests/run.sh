@@ -10,7 +10,7 @@ trap 'exit 130' HUP INT TERM
 for program in "$@"; do
     "$program" >"$out"
     status=$?
-    closing=$(tail -n 1 "$out" | grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$')
+    closing=$(tail -n 1 "$out" | tr -d '\r' | grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$')
     if [ -z "$closing" ]; then
         cat "$out"
         echo "FAIL  $program: ended with status $status and no closing line"
