@@ -96,6 +96,39 @@ static void test_attention_only(const rkv_backend *backend)
     job_free(&b);
 }
 
+/* Every other key's logit comes out below the middle of two floats by less than a double can tell:
+ * rounded once it equals its neighbour's, by way of double it would not. */
+static void test_round_once(const rkv_backend *backend)
+{
+    enum { N = 40, D = 64, W = 8 };
+    rng r = rng_seed(17);
+    rkv_config config = rkv_config_snapkv(20);
+    shape s = plain_shape(1, 1, D, N);
+    float keys[N * D] = { 0 }, queries[W * D] = { 0 };
+    float big = 1024.0f, tiny = 1.0f / (1 << 18);
+    job j;
+    int t, a;
+    if (FLT_EVAL_METHOD != 0) {
+        skip("%s: one rounding: this compiler computes floats in more precision", backend->name);
+        return;
+    }
+    case_begin("%s: multiply-adds round once", backend->name);
+    for (t = 0; t < N; t++) {
+        keys[t * D] = big * (1 + FLT_EPSILON);
+        keys[t * D + 1] = t % 2 ? big * (1 - tiny) : 0;
+    }
+    for (a = 0; a < W; a++) {
+        queries[a * D] = 1;
+        queries[a * D + 1] = FLT_EPSILON / 2 * (1 + tiny);
+    }
+    config.pool = 1;
+    job_make_from(&j, &r, &config, &s, keys, queries);
+    run(rkv_score, backend, &config, &j, 1);
+    for (t = 1; t < N - W; t++)
+        expect_bytes("score", job_scores(&j), job_scores(&j) + t, sizeof(float));
+    job_free(&j);
+}
+
 /* A ring of queries may start anywhere. */
 static void test_query_order(const rkv_backend *backend)
 {
@@ -584,6 +617,7 @@ static void test_all(const rkv_backend *backend)
     int pinned;
     test_key_scale(backend);
     test_attention_only(backend);
+    test_round_once(backend);
     test_query_order(backend);
     test_independence(backend);
     test_half_codes(backend, RKV_F16);
