@@ -18,7 +18,7 @@
 
 enum { LINE_WORDS = 64, MAX_PROBLEMS = 4096, N_BUDGETS = 3 };
 
-static const char *const methods[] = { "rkv", "rkv-pool7", "snapkv", "h2o", "streaming" };
+static const char *const methods[] = { "rkv", "snapkv", "h2o", "streaming" };
 enum { N_METHODS = sizeof methods / sizeof *methods, N_RUNS = 1 + N_METHODS * N_BUDGETS };
 static const double budgets[N_BUDGETS] = { 16, 25, 34 }; /* percent of a whole chain of thought */
 

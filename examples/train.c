@@ -577,7 +577,7 @@ static const char usage[] =
 
 static options parse(int argc, char **argv)
 {
-    options o = { task_find("ponder"), NULL, NULL, 1, 2, 200, 0, 0, { 3.5e6, 8e6 }, 3e-3 };
+    options o = { task_find("ponder"), NULL, NULL, 1, 2, 200, 0, 0, { 3.5e6, 20e6 }, 3e-3 };
     for (int i = 1; i < argc; i++) {
         const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (strcmp(name, "--help") == 0) {

@@ -66,7 +66,7 @@ prints 'R-KV     answers 9'
 if [ -z "${RKV_TEST_CASES:-}" ]; then
     works 'demo, a problem under every policy' demo --model $model --html "$dir/page.html" \
         --problems 1 --seconds 600
-    prints 'rkv-pool7 .* 34 %'
+    prints 'streaming .* 34 %'
     works 'train --check' train --check
 else
     echo 'skip  programs: every policy, train --check: where RKV_TEST_CASES asks for few cases'
