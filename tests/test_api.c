@@ -127,6 +127,7 @@ static void test_workspace_growth(const rkv_backend *backend)
     case_begin("%s: workspace never shrinks", backend->name);
     config.budget = 8;
     for (i = 0; i < sizeof lengths / sizeof *lengths; i++, before = now) {
+        if (sizeof(size_t) < 8 && lengths[i] > 65536) break; /* more than there are addresses */
         now = size_for(backend, &config, lengths[i], 1);
         expect_true("in n_tokens", now >= before);
     }

@@ -291,8 +291,9 @@ static void test_longest(const rkv_backend *backend)
     layer.keys.head_stride = DIM;
     layer.keys.token_stride = HEADS * DIM;
     layer.keys.tokens = layer.n_tokens = INT32_MAX - 64;
+    /* On a 32-bit machine that is more than there are addresses. */
     expect_status("a chunk below", rkv_workspace_size(backend, &sc.config, &layer, 1, &bytes),
-                  RKV_OK);
+                  sizeof(size_t) < 8 ? RKV_ERROR_ARGUMENT : RKV_OK);
     layer.keys.tokens = layer.n_tokens = INT32_MAX;
     expect_status("the last", rkv_workspace_size(backend, &sc.config, &layer, 1, &bytes),
                   RKV_ERROR_ARGUMENT);

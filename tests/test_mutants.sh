@@ -88,7 +88,7 @@ if [ -n "$noticed" ]; then
 fi
 
 # ---- kernels: first those that give other bits, then those that give other numbers ---------------
-fault scalar-lanes any '/^static float rkvi_dot_scalar/,/^}/s/i % RKVI_LANES/i % 8/g'
+fault scalar-lanes any '/^static float rkvi_dot_scalar/,/^}/s/lanes\[l\]/lanes[l % 8]/g'
 fault scalar-at-threshold any \
     '/^static void rkvi_cosine_tile_scalar/,/^}/s/out\[i\] > threshold/out[i] >= threshold/'
 fault avx2-reduction avx2 \
