@@ -30,6 +30,7 @@ static const char head[] =
     ".scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
     "th,td{padding:4px 14px 4px 0;text-align:right;border-bottom:1px solid var(--line);"
     "white-space:nowrap}th:first-child,td:first-child,td:last-child,th:last-child{text-align:left}"
+    "td:last-child{white-space:normal;min-width:11em}"
     "\n</style>\n</head>\n<body>\n";
 
 static const char script[] =
