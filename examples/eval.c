@@ -74,6 +74,12 @@ static void plan_grid(plan *p, const options *o, const char *file, int quick)
                     plan_run(p, file, policy_name(i), percents[k], buffers[b]);
 }
 
+/* One run of a sweep, at a budget where settings matter; the caller changes one of them. */
+static rkv_config *plan_sweep(plan *p, const char *file)
+{
+    return &plan_run(p, file, "rkv", 10, 32)->policy.config;
+}
+
 /* One setting at a time away from R-KV without pooling, on validation problems. */
 static void plan_sweeps(plan *p, const char *file)
 {
@@ -82,19 +88,18 @@ static void plan_sweeps(plan *p, const char *file)
     static const int recents[] = { 1, 2, 4, 8 }, pools[] = { 1, 3, 5, 7 };
     static const rkv_scope scopes[] = { RKV_PER_HEAD, RKV_PER_LAYER, RKV_PER_SEQUENCE };
     const int first = p->n_runs;
-    for (int i = 0; i < 6; i++) plan_run(p, file, "rkv", 25, 32)->policy.config.lambda = lambdas[i];
-    for (int i = 0; i < 4; i++)
-        plan_run(p, file, "rkv", 25, 32)->policy.config.threshold = thresholds[i];
-    for (int i = 0; i < 4; i++) plan_run(p, file, "rkv", 25, 32)->policy.config.recent = recents[i];
-    for (int i = 0; i < 4; i++) plan_run(p, file, "rkv", 25, 32)->policy.config.pool = pools[i];
-    for (int i = 0; i < 3; i++) plan_run(p, file, "rkv", 25, 32)->policy.config.scope = scopes[i];
+    for (int i = 0; i < 6; i++) plan_sweep(p, file)->lambda = lambdas[i];
+    for (int i = 0; i < 4; i++) plan_sweep(p, file)->threshold = thresholds[i];
+    for (int i = 0; i < 4; i++) plan_sweep(p, file)->recent = recents[i];
+    for (int i = 0; i < 4; i++) plan_sweep(p, file)->pool = pools[i];
+    for (int i = 0; i < 3; i++) plan_sweep(p, file)->scope = scopes[i];
     for (int i = first; i < p->n_runs; i++) p->runs[i].split = SPLIT_VALIDATION;
 }
 
 /* ---- the CSV file -------------------------------------------------------------------------- */
 
 static const char columns[] =
-    "model,task,split,method,budget_percent,budget,buffer,lambda,recent,threshold,pool,scope,"
+    "model,task,split,seed,method,budget_percent,budget,buffer,lambda,recent,threshold,pool,scope,"
     "problems,right,accuracy,low95,high95,peak_rows,peak_kib,tokens_per_second,compress_percent\n";
 
 static const char *base_name(const char *path)
@@ -104,14 +109,15 @@ static const char *base_name(const char *path)
 }
 
 /* The columns that say what was run. */
-static void describe(const plan *p, const run *r, int n_problems, char *key, size_t size)
+static void describe(const options *o, const plan *p, const run *r, char *key, size_t size)
 {
     static const char *const scopes[] = { "head", "layer", "sequence" };
     const rkv_config *c = &r->policy.config;
-    snprintf(key, size, "%s,%s,%s,%s,%g,%d,%d,%g,%d,%g,%d,%s,%d,", base_name(r->model),
-             p->task->name, r->split == SPLIT_TEST ? "test" : "validation", r->policy.name,
-             r->percent, c->budget, r->policy.buffer, (double)c->lambda, c->recent,
-             (double)c->threshold, c->pool, scopes[c->scope], n_problems);
+    snprintf(key, size, "%s,%s,%s,%llu,%s,%g,%d,%d,%g,%d,%g,%d,%s,%d,", base_name(r->model),
+             p->task->name, r->split == SPLIT_TEST ? "test" : "validation",
+             (unsigned long long)o->seed, r->policy.name, r->percent, c->budget, r->policy.buffer,
+             (double)c->lambda, c->recent, (double)c->threshold, c->pool, scopes[c->scope],
+             o->n_problems);
 }
 
 /* 1 = the file has this run; *t then gets its counts. */
@@ -193,7 +199,7 @@ static void run_all(const options *o, const plan *p)
         char key[MAX_LINE];
         tally t;
         bar b = { i, p->n_runs };
-        describe(p, r, o->n_problems, key, sizeof key);
+        describe(o, p, r, key, sizeof key);
         if (look_up(o->csv, key, &t)) continue;
         if (loaded != r->model) {
             model_free(m);
@@ -233,7 +239,7 @@ static void collect(const options *o, const plan *p, const char *method, int fir
             tally t;
             run same = *r;
             same.model = o->models[k];
-            describe(p, &same, o->n_problems, key, sizeof key);
+            describe(o, p, &same, key, sizeof key);
             if (!look_up(o->csv, key, &t)) continue;
             right += t.n_right;
             problems += o->n_problems;
@@ -300,7 +306,7 @@ static const char *method_name(const char *text)
 
 static options parse(int argc, char **argv)
 {
-    options o = { .task = task_find("ponder"), .n_problems = 200, .n_threads = 2, .seed = 1000 };
+    options o = { .task = task_find("ponder"), .n_problems = 200, .n_threads = 2, .seed = 7000 };
     for (int i = 1; i < argc; i++) {
         const char *name = argv[i];
         if (strcmp(name, "--help") == 0) {

@@ -105,12 +105,12 @@ grep -q '</svg>' "$dir/study.svg"
 check 'the picture is whole' $?
 cp "$dir/study.csv" "$dir/whole.csv"
 study
-cut -d, -f1-19 "$dir/whole.csv" >"$dir/a" && cut -d, -f1-19 "$dir/study.csv" | cmp -s - "$dir/a"
+cut -d, -f1-20 "$dir/whole.csv" >"$dir/a" && cut -d, -f1-20 "$dir/study.csv" | cmp -s - "$dir/a"
 check 'eval: nothing is run again' $?
 head -c -20 "$dir/whole.csv" >"$dir/study.csv"
 study
-tail -n 1 "$dir/study.csv" | cut -d, -f1-19 >"$dir/a"
-tail -n 1 "$dir/whole.csv" | cut -d, -f1-19 | cmp -s - "$dir/a"
+tail -n 1 "$dir/study.csv" | cut -d, -f1-20 >"$dir/a"
+tail -n 1 "$dir/whole.csv" | cut -d, -f1-20 | cmp -s - "$dir/a"
 check 'eval: a run that was cut off is run again' $?
 refuses 'are needed' eval
 refuses 'out of range' eval --problems 0
