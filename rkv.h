@@ -540,6 +540,19 @@ RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t b
 #endif
 #define RKVI_CACHE_LINE 64
 
+/* The number of the highest bit that is set; bits is not 0. */
+RKVI_INLINE int rkvi_top_bit(uint64_t bits)
+{
+#if defined(__GNUC__)
+    return 63 - __builtin_clzll(bits);
+#else
+    int top = 0, half;
+    for (half = 32; half > 0; half /= 2)
+        if (bits >> top >> half) top += half;
+    return top;
+#endif
+}
+
 #if defined(__x86_64__) || (defined(_M_X64) && !defined(_M_ARM64EC))
 #if !defined(RKV_NO_AVX2) || !defined(RKV_NO_AVX512)
 #define RKVI_X86
@@ -789,7 +802,7 @@ static unsigned char *rkvi_row(const rkvi_view *view, int head, int token)
 
 #define RKVI_LANES      16
 #define RKVI_CHUNK      48 /* rows of K that are read, and summed, together        */
-#define RKVI_TILE_ROWS  12 /* rows of one query_tile                               */
+#define RKVI_TILE_ROWS  12 /* rows of one dot_tile                               */
 #define RKVI_FOLD_LANES 8  /* query lanes that fold_group transposes at a time     */
 
 #define RKVI_NORM_EPSILON 1e-8f /* k^ = k / (||k|| + 1e-8) */
@@ -828,17 +841,17 @@ RKVI_INLINE void rkvi_fetch_line(rkvi_fetch *fetch)
     fetch->n_rows--;
 }
 
-/* Query dot products: out[r][q] of RKVI_TILE_ROWS rows and n_queries = 16 or 32 queries, which lie
- * interleaved, panel[i][q]. A line of `fetch` is fetched per step of i. */
-typedef struct rkvi_query_tile {
+/* Dot products out[r][lane] of RKVI_TILE_ROWS rows with n_lanes = 16 or 32 vectors (queries, or keys)
+ * that lie interleaved, panel[i][lane]. A line of `fetch` is fetched per step of i. */
+typedef struct rkvi_dot_tile {
     const float *panel;
-    int n_queries;
+    int n_lanes;
     const float *rows;
     size_t stride, dim;
     float *out;
     size_t out_stride;
     rkvi_fetch *fetch;
-} rkvi_query_tile;
+} rkvi_dot_tile;
 
 typedef struct rkvi_kernels {
     int (*usable)(void);
@@ -853,12 +866,15 @@ typedef struct rkvi_kernels {
     void (*add_rows)(float *sum, const float *rows, size_t stride, const float *weights, int n_rows,
                      size_t n);
     /* One chain over i, ascending, per dot product: no lanes. */
-    void (*query_tile)(const rkvi_query_tile *tile);
-    /* Four rows a against n_b rows b (a multiple of 6), in lanes:
+    void (*dot_tile)(const rkvi_dot_tile *tile);
+    /* Four rows a, one behind the other, against RKVI_CHUNK rows b, in lanes:
      * out[b][a] = dot(a, b) * (inv_a[a] * inv_b[b]); bit a of above[b] says out > threshold. */
-    void (*cosine_tile)(const float *a, size_t a_stride, const float *inv_a, const float *b,
-                        size_t b_stride, const float *inv_b, int n_b, size_t dim, float threshold,
-                        float *out, unsigned char *above);
+    void (*cosine_tile)(const float *a, const float *inv_a, const float *b, size_t b_stride,
+                        const float *inv_b, size_t dim, float threshold, float *out,
+                        unsigned char *above);
+    /* x[l] *= inv * inv_lanes[l] for n <= 64 dot products of one row; bit l of the result says
+     * x[l] > threshold. */
+    uint64_t (*cosine_row)(float *x, float inv, const float *inv_lanes, int n, float threshold);
     /* RKVI_CHUNK rows of tile[row][g * window + v] become out[v][row] = scale * the max (or the
      * sum, g ascending) over the `group` values of g. Reads up to 7 floats behind a row. */
     void (*fold_group)(const float *tile, size_t tile_stride, int group, int window, int mean,
@@ -937,41 +953,53 @@ static void rkvi_add_rows_scalar(float *sum, const float *rows, size_t stride, c
         for (i = 0; i < n; i++) sum[i] = rkvi_fma(weights[r], rows[i], sum[i]);
 }
 
-static void rkvi_query_tile_scalar(const rkvi_query_tile *tile)
+static void rkvi_dot_tile_scalar(const rkvi_dot_tile *tile)
 {
     const float *rows = tile->rows;
     float *out = tile->out;
-    size_t i, n_queries = (size_t)tile->n_queries, q;
+    size_t i, n_lanes = (size_t)tile->n_lanes, l;
     int r;
     for (r = 0; r < RKVI_TILE_ROWS; r++, rows += tile->stride, out += tile->out_stride) {
-        for (q = 0; q < n_queries; q++) out[q] = 0;
+        for (l = 0; l < n_lanes; l++) out[l] = 0;
         for (i = 0; i < tile->dim; i++)
-            for (q = 0; q < n_queries; q++)
-                out[q] = rkvi_fma(tile->panel[i * n_queries + q], rows[i], out[q]);
+            for (l = 0; l < n_lanes; l++)
+                out[l] = rkvi_fma(tile->panel[i * n_lanes + l], rows[i], out[l]);
     }
 }
 
 /* The rows of a tile from `first` on, for the paths that take them in several goes. */
-RKVI_INLINE rkvi_query_tile rkvi_query_rows_from(const rkvi_query_tile *tile, int first)
+RKVI_INLINE rkvi_dot_tile rkvi_dot_rows_from(const rkvi_dot_tile *tile, int first)
 {
-    rkvi_query_tile rest = *tile;
+    rkvi_dot_tile rest = *tile;
     rest.rows += (size_t)first * tile->stride;
     rest.out += (size_t)first * tile->out_stride;
     return rest;
 }
 
-static void rkvi_cosine_tile_scalar(const float *a, size_t a_stride, const float *inv_a,
-                                    const float *b, size_t b_stride, const float *inv_b, int n_b,
-                                    size_t dim, float threshold, float *out, unsigned char *above)
+static void rkvi_cosine_tile_scalar(const float *a, const float *inv_a, const float *b,
+                                    size_t b_stride, const float *inv_b, size_t dim,
+                                    float threshold, float *out, unsigned char *above)
 {
     int i, j;
-    for (j = 0; j < n_b; j++, b += b_stride, out += 4) {
+    for (j = 0; j < RKVI_CHUNK; j++, b += b_stride, out += 4) {
         above[j] = 0;
         for (i = 0; i < 4; i++) {
-            out[i] = rkvi_dot_scalar(a + (size_t)i * a_stride, b, dim) * (inv_a[i] * inv_b[j]);
+            out[i] = rkvi_dot_scalar(a + (size_t)i * dim, b, dim) * (inv_a[i] * inv_b[j]);
             if (out[i] > threshold) above[j] = (unsigned char)(above[j] | 1 << i);
         }
     }
+}
+
+static uint64_t rkvi_cosine_row_scalar(float *x, float inv, const float *inv_lanes, int n,
+                                       float threshold)
+{
+    uint64_t above = 0;
+    int l;
+    for (l = 0; l < n; l++) {
+        x[l] *= inv * inv_lanes[l];
+        if (x[l] > threshold) above |= (uint64_t)1 << l;
+    }
+    return above;
 }
 
 static void rkvi_fold_group_scalar(const float *tile, size_t tile_stride, int group, int window,
@@ -1144,12 +1172,12 @@ RKVI_TARGET_AVX2 static void rkvi_max_into_avx2(float *dst, const float *src, si
 
 /* The scaling and the test at the end of cosine_tile, over the raw dot products in out. */
 RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_scale_cosines_avx2(const float *inv_a, const float *inv_b,
-                                                          int n_b, float threshold, float *out,
+                                                          float threshold, float *out,
                                                           unsigned char *above)
 {
     __m128 inv_a_x4 = _mm_loadu_ps(inv_a), threshold_x4 = _mm_set1_ps(threshold);
     int j;
-    for (j = 0; j < n_b; j++) {
+    for (j = 0; j < RKVI_CHUNK; j++) {
         __m128 weight_x4 = _mm_mul_ps(inv_a_x4, _mm_set1_ps(inv_b[j]));
         __m128 cosine_x4 = _mm_mul_ps(_mm_loadu_ps(out + 4 * j), weight_x4);
         _mm_storeu_ps(out + 4 * j, cosine_x4);
@@ -1218,8 +1246,8 @@ RKVI_TARGET_AVX2 static void rkvi_add_rows_avx2(float *sum, const float *rows, s
 
 /* n_rows x n_vectors accumulators: 3 x 4 or 6 x 2, twelve of the sixteen registers. There is room
  * for the fewer of keys and query vectors besides; the others pass one at a time. */
-RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_query_rows_avx2(const rkvi_query_tile *tile, int n_rows,
-                                                       int n_vectors)
+RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dot_rows_avx2(const rkvi_dot_tile *tile, int n_rows,
+                                                     int n_vectors)
 {
     const int n_held = n_rows < n_vectors ? n_rows : n_vectors;
     const int n_passing = n_rows < n_vectors ? n_vectors : n_rows;
@@ -1261,23 +1289,22 @@ RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_query_rows_avx2(const rkvi_query_tile *ti
     *tile->fetch = fetch;
 }
 
-RKVI_TARGET_AVX2 static void rkvi_query_tile_avx2(const rkvi_query_tile *tile)
+RKVI_TARGET_AVX2 static void rkvi_dot_tile_avx2(const rkvi_dot_tile *tile)
 {
-    const int n_rows = tile->n_queries == 32 ? 3 : 6;
+    const int n_rows = tile->n_lanes == 32 ? 3 : 6;
     int first;
     for (first = 0; first < RKVI_TILE_ROWS; first += n_rows) {
-        rkvi_query_tile some = rkvi_query_rows_from(tile, first);
+        rkvi_dot_tile some = rkvi_dot_rows_from(tile, first);
         if (n_rows == 3)
-            rkvi_query_rows_avx2(&some, 3, 4);
+            rkvi_dot_rows_avx2(&some, 3, 4);
         else
-            rkvi_query_rows_avx2(&some, 6, 2);
+            rkvi_dot_rows_avx2(&some, 6, 2);
     }
 }
 
 /* Two rows a against three rows b: twelve accumulators. out gets raw dot products. */
-RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dots_2x3_avx2(const float *a, size_t a_stride,
-                                                     const float *b, size_t b_stride, size_t dim,
-                                                     float *out)
+RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dots_2x3_avx2(const float *a, const float *b,
+                                                     size_t b_stride, size_t dim, float *out)
 {
     __m256 dot_x8[2][3][2];
     size_t i;
@@ -1291,7 +1318,7 @@ RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dots_2x3_avx2(const float *a, size_t a_st
         RKVI_UNROLL
         for (h = 0; h < 2; h++) {
             __m256 a0_x8 = _mm256_loadu_ps(a + i + 8 * h);
-            __m256 a1_x8 = _mm256_loadu_ps(a + a_stride + i + 8 * h);
+            __m256 a1_x8 = _mm256_loadu_ps(a + dim + i + 8 * h);
             RKVI_UNROLL
             for (j = 0; j < 3; j++) {
                 __m256 b_x8 = _mm256_loadu_ps(b + (size_t)j * b_stride + i + 8 * h);
@@ -1306,19 +1333,34 @@ RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dots_2x3_avx2(const float *a, size_t a_st
         out[4 * j + r] = rkvi_reduce8_avx2(_mm256_add_ps(dot_x8[r][j][0], dot_x8[r][j][1]));
 }
 
-RKVI_TARGET_AVX2 static void rkvi_cosine_tile_avx2(const float *a, size_t a_stride,
-                                                   const float *inv_a, const float *b,
-                                                   size_t b_stride, const float *inv_b, int n_b,
-                                                   size_t dim, float threshold, float *out,
-                                                   unsigned char *above)
+RKVI_TARGET_AVX2 static void rkvi_cosine_tile_avx2(const float *a, const float *inv_a,
+                                                   const float *b, size_t b_stride,
+                                                   const float *inv_b, size_t dim, float threshold,
+                                                   float *out, unsigned char *above)
 {
     int j;
-    for (j = 0; j < n_b; j += 3) {
+    for (j = 0; j < RKVI_CHUNK; j += 3) {
         const float *b_rows = b + (size_t)j * b_stride;
-        rkvi_dots_2x3_avx2(a, a_stride, b_rows, b_stride, dim, out + 4 * j);
-        rkvi_dots_2x3_avx2(a + 2 * a_stride, a_stride, b_rows, b_stride, dim, out + 4 * j + 2);
+        rkvi_dots_2x3_avx2(a, b_rows, b_stride, dim, out + 4 * j);
+        rkvi_dots_2x3_avx2(a + 2 * dim, b_rows, b_stride, dim, out + 4 * j + 2);
     }
-    rkvi_scale_cosines_avx2(inv_a, inv_b, n_b, threshold, out, above);
+    rkvi_scale_cosines_avx2(inv_a, inv_b, threshold, out, above);
+}
+
+RKVI_TARGET_AVX2 static uint64_t rkvi_cosine_row_avx2(float *x, float inv, const float *inv_lanes,
+                                                      int n, float threshold)
+{
+    __m256 inv_x8 = _mm256_set1_ps(inv), threshold_x8 = _mm256_set1_ps(threshold);
+    uint64_t above = 0;
+    int l;
+    for (l = 0; l < n; l += 8) {
+        __m256 weight_x8 = _mm256_mul_ps(inv_x8, _mm256_loadu_ps(inv_lanes + l));
+        __m256 cosine_x8 = _mm256_mul_ps(_mm256_loadu_ps(x + l), weight_x8);
+        __m256 above_x8 = _mm256_cmp_ps(cosine_x8, threshold_x8, _CMP_GT_OQ);
+        _mm256_storeu_ps(x + l, cosine_x8);
+        above |= (uint64_t)(unsigned)_mm256_movemask_ps(above_x8) << l;
+    }
+    return above;
 }
 
 RKVI_TARGET_AVX2 RKVI_INLINE __m256 rkvi_exp_avx2(__m256 x_x8)
@@ -1484,8 +1526,7 @@ RKVI_TARGET_AVX512 static void rkvi_add_rows_avx512(float *sum, const float *row
 }
 
 /* 12 x 2 accumulators, or 12 x 1, of the 32 registers. */
-RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_query_rows_avx512(const rkvi_query_tile *tile,
-                                                           int n_vectors)
+RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_dot_rows_avx512(const rkvi_dot_tile *tile, int n_vectors)
 {
     const float *panel = tile->panel, *third[RKVI_TILE_ROWS / 3];
     const size_t stride = tile->stride, dim = tile->dim;
@@ -1519,12 +1560,12 @@ RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_query_rows_avx512(const rkvi_query_tile
     *tile->fetch = fetch;
 }
 
-RKVI_TARGET_AVX512 static void rkvi_query_tile_avx512(const rkvi_query_tile *tile)
+RKVI_TARGET_AVX512 static void rkvi_dot_tile_avx512(const rkvi_dot_tile *tile)
 {
-    if (tile->n_queries == 32)
-        rkvi_query_rows_avx512(tile, 2);
+    if (tile->n_lanes == 32)
+        rkvi_dot_rows_avx512(tile, 2);
     else
-        rkvi_query_rows_avx512(tile, 1);
+        rkvi_dot_rows_avx512(tile, 1);
 }
 
 /* Four dot products at once, from their sixteen lanes each, by the tree. */
@@ -1543,14 +1584,14 @@ RKVI_TARGET_AVX512 RKVI_INLINE __m128 rkvi_reduce_four_avx512(__m512 d0, __m512 
     return _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, sum));
 }
 
-RKVI_TARGET_AVX512 static void rkvi_cosine_tile_avx512(const float *a, size_t a_stride,
-                                                       const float *inv_a, const float *b,
-                                                       size_t b_stride, const float *inv_b, int n_b,
-                                                       size_t dim, float threshold, float *out,
+RKVI_TARGET_AVX512 static void rkvi_cosine_tile_avx512(const float *a, const float *inv_a,
+                                                       const float *b, size_t b_stride,
+                                                       const float *inv_b, size_t dim,
+                                                       float threshold, float *out,
                                                        unsigned char *above)
 {
     int j0, j, r;
-    for (j0 = 0; j0 < n_b; j0 += 6) { /* four rows a x six rows b: 24 accumulators */
+    for (j0 = 0; j0 < RKVI_CHUNK; j0 += 6) { /* four rows a x six rows b: 24 accumulators */
         const float *b_rows = b + (size_t)j0 * b_stride;
         __m512 dot_x16[6][4];
         size_t i;
@@ -1562,7 +1603,7 @@ RKVI_TARGET_AVX512 static void rkvi_cosine_tile_avx512(const float *a, size_t a_
         for (i = 0; i < dim; i += 16) {
             __m512 a_x16[4];
             RKVI_UNROLL
-            for (r = 0; r < 4; r++) a_x16[r] = _mm512_loadu_ps(a + (size_t)r * a_stride + i);
+            for (r = 0; r < 4; r++) a_x16[r] = _mm512_loadu_ps(a + (size_t)r * dim + i);
             RKVI_UNROLL
             for (j = 0; j < 6; j++) {
                 __m512 b_x16 = _mm512_loadu_ps(b_rows + (size_t)j * b_stride + i);
@@ -1577,7 +1618,23 @@ RKVI_TARGET_AVX512 static void rkvi_cosine_tile_avx512(const float *a, size_t a_
                           rkvi_reduce_four_avx512(dot_x16[j][0], dot_x16[j][1], dot_x16[j][2],
                                                   dot_x16[j][3]));
     }
-    rkvi_scale_cosines_avx2(inv_a, inv_b, n_b, threshold, out, above);
+    rkvi_scale_cosines_avx2(inv_a, inv_b, threshold, out, above);
+}
+
+RKVI_TARGET_AVX512 static uint64_t rkvi_cosine_row_avx512(float *x, float inv,
+                                                          const float *inv_lanes, int n,
+                                                          float threshold)
+{
+    __m512 inv_x16 = _mm512_set1_ps(inv), threshold_x16 = _mm512_set1_ps(threshold);
+    uint64_t above = 0;
+    int l;
+    for (l = 0; l < n; l += 16) {
+        __m512 weight_x16 = _mm512_mul_ps(inv_x16, _mm512_loadu_ps(inv_lanes + l));
+        __m512 cosine_x16 = _mm512_mul_ps(_mm512_loadu_ps(x + l), weight_x16);
+        _mm512_storeu_ps(x + l, cosine_x16);
+        above |= (uint64_t)_mm512_cmp_ps_mask(cosine_x16, threshold_x16, _CMP_GT_OQ) << l;
+    }
+    return above;
 }
 
 RKVI_TARGET_AVX512 RKVI_INLINE __m512 rkvi_exp_avx512(__m512 x_x16)
@@ -1735,7 +1792,7 @@ static void rkvi_add_rows_neon(float *sum, const float *rows, size_t stride, con
 }
 
 /* n_rows x n_vectors accumulators: 3 x 8 or 6 x 4, of the 32 registers. */
-RKVI_INLINE void rkvi_query_rows_neon(const rkvi_query_tile *tile, int n_rows, int n_vectors)
+RKVI_INLINE void rkvi_dot_rows_neon(const rkvi_dot_tile *tile, int n_rows, int n_vectors)
 {
     const float *panel = tile->panel, *rows = tile->rows;
     const size_t stride = tile->stride, dim = tile->dim;
@@ -1767,22 +1824,22 @@ RKVI_INLINE void rkvi_query_rows_neon(const rkvi_query_tile *tile, int n_rows, i
     *tile->fetch = fetch;
 }
 
-static void rkvi_query_tile_neon(const rkvi_query_tile *tile)
+static void rkvi_dot_tile_neon(const rkvi_dot_tile *tile)
 {
-    const int n_rows = tile->n_queries == 32 ? 3 : 6;
+    const int n_rows = tile->n_lanes == 32 ? 3 : 6;
     int first;
     for (first = 0; first < RKVI_TILE_ROWS; first += n_rows) {
-        rkvi_query_tile some = rkvi_query_rows_from(tile, first);
+        rkvi_dot_tile some = rkvi_dot_rows_from(tile, first);
         if (n_rows == 3)
-            rkvi_query_rows_neon(&some, 3, 8);
+            rkvi_dot_rows_neon(&some, 3, 8);
         else
-            rkvi_query_rows_neon(&some, 6, 4);
+            rkvi_dot_rows_neon(&some, 6, 4);
     }
 }
 
 /* Two rows a against three rows b: 24 accumulators. out gets raw dot products. */
-RKVI_INLINE void rkvi_dots_2x3_neon(const float *a, size_t a_stride, const float *b,
-                                    size_t b_stride, size_t dim, float *out)
+RKVI_INLINE void rkvi_dots_2x3_neon(const float *a, const float *b, size_t b_stride, size_t dim,
+                                    float *out)
 {
     float32x4_t dot_x4[2][3][4];
     size_t i;
@@ -1799,7 +1856,7 @@ RKVI_INLINE void rkvi_dots_2x3_neon(const float *a, size_t a_stride, const float
         RKVI_UNROLL
         for (v = 0; v < 4; v++) {
             float32x4_t a0_x4 = vld1q_f32(a + i + 4 * v);
-            float32x4_t a1_x4 = vld1q_f32(a + a_stride + i + 4 * v);
+            float32x4_t a1_x4 = vld1q_f32(a + dim + i + 4 * v);
             RKVI_UNROLL
             for (j = 0; j < 3; j++) {
                 float32x4_t b_x4 = vld1q_f32(b + (size_t)j * b_stride + i + 4 * v);
@@ -1817,25 +1874,38 @@ RKVI_INLINE void rkvi_dots_2x3_neon(const float *a, size_t a_stride, const float
     }
 }
 
-static void rkvi_cosine_tile_neon(const float *a, size_t a_stride, const float *inv_a,
-                                  const float *b, size_t b_stride, const float *inv_b, int n_b,
-                                  size_t dim, float threshold, float *out, unsigned char *above)
+/* x[0..3] *= inv * inv_lanes[0..3]; bit l of the result says x[l] > threshold. */
+RKVI_INLINE uint32_t rkvi_cosine4_neon(float *x, float inv, const float *inv_lanes, float threshold)
 {
     const uint32_t bits[4] = { 1, 2, 4, 8 };
-    uint32x4_t bit_x4 = vld1q_u32(bits);
-    float32x4_t inv_a_x4 = vld1q_f32(inv_a), threshold_x4 = vdupq_n_f32(threshold);
+    float32x4_t weight_x4 = vmulq_n_f32(vld1q_f32(inv_lanes), inv);
+    float32x4_t cosine_x4 = vmulq_f32(vld1q_f32(x), weight_x4);
+    vst1q_f32(x, cosine_x4);
+    return vaddvq_u32(vandq_u32(vcgtq_f32(cosine_x4, vdupq_n_f32(threshold)), vld1q_u32(bits)));
+}
+
+static void rkvi_cosine_tile_neon(const float *a, const float *inv_a, const float *b,
+                                  size_t b_stride, const float *inv_b, size_t dim, float threshold,
+                                  float *out, unsigned char *above)
+{
     int j;
-    for (j = 0; j < n_b; j += 3) {
+    for (j = 0; j < RKVI_CHUNK; j += 3) {
         const float *b_rows = b + (size_t)j * b_stride;
-        rkvi_dots_2x3_neon(a, a_stride, b_rows, b_stride, dim, out + 4 * j);
-        rkvi_dots_2x3_neon(a + 2 * a_stride, a_stride, b_rows, b_stride, dim, out + 4 * j + 2);
+        rkvi_dots_2x3_neon(a, b_rows, b_stride, dim, out + 4 * j);
+        rkvi_dots_2x3_neon(a + 2 * dim, b_rows, b_stride, dim, out + 4 * j + 2);
     }
-    for (j = 0; j < n_b; j++) {
-        float32x4_t weight_x4 = vmulq_n_f32(inv_a_x4, inv_b[j]);
-        float32x4_t cosine_x4 = vmulq_f32(vld1q_f32(out + 4 * j), weight_x4);
-        vst1q_f32(out + 4 * j, cosine_x4);
-        above[j] = (unsigned char)vaddvq_u32(vandq_u32(vcgtq_f32(cosine_x4, threshold_x4), bit_x4));
-    }
+    for (j = 0; j < RKVI_CHUNK; j++)
+        above[j] = (unsigned char)rkvi_cosine4_neon(out + 4 * j, inv_b[j], inv_a, threshold);
+}
+
+static uint64_t rkvi_cosine_row_neon(float *x, float inv, const float *inv_lanes, int n,
+                                     float threshold)
+{
+    uint64_t above = 0;
+    int l;
+    for (l = 0; l < n; l += 4)
+        above |= (uint64_t)rkvi_cosine4_neon(x + l, inv, inv_lanes + l, threshold) << l;
+    return above;
 }
 
 /* Four window queries at a time: fold the groups of four rows, transpose 4 x 4. */
@@ -1932,12 +2002,12 @@ static void rkvi_max_into_neon(float *dst, const float *src, size_t n)
 #endif /* RKVI_NEON */
 
 /* The tables. rkvi_cpu_backends, in room 16, wraps each of them. */
-#define RKVI_KERNELS(isa)                                                                          \
-    {                                                                                              \
-        rkvi_usable_##isa, rkvi_load_f16_##isa, rkvi_load_bf16_##isa, rkvi_sum_squares_##isa,      \
-            rkvi_normalise_##isa, rkvi_add_rows_##isa, rkvi_query_tile_##isa,                      \
-            rkvi_cosine_tile_##isa, rkvi_fold_group_##isa, rkvi_softcap_##isa, rkvi_exp_sum_##isa, \
-            rkvi_max_##isa, rkvi_max_into_##isa                                                    \
+#define RKVI_KERNELS(isa)                                                                     \
+    {                                                                                         \
+        rkvi_usable_##isa, rkvi_load_f16_##isa, rkvi_load_bf16_##isa, rkvi_sum_squares_##isa, \
+            rkvi_normalise_##isa, rkvi_add_rows_##isa, rkvi_dot_tile_##isa,                   \
+            rkvi_cosine_tile_##isa, rkvi_cosine_row_##isa, rkvi_fold_group_##isa,             \
+            rkvi_softcap_##isa, rkvi_exp_sum_##isa, rkvi_max_##isa, rkvi_max_into_##isa       \
     }
 static const rkvi_kernels rkvi_kernels_scalar = RKVI_KERNELS(scalar);
 #ifdef RKVI_NEON
@@ -1974,9 +2044,11 @@ typedef struct rkvi_plan {
 /* clang-format off */
 typedef struct rkvi_scratch {
     rkv_fault fault;       /* first fault this worker met */
-    float *panel;          /* packed queries, [query block][dim][16 or 32]                     */
-    float *rows, *newer;   /* chunks of K as f32, [RKVI_CHUNK][dim]                            */
-    float *quad;           /* four rows of K as f32, [4][dim]                                  */
+    float *panel;          /* packed queries, [block][dim][32 or 16]                           */
+    float *columns;        /* packed keys of a chunk, likewise                                 */
+    float *waiting;        /* packed keys of rows that search together, likewise               */
+    float *rows;           /* a chunk of K as f32, [RKVI_CHUNK][dim]                           */
+    float *gathered;       /* rows of K from anywhere as f32, [RKVI_TILE_ROWS][dim]            */
     float *tile;           /* dot products of a chunk, [RKVI_CHUNK][queries]                   */
     float *logits;         /* [window][tokens], later probabilities                            */
     float *signal;         /* [2][tokens]: importance, redundancy                              */
@@ -2102,9 +2174,10 @@ static void rkvi_carve_scoring(rkvi_arena *arena, const rkv_config *config, cons
         arena->overflow = 1;
     if (arena->overflow) return;
     s->panel = rkvi_take_floats(arena, panel);
+    s->columns = rkvi_take_floats(arena, rows);
+    s->waiting = rkvi_take_floats(arena, rows);
     s->rows = rkvi_take_floats(arena, rows);
-    s->newer = rkvi_take_floats(arena, rows);
-    s->quad = rkvi_take_floats(arena, 4 * dim);
+    s->gathered = rkvi_take_floats(arena, RKVI_TILE_ROWS * dim);
     s->tile = rkvi_take_floats(arena, tile);
     s->logits = rkvi_take_floats(arena, logits);
     s->signal = rkvi_take_floats(arena, 2 * tokens);
@@ -2296,33 +2369,41 @@ static rkv_status rkvi_fault_at(rkvi_scratch *s, const rkvi_head *h, int token, 
 /* Squares of norms up to here keep every product in range; NaN compares false. */
 #define RKVI_MAX_SQUARE 1e36f
 
-/* Width of the query block that starts at query q: 32, or 16 at the end. */
-static int rkvi_block_width(int n_queries, int q)
+/* A panel holds n vectors interleaved for dot_tile, [block][dim][block width], zeros behind the
+ * last. Width of the block that starts at vector v: 32, or 16 at the end. */
+static int rkvi_block_width(int n, int v)
 {
-    return n_queries - q > RKVI_LANES ? 2 * RKVI_LANES : RKVI_LANES;
+    return n - v > RKVI_LANES ? 2 * RKVI_LANES : RKVI_LANES;
 }
 
-/* Query q of the group: head index * group + q / window, row q % window. Interleaves the queries
- * for query_tile, [block][dim][block width], lanes behind the last zero. */
+static void rkvi_clear_panel(float *panel, int n, size_t dim)
+{
+    memset(panel, 0, rkvi_round_up((size_t)n, RKVI_LANES) * dim * sizeof *panel);
+}
+
+/* Vector v of a panel of n. */
+static void rkvi_pack(float *panel, int n, int v, const float *vector, size_t dim)
+{
+    int block = v / (2 * RKVI_LANES) * (2 * RKVI_LANES);
+    size_t width = (size_t)rkvi_block_width(n, block), i;
+    panel += (size_t)block * dim + (size_t)(v - block);
+    for (i = 0; i < dim; i++) panel[i * width] = vector[i];
+}
+
+/* Query q of the group: head index * group + q / window, row q % window. */
 static rkv_status rkvi_pack_queries(const rkvi_head *h, rkvi_scratch *s)
 {
-    float *row = s->rows, *panel = s->panel;
-    int q0, width, lane;
-    size_t i;
-    for (q0 = 0; q0 < h->n_queries; q0 += width, panel += h->dim * (size_t)width) {
-        width = rkvi_block_width(h->n_queries, q0);
-        memset(panel, 0, h->dim * (size_t)width * sizeof *panel);
-        for (lane = 0; lane < width && q0 + lane < h->n_queries; lane++) {
-            int head = h->index * h->group + (q0 + lane) / h->config->window;
-            int token = (q0 + lane) % h->config->window;
-            size_t dim = (size_t)h->queries->dim;
-            float square;
-            memset(row + dim, 0, (h->dim - dim) * sizeof *row);
-            rkvi_load(h->kernels, h->queries->dtype, row, rkvi_row(h->queries, head, token), dim);
-            h->kernels->sum_squares(row, h->dim, 1, h->dim, &square);
-            if (!(square <= RKVI_MAX_SQUARE)) return rkvi_fault_at(s, h, token, head);
-            for (i = 0; i < dim; i++) panel[i * (size_t)width + (size_t)lane] = row[i];
-        }
+    const size_t dim = (size_t)h->queries->dim;
+    float *row = s->rows, square;
+    int q;
+    rkvi_clear_panel(s->panel, h->n_queries, h->dim);
+    memset(row + dim, 0, (h->dim - dim) * sizeof *row);
+    for (q = 0; q < h->n_queries; q++) {
+        int head = h->index * h->group + q / h->config->window, token = q % h->config->window;
+        rkvi_load(h->kernels, h->queries->dtype, row, rkvi_row(h->queries, head, token), dim);
+        h->kernels->sum_squares(row, h->dim, 1, h->dim, &square);
+        if (!(square <= RKVI_MAX_SQUARE)) return rkvi_fault_at(s, h, token, head);
+        rkvi_pack(s->panel, h->n_queries, q, row, h->dim);
     }
     return RKV_OK;
 }
@@ -2362,22 +2443,22 @@ static void rkvi_chunk_logits(const rkvi_head *h, rkvi_scratch *s, rkvi_rows row
     int mean = config->grouping == RKV_GROUP_MEAN, q0, r;
     float scale = mean ? 1.0f / (float)h->group : 1.0f;
     const unsigned char *next_rows[RKVI_TILE_ROWS];
-    rkvi_query_tile tile;
+    rkvi_dot_tile tile;
     rkvi_fetch fetch;
     tile.panel = s->panel;
     tile.stride = rows.stride;
     tile.dim = h->dim;
     tile.out_stride = tile_stride;
     tile.fetch = &fetch;
-    for (q0 = 0; q0 < h->n_queries; q0 += tile.n_queries) {
-        tile.n_queries = rkvi_block_width(h->n_queries, q0);
+    for (q0 = 0; q0 < h->n_queries; q0 += tile.n_lanes) {
+        tile.n_lanes = rkvi_block_width(h->n_queries, q0);
         for (r = 0; r < RKVI_CHUNK; r += RKVI_TILE_ROWS) {
             tile.rows = rows.data + (size_t)r * rows.stride;
             tile.out = s->tile + (size_t)r * tile_stride + q0;
             if (q0 == 0) fetch = rkvi_fetch_keys(h, first + RKVI_CHUNK + r, next_rows);
-            h->kernels->query_tile(&tile);
+            h->kernels->dot_tile(&tile);
         }
-        tile.panel += h->dim * (size_t)tile.n_queries;
+        tile.panel += h->dim * (size_t)tile.n_lanes;
     }
     if (h->softcap > 0)
         for (r = 0; r < RKVI_CHUNK; r++)
@@ -2488,17 +2569,16 @@ static void rkvi_read_columns(const rkvi_head *h, rkvi_scratch *s)
     float inverse[4], out[4 * RKVI_CHUNK];
     unsigned char above[RKVI_CHUNK];
     int first, r, v;
-    memcpy(s->quad, s->sum, h->dim * sizeof *s->quad);
+    memcpy(s->gathered, s->sum, h->dim * sizeof *s->gathered);
     inverse[0] = 1.0f;
     for (v = 1; v < 4; v++) {
-        rkvi_load_key(h, newest[v], s->quad + (size_t)v * h->dim);
+        rkvi_load_key(h, newest[v], s->gathered + (size_t)v * h->dim);
         inverse[v] = newest[v] < 0 ? 0 : s->inverse[newest[v]];
     }
     for (first = 0; first < span; first += RKVI_CHUNK) {
         rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
-        h->kernels->cosine_tile(s->quad, h->dim, inverse, rows.data, rows.stride,
-                                s->inverse + first, RKVI_CHUNK, h->dim, h->config->threshold, out,
-                                above);
+        h->kernels->cosine_tile(s->gathered, inverse, rows.data, rows.stride, s->inverse + first,
+                                h->dim, h->config->threshold, out, above);
         for (r = 0; r < RKVI_CHUNK && first + r < span; r++) {
             s->column[first + r] = out[4 * r];
             s->first[first + r] = out[4 * r + 3];
@@ -2517,66 +2597,146 @@ static int rkvi_still_open(const rkvi_scratch *s, int *rows, int n_rows)
     return n;
 }
 
-/* A block of tokens, at most RKVI_CHUNK of them, and their keys. */
-typedef struct rkvi_block {
-    int first, end;
-    rkvi_rows keys;
-} rkvi_block;
+/* Tokens whose keys lie packed in a panel: rows of K meet all of them at once. Where they serve as
+ * columns they are ascending. */
+typedef struct rkvi_lanes {
+    const float *panel;
+    int n;
+    int token[RKVI_CHUNK];
+    float inverse[RKVI_CHUNK];
+} rkvi_lanes;
 
-static rkvi_block rkvi_block_before(const rkvi_head *h, int end, float *stage)
+static void rkvi_add_lane(const rkvi_scratch *s, rkvi_lanes *lanes, int token)
 {
-    rkvi_block block;
-    block.first = end > RKVI_CHUNK ? end - RKVI_CHUNK : 0;
-    block.end = end;
-    block.keys = rkvi_key_chunk(h, block.first, stage);
-    return block;
+    lanes->token[lanes->n] = token;
+    lanes->inverse[lanes->n++] = s->inverse[token];
 }
 
-/* The listed rows, four at a time, look for look-alikes among the block's columns, newest first.
- * Columns are computed by sixes: `width` is a multiple of 6 that covers the block. */
-static void rkvi_search_block(const rkvi_head *h, rkvi_scratch *s, const int *rows, int n_rows,
-                              const rkvi_block *block, int width)
+/* The tokens [first, end) as lanes, in the panel `columns`. */
+static void rkvi_pack_columns(const rkvi_head *h, rkvi_scratch *s, int first, int end,
+                              rkvi_lanes *lanes)
 {
-    float inverse[4], cosine[4 * RKVI_CHUNK];
-    unsigned char above[RKVI_CHUNK];
-    int q, a, b;
-    for (q = 0; q < n_rows; q += 4) {
-        for (a = 0; a < 4; a++) {
-            int row = q + a < n_rows ? rows[q + a] : -1;
-            rkvi_load_key(h, row, s->quad + (size_t)a * h->dim);
-            inverse[a] = row < 0 ? 0 : s->inverse[row];
+    rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
+    int l;
+    lanes->panel = s->columns;
+    lanes->n = 0;
+    rkvi_clear_panel(s->columns, end - first, h->dim);
+    for (l = 0; l < end - first; l++) {
+        rkvi_pack(s->columns, end - first, l, rows.data + (size_t)l * rows.stride, h->dim);
+        rkvi_add_lane(s, lanes, first + l);
+    }
+}
+
+/* Who searches when rows of K meet lanes: the rows, whose columns the lanes then are, the lanes,
+ * whose columns the rows are, or both. */
+#define RKVI_ROWS_SEARCH  1
+#define RKVI_LANES_SEARCH 2
+
+static uint64_t rkvi_open_lanes(const rkvi_scratch *s, const rkvi_lanes *lanes)
+{
+    uint64_t open = 0;
+    int l;
+    for (l = 0; l < lanes->n; l++)
+        if (s->missing[lanes->token[l]] > 0) open |= (uint64_t)1 << l;
+    return open;
+}
+
+/* A tile's rows of K, ascending tokens; zeros behind the last. */
+typedef struct rkvi_tile_rows {
+    const float *data;
+    size_t stride;
+    int n, token[RKVI_TILE_ROWS];
+} rkvi_tile_rows;
+
+static void rkvi_search_tile(const rkvi_head *h, rkvi_scratch *s, const rkvi_tile_rows *rows,
+                             const rkvi_lanes *lanes, int who)
+{
+    const int n_lanes = (int)rkvi_round_up((size_t)lanes->n, RKVI_LANES);
+    const uint64_t in_use = ~(uint64_t)0 >> (64 - lanes->n);
+    uint64_t open = who & RKVI_LANES_SEARCH ? rkvi_open_lanes(s, lanes) : 0, above, left;
+    float cosines[RKVI_TILE_ROWS * RKVI_CHUNK], *cosine;
+    rkvi_fetch nothing = { NULL, 0, 0, 0 };
+    rkvi_dot_tile tile;
+    int l, r;
+    tile.panel = lanes->panel;
+    tile.rows = rows->data;
+    tile.stride = rows->stride;
+    tile.dim = h->dim;
+    tile.out_stride = RKVI_CHUNK;
+    tile.fetch = &nothing;
+    for (l = 0; l < n_lanes; l += tile.n_lanes) {
+        tile.n_lanes = rkvi_block_width(lanes->n, l);
+        tile.out = cosines + l;
+        h->kernels->dot_tile(&tile);
+        tile.panel += h->dim * (size_t)tile.n_lanes;
+    }
+    for (r = rows->n - 1; r >= 0; r--) { /* the newest first: they are the lanes' columns */
+        const int token = rows->token[r];
+        cosine = cosines + r * RKVI_CHUNK;
+        above = in_use & h->kernels->cosine_row(cosine, s->inverse[token], lanes->inverse, n_lanes,
+                                                h->config->threshold);
+        for (left = above & open; left; left ^= (uint64_t)1 << l) {
+            l = rkvi_top_bit(left);
+            rkvi_found(h, s, lanes->token[l], token, cosine[l]);
+            if (s->missing[lanes->token[l]] <= 0) open ^= (uint64_t)1 << l;
         }
-        h->kernels->cosine_tile(s->quad, h->dim, inverse, block->keys.data, block->keys.stride,
-                                s->inverse + block->first, width, h->dim, h->config->threshold,
-                                cosine, above);
-        for (b = block->end - block->first - 1; b >= 0; b--)
-            for (a = 0; above[b] && a < 4 && q + a < n_rows; a++)
-                if (above[b] >> a & 1)
-                    rkvi_found(h, s, rows[q + a], block->first + b, cosine[4 * b + a]);
+        left = who & RKVI_ROWS_SEARCH ? above : 0;
+        for (; left && s->missing[token] > 0; left ^= (uint64_t)1 << l) {
+            l = rkvi_top_bit(left);
+            rkvi_found(h, s, token, lanes->token[l], cosine[l]);
+        }
     }
 }
 
-/* All tokens of `older` against all of `newer`, each pair once: a newer token is a column to the
- * older rows, an older token a column to the newer rows; both see their columns newest first. */
-static void rkvi_search_pair(const rkvi_head *h, rkvi_scratch *s, const rkvi_block *older,
-                             const rkvi_block *newer)
+/* The n listed keys where they lie, if evenly, or gathered. */
+static void rkvi_gather(const rkvi_head *h, rkvi_scratch *s, const int *tokens, int n,
+                        rkvi_tile_rows *rows)
 {
-    float cosine[4 * RKVI_CHUNK];
-    unsigned char above[RKVI_CHUNK];
-    int q, a, b;
-    for (q = (older->end - older->first - 1) / 4 * 4; q >= 0; q -= 4) {
-        h->kernels->cosine_tile(older->keys.data + (size_t)q * older->keys.stride,
-                                older->keys.stride, s->inverse + older->first + q, newer->keys.data,
-                                newer->keys.stride, s->inverse + newer->first, RKVI_CHUNK, h->dim,
-                                h->config->threshold, cosine, above);
-        for (b = newer->end - newer->first - 1; b >= 0; b--)
-            for (a = 3; above[b] && a >= 0; a--) {
-                int i = older->first + q + a, j = newer->first + b;
-                if (!(above[b] >> a & 1) || i >= older->end) continue;
-                rkvi_found(h, s, i, j, cosine[4 * b + a]);
-                rkvi_found(h, s, j, i, cosine[4 * b + a]);
-            }
+    int r;
+    rows->n = n;
+    memcpy(rows->token, tokens, (size_t)n * sizeof *tokens);
+    if (n == RKVI_TILE_ROWS && tokens[n - 1] - tokens[0] == n - 1 && rkvi_rows_in_place(h)) {
+        rows->data = (const float *)(const void *)rkvi_row(h->keys, h->index, tokens[0]);
+        rows->stride = h->keys->token_stride / sizeof(float);
+        return;
     }
+    for (r = 0; r < RKVI_TILE_ROWS; r++)
+        rkvi_load_key(h, r < n ? tokens[r] : -1, s->gathered + (size_t)r * h->dim);
+    rows->data = s->gathered;
+    rows->stride = h->dim;
+}
+
+/* The listed rows look for look-alikes among the lanes. */
+static void rkvi_search_columns(const rkvi_head *h, rkvi_scratch *s, const int *tokens,
+                                int n_tokens, const rkvi_lanes *lanes)
+{
+    rkvi_tile_rows rows;
+    int i;
+    for (i = 0; i < n_tokens; i += rows.n) {
+        rkvi_gather(h, s, tokens + i, rkvi_min(n_tokens - i, RKVI_TILE_ROWS), &rows);
+        rkvi_search_tile(h, s, &rows, lanes, RKVI_ROWS_SEARCH);
+    }
+}
+
+/* All tokens [first, end), at most RKVI_CHUNK of them, and the lanes. */
+static void rkvi_search_chunk(const rkvi_head *h, rkvi_scratch *s, int first, int end,
+                              const rkvi_lanes *lanes, int who)
+{
+    rkvi_rows chunk = rkvi_key_chunk(h, first, s->rows);
+    rkvi_tile_rows rows;
+    int at = (end - first - 1) / RKVI_TILE_ROWS * RKVI_TILE_ROWS, r;
+    rows.stride = chunk.stride;
+    for (; at >= 0; at -= RKVI_TILE_ROWS) {
+        rows.data = chunk.data + (size_t)at * chunk.stride;
+        rows.n = rkvi_min(end - first - at, RKVI_TILE_ROWS);
+        for (r = 0; r < rows.n; r++) rows.token[r] = first + at + r;
+        rkvi_search_tile(h, s, &rows, lanes, who);
+    }
+}
+
+static int rkvi_chunk_before(int end)
+{
+    return end > RKVI_CHUNK ? end - RKVI_CHUNK : 0;
 }
 
 /* How many of an ascending list of rows lie before `end`. */
@@ -2586,59 +2746,133 @@ static int rkvi_count_before(const int *rows, int n_rows, int end)
     return n_rows;
 }
 
-/* The listed rows search every column before `end`, newest block first. */
-static void rkvi_search_back(const rkvi_head *h, rkvi_scratch *s, int *rows, int n_rows, int end)
+/* Registers that n lanes fill. */
+static int rkvi_n_vectors(int n)
 {
-    while (end > 0 && n_rows > 0) {
-        rkvi_block older = rkvi_block_before(h, end, s->rows);
-        rkvi_search_block(h, s, rows, n_rows, &older, RKVI_CHUNK);
-        n_rows = rkvi_still_open(s, rows, n_rows);
-        end = older.first;
+    return (n + RKVI_LANES - 1) / RKVI_LANES;
+}
+
+/* Rows that still search, wherever they are: row token[i] has seen all columns from end[i] on. They
+ * wait until they are enough to search the next columns together, as lanes. */
+typedef struct rkvi_waiting {
+    int n, token[2 * RKVI_CHUNK], end[2 * RKVI_CHUNK];
+} rkvi_waiting;
+
+static void rkvi_wait(rkvi_waiting *waiting, const int *rows, int n_rows, int end)
+{
+    int i;
+    for (i = 0; i < n_rows; i++) {
+        waiting->token[waiting->n] = rows[i];
+        waiting->end[waiting->n++] = end;
     }
 }
 
-/* One step of rkvi_search_all: the open rows before the block `newer`, rows[n_older], search its
- * columns, and its own open rows, inside[n_inside], all columns before it. As long as a row
- * inside is open: where few are, only open rows are computed; where many are, all pairs, each of
- * which serves both its rows. */
-static void rkvi_search_newer(const rkvi_head *h, rkvi_scratch *s, const rkvi_block *newer,
-                              const int *rows, int n_older, int *inside, int n_inside)
+/* Those that have seen the least, at most RKVI_CHUNK of them: their numbers in next[]. */
+static int rkvi_next_waiting(const rkvi_waiting *waiting, int *next)
 {
-    int end = newer->first;
+    int i, n = 0, end = 0;
+    for (i = 0; i < waiting->n; i++)
+        if (waiting->end[i] > end) end = waiting->end[i];
+    for (i = 0; i < waiting->n && n < RKVI_CHUNK; i++)
+        if (waiting->end[i] == end) next[n++] = i;
+    return n;
+}
+
+/* Makes lanes of them, unless they still are, in no more registers than they need. */
+static void rkvi_pack_waiting(const rkvi_head *h, rkvi_scratch *s, const rkvi_waiting *waiting,
+                              const int *next, int n, rkvi_lanes *lanes)
+{
+    int i, l, n_packed = 0;
+    for (l = 0; l < lanes->n && n_packed < n; l++)
+        n_packed += lanes->token[l] == waiting->token[next[n_packed]];
+    if (n_packed == n && rkvi_n_vectors(n) == rkvi_n_vectors(lanes->n)) return;
+    lanes->panel = s->waiting;
+    lanes->n = 0;
+    rkvi_clear_panel(s->waiting, n, h->dim);
+    for (i = 0; i < n; i++) {
+        rkvi_load_key(h, waiting->token[next[i]], s->gathered);
+        rkvi_pack(s->waiting, n, i, s->gathered, h->dim);
+        rkvi_add_lane(s, lanes, waiting->token[next[i]]);
+    }
+}
+
+/* Drops those that have found everything and those that have seen everything. */
+static void rkvi_stop_waiting(const rkvi_scratch *s, rkvi_waiting *waiting)
+{
+    int i, n = 0;
+    for (i = 0; i < waiting->n; i++) {
+        if (s->missing[waiting->token[i]] <= 0 || waiting->end[i] == 0) continue;
+        waiting->token[n] = waiting->token[i];
+        waiting->end[n++] = waiting->end[i];
+    }
+    waiting->n = n;
+}
+
+/* Waiting rows search back, a chunk at a time, as long as more than `most` wait or at least `enough`
+ * can search together. */
+static void rkvi_search_waiting(const rkvi_head *h, rkvi_scratch *s, rkvi_waiting *waiting,
+                                int most, int enough)
+{
+    int next[RKVI_CHUNK], i, n, first, end;
+    rkvi_lanes lanes;
+    lanes.n = 0;
+    while ((n = rkvi_next_waiting(waiting, next)) > 0 && (waiting->n > most || n >= enough)) {
+        rkvi_pack_waiting(h, s, waiting, next, n, &lanes);
+        end = waiting->end[next[0]];
+        first = rkvi_chunk_before(end);
+        rkvi_search_chunk(h, s, first, end, &lanes, RKVI_LANES_SEARCH);
+        for (i = 0; i < n; i++) waiting->end[next[i]] = first;
+        rkvi_stop_waiting(s, waiting);
+    }
+}
+
+typedef struct rkvi_search {
+    rkvi_lanes columns; /* the chunk of columns under search */
+    rkvi_waiting waiting;
+} rkvi_search;
+
+/* Behind rows[n_older], the open rows before the chunk of columns, stand n_inside that lie in it:
+ * these search what is older, and the older rows search the chunk. As long as many are open on
+ * both sides, all pairs of the chunk and an older one are computed, each of which serves both its
+ * rows; then the rows inside wait for others, and the older rows go on alone. */
+static void rkvi_search_older(const rkvi_head *h, rkvi_scratch *s, rkvi_search *search, int *rows,
+                              int n_older, int n_inside)
+{
+    const rkvi_lanes *columns = &search->columns;
+    int *inside = rows + n_older, end = columns->token[0];
     while (n_inside > 0 && end > 0) {
-        rkvi_block older = rkvi_block_before(h, end, s->rows);
-        int n_before = rkvi_count_before(rows, n_older, older.first);
-        int n_here = n_older - n_before;
-        if (n_here + n_inside >= older.end - older.first) {
-            rkvi_search_pair(h, s, &older, newer);
-        } else {
-            rkvi_search_block(h, s, rows + n_before, n_here, newer, RKVI_CHUNK);
-            rkvi_search_block(h, s, inside, n_inside, &older, RKVI_CHUNK);
-        }
+        int first = rkvi_chunk_before(end), n_before = rkvi_count_before(rows, n_older, first);
+        int n_apart = n_inside * (end - first) + (n_older - n_before) * columns->n;
+        if (n_apart < (end - first) * columns->n) break; /* so many pairs if each searches apart */
+        rkvi_search_chunk(h, s, first, end, columns, RKVI_ROWS_SEARCH | RKVI_LANES_SEARCH);
         n_inside = rkvi_still_open(s, inside, n_inside);
         n_older = n_before;
-        end = older.first;
+        end = first;
     }
-    rkvi_search_block(h, s, rows, n_older, newer, RKVI_CHUNK);
+    rkvi_search_columns(h, s, rows, n_older, columns);
+    if (end > 0) rkvi_wait(&search->waiting, inside, n_inside, end);
 }
 
-/* The open rows (ascending) search all columns before `end`, from the newest block of columns to
- * the oldest; those from `end` on have been searched. A block of columns also holds rows: these
- * are done when they have searched all that is older. */
+/* The open rows (ascending) search all columns before `end`, from the newest chunk of columns to
+ * the oldest; those from `end` on, at most RKVI_CHUNK, have been searched. Of rows that lie in a
+ * chunk of columns, that chunk comes first. */
 static void rkvi_search_all(const rkvi_head *h, rkvi_scratch *s, int *rows, int n_rows, int end)
 {
-    int n_older = rkvi_count_before(rows, n_rows, end);
-    rkvi_search_back(h, s, rows + n_older, n_rows - n_older, end);
+    int n_older = rkvi_count_before(rows, n_rows, end), n_inside, first;
+    rkvi_search search;
+    search.waiting.n = 0;
+    if (end > 0) rkvi_wait(&search.waiting, rows + n_older, n_rows - n_older, end);
     for (n_rows = n_older; n_rows > 0; n_rows = rkvi_still_open(s, rows, n_older)) {
-        rkvi_block newer = rkvi_block_before(h, end, s->newer);
-        int *inside, n_inside;
-        n_older = rkvi_count_before(rows, n_rows, newer.first);
-        inside = rows + n_older;
-        rkvi_search_block(h, s, inside, n_rows - n_older, &newer, RKVI_CHUNK);
-        n_inside = rkvi_still_open(s, inside, n_rows - n_older);
-        rkvi_search_newer(h, s, &newer, rows, n_older, inside, n_inside);
-        end = newer.first;
+        first = rkvi_chunk_before(end);
+        n_older = rkvi_count_before(rows, n_rows, first);
+        rkvi_pack_columns(h, s, first, end, &search.columns);
+        rkvi_search_columns(h, s, rows + n_older, n_rows - n_older, &search.columns);
+        n_inside = rkvi_still_open(s, rows + n_older, n_rows - n_older);
+        rkvi_search_older(h, s, &search, rows, n_older, n_inside);
+        rkvi_search_waiting(h, s, &search.waiting, RKVI_CHUNK, RKVI_LANES);
+        end = first;
     }
+    rkvi_search_waiting(h, s, &search.waiting, 0, 1);
 }
 
 /* A key so short that its cosines cannot exceed the threshold: nothing to search for. */
@@ -2648,26 +2882,26 @@ static int rkvi_is_hopeless(const rkvi_head *h, const rkvi_scratch *s, int token
     return threshold >= 0 && s->self[token] * 1.0001f <= threshold * threshold;
 }
 
-#define RKVI_NEWEST 2  /* columns that the second pass over K searches          */
-#define RKVI_NARROW 12 /* columns searched next, before whole blocks are tried  */
+#define RKVI_NEWEST 2          /* columns that the second pass over K searches         */
+#define RKVI_NARROW RKVI_LANES /* columns searched next, before whole chunks are tried */
 
 static void rkvi_find_look_alikes(const rkvi_head *h, rkvi_scratch *s)
 {
     const int span = h->n_span, recent = h->config->recent;
-    rkvi_block narrow;
-    int i, n_open;
+    rkvi_lanes narrow;
+    int i, n_open, first, end;
     memset(s->exempt, 0, (size_t)span * sizeof *s->exempt);
     for (i = 0; i < span; i++) s->missing[i] = rkvi_is_hopeless(h, s, i) ? -1 : recent;
     rkvi_read_columns(h, s);
     for (i = 0; i < span; i++) s->open[i] = i;
     n_open = rkvi_still_open(s, s->open, span);
     if (n_open == 0 || span <= RKVI_NEWEST) return;
-    narrow.end = span - RKVI_NEWEST;
-    narrow.first = narrow.end > RKVI_NARROW ? narrow.end - RKVI_NARROW : 0;
-    narrow.keys = rkvi_key_chunk(h, narrow.first, s->rows);
-    rkvi_search_block(h, s, s->open, n_open, &narrow, RKVI_NARROW);
+    end = span - RKVI_NEWEST;
+    first = end > RKVI_NARROW ? end - RKVI_NARROW : 0;
+    rkvi_pack_columns(h, s, first, end, &narrow);
+    rkvi_search_columns(h, s, s->open, n_open, &narrow);
     n_open = rkvi_still_open(s, s->open, n_open);
-    rkvi_search_all(h, s, s->open, n_open, narrow.first);
+    rkvi_search_all(h, s, s->open, n_open, first);
 }
 
 /* Column means (or own means) without the exempted entries, then softmax. *total is the divisor

@@ -93,13 +93,15 @@ fault scalar-lanes any '/^static float rkvi_dot_scalar/,/^}/s/lanes\[l\]/lanes[l
 fault scalar-fma avx2 '/^RKVI_INLINE float rkvi_fma/,/^}/s/inexact = lost .*/inexact = 0;/'
 fault scalar-at-threshold any \
     '/^static void rkvi_cosine_tile_scalar/,/^}/s/out\[i\] > threshold/out[i] >= threshold/'
+fault scalar-row-at-threshold any \
+    '/^static uint64_t rkvi_cosine_row_scalar/,/^}/s/x\[l\] > threshold/x[l] >= threshold/'
 fault avx2-reduction avx2 \
     '/rkvi_reduce8_avx2(__m256 sums_x8)/,/^}/s/_mm_movehl_ps(x4, x4)/_mm_shuffle_ps(x4, x4, 0xb1)/' \
     '/rkvi_reduce8_avx2(__m256 sums_x8)/,/^}/s/_mm_shuffle_ps(x2, x2, 1)/_mm_movehl_ps(x2, x2)/'
 fault avx2-unfused avx2 \
     '/^RKVI_TARGET_AVX2 static void rkvi_sum_squares_avx2/,/^}/s/_mm256_fmadd_ps(a_x8, a_x8, low_x8)/_mm256_add_ps(_mm256_mul_ps(a_x8, a_x8), low_x8)/'
 fault avx2-exp avx2 '/rkvi_exp_avx2(__m256 x_x8)/,/^}/s/RKVI_EXP_C4/RKVI_EXP_C5/'
-fault avx2-rows avx2 '/^RKVI_INLINE rkvi_query_tile rkvi_query_rows_from/,/^}/s/rest.rows += .*//'
+fault avx2-rows avx2 '/^RKVI_INLINE rkvi_dot_tile rkvi_dot_rows_from/,/^}/s/rest.rows += .*//'
 fault avx512-reduction avx512 '/rkvi_reduce_four_avx512/,/^}/s/sum, sum, 0xb1/sum, sum, 0x4e/'
 fault avx512-columns avx512 \
     '/^RKVI_TARGET_AVX512 static void rkvi_add_rows_avx512/,/^}/s/i < n; i += 16/i + 16 < n; i += 16/'
@@ -131,9 +133,18 @@ fault recent-ignored any '/^static void rkvi_found/,/^}/s/s->missing\[i\]--;/s->
 fault recent-uncounted any '/^static void rkvi_found/,/^}/s/s->missing\[i\] <= 0 || //'
 fault own-form any 's/== RKV_REDUNDANCY_OWN ? i : j/== RKV_REDUNDANCY_OWN ? j : j/'
 fault oldest-first any \
-    '/^static void rkvi_search_block/,/^}/s/for (b = block->end - block->first - 1; b >= 0; b--)/for (b = 0; b < block->end - block->first; b++)/'
-fault pairs-one-sided any '/^static void rkvi_search_pair(/,/^}/s/rkvi_found(h, s, j, i, .*//'
-fault pairs-order any '/^static void rkvi_search_pair(/,/^}/s/for (a = 3; above\[b\] \&\& a >= 0; a--)/for (a = 0; a < 4; a++)/'
+    '/^static void rkvi_search_tile/,/^}/s/l = rkvi_top_bit(left);/l = rkvi_top_bit(left \& (~left + 1));/'
+fault pairs-one-sided any \
+    '/^static void rkvi_search_older/,/^}/s/RKVI_ROWS_SEARCH | RKVI_LANES_SEARCH/RKVI_ROWS_SEARCH/'
+fault rows-order any \
+    '/^static void rkvi_search_tile/,/^}/s/for (r = rows->n - 1; r >= 0; r--)/for (r = 0; r < rows->n; r++)/'
+fault lanes-unused any '/^static void rkvi_search_tile/,/^}/s/above = in_use \& /above = /'
+fault waiting-packed any \
+    '/^static void rkvi_pack_waiting/,/^}/s/if (n_packed == n \&\&/if (lanes->n >= n \&\&/'
+fault waiting-again any \
+    '/^static void rkvi_search_older/,/^}/s/inside, n_inside, end)/inside, n_inside, columns->token[0])/'
+fault waiting-lost any \
+    '/^static void rkvi_search_all/,/^}/s/if (end > 0) rkvi_wait(.*//'
 fault second-newest any '/^static void rkvi_read_columns/,/^}/s/out\[4 \* r + 2\]/out[4 * r + 1]/'
 
 # ---- selection, compaction, sharing --------------------------------------------------------------------

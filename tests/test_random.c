@@ -121,13 +121,28 @@ static int make_n_tokens(rng *r)
     return 1 + (int)(exp(rng_unit(r) * log((double)top)));
 }
 
+/* Most keys resemble others now and then only: rows of the cosine matrix find their look-alikes at
+ * all distances, some one by one, some together with many. */
+static void make_far_look_alikes(rng *r, rkv_config *config, shape *s)
+{
+    config->threshold = 0.5f;
+    config->recent = 1 + rng_below(r, 4);
+    config->lambda = 0.1f;
+    s->kind = KEYS_SHARED;
+    s->strength = 0.2 + 0.25 * rng_unit(r);
+    s->key_exponent = 0;
+    s->head_dim = s->value_dim = 32 + rng_below(r, 3) * 16;
+    s->kv_heads = s->group = 1;
+}
+
 static void make_trial(trial *t, uint64_t seed)
 {
     rng r = rng_seed(seed);
-    int n_tokens = make_n_tokens(&r), sequence = 3, i;
+    const int far_look_alikes = rng_below(&r, 40) == 0;
+    int n_tokens = far_look_alikes ? 300 + rng_below(&r, 300) : make_n_tokens(&r), sequence = 3, i;
     memset(t, 0, sizeof *t);
     t->config = make_config(&r, n_tokens);
-    t->n_jobs = 1 + (rng_below(&r, 3) == 0 ? rng_below(&r, MAX_JOBS) : 0);
+    t->n_jobs = 1 + (!far_look_alikes && rng_below(&r, 3) == 0 ? rng_below(&r, MAX_JOBS) : 0);
     for (i = 0; i < t->n_jobs; i++) {
         shape s;
         int joins = i > 0 && t->config.scope == RKV_PER_SEQUENCE && rng_below(&r, 3) > 0;
@@ -136,6 +151,7 @@ static void make_trial(trial *t, uint64_t seed)
             sequence++;
         }
         s = make_shape(&r, &t->config, n_tokens);
+        if (far_look_alikes) make_far_look_alikes(&r, &t->config, &s);
         s.sequence = sequence;
         s.follower = joins;
         job_make(&t->jobs[i], &r, &t->config, &s);
