@@ -27,6 +27,8 @@ help:
 	@echo '                      (EXPECT="scalar avx2" fails if one of these did not run)'
 	@echo '  make bench          timings beside the limits of this machine; CSV in $(BUILD)/'
 	@echo '                      (BENCH=--full: the worst case in every type and length)'
+	@echo '  make bench-decode   what compressing costs and saves a decode loop, at the sizes of real'
+	@echo '                      layers; CSV in $(BUILD)/'
 	@echo '  make check          README, licence and version agree with the header'
 	@echo '  make lint           clang-format, cppcheck, clang-tidy'
 	@echo '  make format         lets clang-format rewrite the sources'
@@ -76,10 +78,15 @@ $(BUILD)/tests/test_%: $(BUILD)/obj/tests/test_%.o $(TEST_SHARED)
 $(BUILD)/examples/hello: $(BUILD)/obj/examples/hello.o
 	$(link)
 
-$(BUILD)/obj/bench/bench.o: C_FLAGS += -DBENCH_FLAGS='"$(OPT) $(CFLAGS)"'
+$(BUILD)/obj/bench/bench.o $(BUILD)/obj/bench/decode.o: C_FLAGS += -DBENCH_FLAGS='"$(OPT) $(CFLAGS)"'
 $(BUILD)/bench/bench: LIBS += -ldl
 $(BUILD)/bench/bench: $(patsubst %,$(BUILD)/obj/%.o, \
         bench/bench bench/job bench/machine tests/harness tests/rkv_impl)
+	$(link)
+
+$(BUILD)/bench/decode: $(patsubst %,$(BUILD)/obj/%.o, bench/decode bench/job bench/machine \
+        tests/harness tests/rkv_impl $(patsubst %,examples/%, \
+        model_put backprop own_cache policy model gguf kernels seconds options))
 	$(link)
 
 $(BUILD)/bench/libpeer.so: bench/peer.c bench/job.c tests/harness.c tests/rkv_impl.c rkv.h \
@@ -99,15 +106,20 @@ endif
 test: $(TESTS) $(PROGRAM_TEST) $(EXTRA_TESTS) $(EXTRA_CHECKS) $(BUILD)/examples/hello
 	@sh tests/run.sh $(TESTS) $(PROGRAM_TEST) $(EXTRA_TESTS)
 
-.PHONY: bench bench-smoke
+.PHONY: bench bench-decode bench-smoke
 bench: $(BUILD)/bench/bench $(BUILD)/bench/libpeer.so
 	$< $(BENCH) --csv $(BUILD)/bench.csv
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 	    $(PYTHON) bench/peer_torch.py $(BUILD)/bench/libpeer.so --csv $(BUILD)/peer_torch.csv; \
 	else echo '# PyTorch formulation: not run, $(PYTHON) has no torch'; fi
 
-bench-smoke: $(BUILD)/bench/bench
+# What compressing costs and saves a decode loop, at the sizes of real layers.
+bench-decode: $(BUILD)/bench/decode
+	$< --csv $(BUILD)/decode.csv
+
+bench-smoke: $(BUILD)/bench/bench $(BUILD)/bench/decode
 	$< --smoke
+	$(BUILD)/bench/decode --smoke
 
 # ---- The same tests, built or run in other ways -------------------------------------------------
 

@@ -12,11 +12,6 @@
 #ifndef BENCH_FLAGS
 #define BENCH_FLAGS ""
 #endif
-#ifdef __clang__
-#define COMPILER __VERSION__ " "
-#else
-#define COMPILER "gcc " __VERSION__ " "
-#endif
 
 enum { KV_HEADS = 8, GROUP = 4, HEAD_DIM = 128 };
 
@@ -372,20 +367,6 @@ static void table_blas(bench *b)
 
 /* ==== Program =============================================================================== */
 
-static void cpu_name(char *out, size_t bytes)
-{
-    char line[256];
-    FILE *file = fopen("/proc/cpuinfo", "r");
-    snprintf(out, bytes, "unnamed CPU");
-    while (file && fgets(line, sizeof line, file)) {
-        if (strncmp(line, "model name", 10) != 0 || !strchr(line, ':')) continue;
-        snprintf(out, bytes, "%.*s", (int)strcspn(strchr(line, ':') + 2, "\n"),
-                 strchr(line, ':') + 2);
-        break;
-    }
-    if (file) fclose(file);
-}
-
 static void print_machine(const bench *b, const char *when)
 {
     printf("# %s: fma %.1f GFLOP/s (%s); 64 MiB copied %.1f GB/s, moved down by 50 KB %.1f GB/s;\n"
@@ -406,7 +387,6 @@ int main(int argc, char **argv)
 {
     bench b = { 0 };
     const char *csv = NULL;
-    char cpu[128];
     b.seconds = 0.5;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--full"))
@@ -425,9 +405,7 @@ int main(int argc, char **argv)
     b.best = rkv_backend_find(NULL);
     b.scalar = rkv_backend_find("scalar");
     bench_machine_measure(&b.machine, b.best->name, 1);
-    cpu_name(cpu, sizeof cpu);
-    printf("# rkv %d.%d.%d  " COMPILER BENCH_FLAGS "  %s\n", RKV_VERSION_MAJOR, RKV_VERSION_MINOR,
-           RKV_VERSION_PATCH, cpu);
+    bench_machine_title(BENCH_FLAGS);
     print_machine(&b, "this machine");
     printf(
         "# %d kv heads, %d query heads, head dim %d, window 8; 1 thread unless said otherwise\n"

@@ -1,9 +1,10 @@
-/* What this machine can do at most: fused multiply-adds and copied bytes per second.
- * Part of bench/bench.c; built by: make bench */
+/* What this machine is, and can do at most: fused multiply-adds and copied bytes per second.
+ * Part of bench/bench.c and bench/decode.c; built by: make bench bench-decode */
 #define _POSIX_C_SOURCE 200809L
 #include "bench/machine.h"
 #include "bench/job.h"
 #include "tests/harness.h"
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -188,4 +189,32 @@ void bench_machine_measure(bench_machine *machine, const char *isa, int n_thread
     rkv_threads_destroy(pool);
     for (int t = 0; t < n_threads; t++) free(shares[t].block);
     free(shares);
+}
+
+#ifdef __clang__
+#define COMPILER __VERSION__
+#else
+#define COMPILER "gcc " __VERSION__
+#endif
+
+static void cpu_name(char *out, size_t bytes)
+{
+    char line[256];
+    FILE *file = fopen("/proc/cpuinfo", "r");
+    snprintf(out, bytes, "unnamed CPU");
+    while (file && fgets(line, sizeof line, file)) {
+        if (strncmp(line, "model name", 10) != 0 || !strchr(line, ':')) continue;
+        snprintf(out, bytes, "%.*s", (int)strcspn(strchr(line, ':') + 2, "\n"),
+                 strchr(line, ':') + 2);
+        break;
+    }
+    if (file) fclose(file);
+}
+
+void bench_machine_title(const char *flags)
+{
+    char cpu[128];
+    cpu_name(cpu, sizeof cpu);
+    printf("# rkv %d.%d.%d  " COMPILER " %s  %s\n", RKV_VERSION_MAJOR, RKV_VERSION_MINOR,
+           RKV_VERSION_PATCH, flags, cpu);
 }

@@ -1,5 +1,5 @@
-/* What this machine can do at most: fused multiply-adds and copied bytes per second.
- * Part of bench/bench.c; built by: make bench */
+/* What this machine is, and can do at most: fused multiply-adds and copied bytes per second.
+ * Part of bench/bench.c and bench/decode.c; built by: make bench bench-decode */
 #ifndef BENCH_MACHINE_H
 #define BENCH_MACHINE_H
 
@@ -14,5 +14,8 @@ typedef struct bench_machine {
  * figure of several calls, spread over a run, is the one that no other load disturbed. `isa` is
  * the name of the rkv backend whose registers are to be used. */
 void bench_machine_measure(bench_machine *machine, const char *isa, int n_threads);
+
+/* Prints a line of '#', versions of rkv and compiler, the compiler's flags, the CPU. */
+void bench_machine_title(const char *flags);
 
 #endif

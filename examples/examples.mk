@@ -18,7 +18,7 @@ $(BUILD)/demo: $(patsubst %,$(BUILD)/obj/examples/%.o,demo page plot managed_cac
 $(BUILD)/eval: $(patsubst %,$(BUILD)/obj/examples/%.o,eval plot) $(ENGINE)
 	$(link)
 
-$(BUILD)/train: $(patsubst %,$(BUILD)/obj/examples/%.o,train backprop kernels task gguf seconds options)
+$(BUILD)/train: $(patsubst %,$(BUILD)/obj/examples/%.o,train model_put backprop kernels task gguf seconds options)
 	$(link)
 
 .PHONY: demo eval train

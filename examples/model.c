@@ -9,7 +9,11 @@
 
 enum { MAX_SIZE = 1 << 20, MAX_LAYERS = 1024 }; /* no dimension of a model is larger */
 
-/* Matrices lie transposed, [in][out], and those with the same input side by side. */
+/* Matrices lie transposed, those with the same input side by side, and in panels of PANEL outputs:
+ * [out / PANEL][in][PANEL]. matmul goes through one panel after another, which then is one stretch
+ * of memory; rows of a whole wide matrix would be on a page each. */
+enum { PANEL = 32 };
+
 typedef struct layer_weights {
     float *attn_norm, *qkv, *attn_out, *ffn_norm, *gate_up, *down;
 } layer_weights;
@@ -18,7 +22,7 @@ struct model {
     model_shape shape;
     layer_weights *layers;
     float *embedding; /* [vocabulary][dim] */
-    float *output;    /* [dim][vocabulary] */
+    float *output;    /* in panels, as in layer_weights */
     float *final_norm;
     float *cosine, *sine; /* [context][head_dim / 2] */
     char **words;         /* [vocabulary], or NULL */
@@ -143,7 +147,20 @@ typedef struct part {
     int rows;
 } part;
 
-/* Several matrices with the same input, as one transposed matrix. */
+static int panel_width(int rows, int at) /* of the panel that begins there */
+{
+    return rows - at < PANEL ? rows - at : PANEL;
+}
+
+static void to_panels(const float *src, int rows, int cols, float *dst)
+{
+    for (int at = 0; at < rows; at += PANEL) {
+        const size_t offset = (size_t)at * (size_t)cols;
+        transpose(src + offset, panel_width(rows, at), cols, cols, dst + offset);
+    }
+}
+
+/* Several matrices with the same input, as one in panels. */
 static float *read_joined(loader *l, int layer, const part *parts, int n, int cols)
 {
     int rows = 0, at = 0;
@@ -158,7 +175,7 @@ static float *read_joined(loader *l, int layer, const part *parts, int n, int co
         at += parts[i].rows;
         free(one);
     }
-    if (!l->failed) transpose(joined, rows, cols, cols, turned);
+    if (!l->failed) to_panels(joined, rows, cols, turned);
     free(joined);
     return turned;
 }
@@ -187,8 +204,7 @@ static void read_output(loader *l, model *m)
                         ? read_tensor(l, "output.weight", s->vocabulary, s->dim)
                         : NULL;
     m->output = allocate(l, (size_t)s->vocabulary, (size_t)s->dim);
-    if (!l->failed)
-        transpose(untied ? untied : m->embedding, s->vocabulary, s->dim, s->dim, m->output);
+    if (!l->failed) to_panels(untied ? untied : m->embedding, s->vocabulary, s->dim, m->output);
     free(untied);
 }
 
@@ -350,11 +366,14 @@ static void rotate(const model *m, float *x, int n_heads, int position)
         }
 }
 
-/* y[n][out] = x[n][in] * w[in][out], or += */
+/* y[n][out] = x[n][in] * w, or += */
 static void multiply(int n, int in, int out, const float *x, const float *w, float *y, int add)
 {
     const matrix rows = { x, in, 1 };
-    matmul(n, out, in, rows, w, out, y, out, add);
+    for (int at = 0; at < out; at += PANEL) {
+        const int width = panel_width(out, at);
+        matmul(n, width, in, rows, w + (size_t)at * (size_t)in, width, y + at, out, add);
+    }
 }
 
 static void split_qkv(const model *m, model_scratch *a, int n, const int *positions)

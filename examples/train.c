@@ -11,6 +11,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "backprop.h"
 #include "gguf.h"
+#include "model_put.h"
 #include "options.h"
 #include "seconds.h"
 #include "task.h"
@@ -475,54 +476,17 @@ static int check_gradient(trainer *t)
 static void put_metadata(const trainer *t, gguf_writer *w)
 {
     const model_shape *s = &t->shape;
-    const struct {
-        const char *key;
-        int value;
-    } numbers[] = { { "general.file_type", 1 }, /* mostly F16 */
-                    { "llama.vocab_size", s->vocabulary },
-                    { "llama.context_length", s->context },
-                    { "llama.embedding_length", s->dim },
-                    { "llama.block_count", s->n_layers },
-                    { "llama.feed_forward_length", s->ffn_dim },
-                    { "llama.attention.head_count", s->n_heads },
-                    { "llama.attention.head_count_kv", s->n_kv_heads },
-                    { "llama.rope.dimension_count", s->head_dim },
-                    { "tokenizer.ggml.bos_token_id", task_token("<s>") },
-                    { "tokenizer.ggml.eos_token_id", task_token("</s>") } };
     const char *words[256];
     for (int i = 0; i < s->vocabulary; i++) words[i] = task_word(i);
     gguf_put_string(w, "general.architecture", "llama");
     gguf_put_string(w, "general.name", t->opt.task->name);
-    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
-        gguf_put_u32(w, numbers[i].key, (uint32_t)numbers[i].value);
+    model_put_shape(w, s);
+    gguf_put_u32(w, "tokenizer.ggml.bos_token_id", (uint32_t)task_token("<s>"));
+    gguf_put_u32(w, "tokenizer.ggml.eos_token_id", (uint32_t)task_token("</s>"));
     gguf_put_f32(w, "llama.attention.layer_norm_rms_epsilon", s->norm_eps);
     gguf_put_f32(w, "llama.rope.freq_base", s->rope_base);
     gguf_put_string(w, "tokenizer.ggml.model", "none"); /* whole words, divided by spaces */
     gguf_put_strings(w, "tokenizer.ggml.tokens", words, (size_t)s->vocabulary);
-}
-
-static void put_matrix(gguf_writer *w, int layer, const char *name, int rows, int cols,
-                       const float *values)
-{
-    char full[64];
-    snprintf(full, sizeof full, "blk.%d.%s.weight", layer, name);
-    gguf_put_tensor(w, full, rows > 0 ? GGUF_F16 : GGUF_F32, (uint64_t)rows, (uint64_t)cols,
-                    values);
-}
-
-static void put_layer(gguf_writer *w, const model_shape *s, const weights *all, int l)
-{
-    const int q_dim = shape_q_dim(s), kv_dim = shape_kv_dim(s);
-    const float *qkv = all->layer[l].qkv, *gate_up = all->layer[l].gate_up;
-    put_matrix(w, l, "attn_norm", 0, s->dim, all->layer[l].attn_norm);
-    put_matrix(w, l, "attn_q", q_dim, s->dim, qkv);
-    put_matrix(w, l, "attn_k", kv_dim, s->dim, qkv + (ptrdiff_t)q_dim * s->dim);
-    put_matrix(w, l, "attn_v", kv_dim, s->dim, qkv + (ptrdiff_t)(q_dim + kv_dim) * s->dim);
-    put_matrix(w, l, "attn_output", s->dim, q_dim, all->layer[l].attn_out);
-    put_matrix(w, l, "ffn_norm", 0, s->dim, all->layer[l].ffn_norm);
-    put_matrix(w, l, "ffn_gate", s->ffn_dim, s->dim, gate_up);
-    put_matrix(w, l, "ffn_up", s->ffn_dim, s->dim, gate_up + (ptrdiff_t)s->ffn_dim * s->dim);
-    put_matrix(w, l, "ffn_down", s->dim, s->ffn_dim, all->layer[l].down);
 }
 
 static void write_model(trainer *t)
@@ -533,10 +497,7 @@ static void write_model(trainer *t)
     gguf_writer *w = gguf_writer_create();
     if (!w) die("out of memory");
     put_metadata(t, w);
-    gguf_put_tensor(w, "token_embd.weight", GGUF_F16, (uint64_t)s->vocabulary, (uint64_t)s->dim,
-                    all.embedding);
-    gguf_put_tensor(w, "output_norm.weight", GGUF_F32, 0, (uint64_t)s->dim, all.final_norm);
-    for (int l = 0; l < s->n_layers; l++) put_layer(w, s, &all, l);
+    model_put_weights(w, s, &all);
     if (!gguf_write(w, t->opt.out, &error)) die("%s: %s", t->opt.out, error.text);
     gguf_writer_destroy(w);
     printf("wrote %s\n", t->opt.out);
