@@ -841,7 +841,7 @@ RKVI_INLINE void rkvi_fetch_line(rkvi_fetch *fetch)
     fetch->n_rows--;
 }
 
-/* Dot products out[r][lane] of RKVI_TILE_ROWS rows with n_lanes = 16 or 32 vectors (queries, or keys)
+/* Dot products out[r][lane] of RKVI_TILE_ROWS rows with n_lanes = 16 or 32 vectors, queries or keys,
  * that lie interleaved, panel[i][lane]. A line of `fetch` is fetched per step of i. */
 typedef struct rkvi_dot_tile {
     const float *panel;
@@ -2808,8 +2808,8 @@ static void rkvi_stop_waiting(const rkvi_scratch *s, rkvi_waiting *waiting)
     waiting->n = n;
 }
 
-/* Waiting rows search back, a chunk at a time, as long as more than `most` wait or at least `enough`
- * can search together. */
+/* Waiting rows search back, a chunk at a time, as long as more than `most` wait or `enough` can
+ * search together. */
 static void rkvi_search_waiting(const rkvi_head *h, rkvi_scratch *s, rkvi_waiting *waiting,
                                 int most, int enough)
 {
