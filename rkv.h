@@ -841,8 +841,8 @@ RKVI_INLINE void rkvi_fetch_line(rkvi_fetch *fetch)
     fetch->n_rows--;
 }
 
-/* Dot products out[r][lane] of RKVI_TILE_ROWS rows with n_lanes = 16 or 32 vectors, queries or keys,
- * that lie interleaved, panel[i][lane]. A line of `fetch` is fetched per step of i. */
+/* Dot products out[r][lane] of RKVI_TILE_ROWS rows and n_lanes = 16 or 32 vectors, queries or keys,
+ * which lie interleaved, panel[i][lane]. A line of `fetch` is fetched per step of i. */
 typedef struct rkvi_dot_tile {
     const float *panel;
     int n_lanes;
@@ -2606,6 +2606,13 @@ typedef struct rkvi_lanes {
     float inverse[RKVI_CHUNK];
 } rkvi_lanes;
 
+static void rkvi_clear_lanes(rkvi_lanes *lanes, float *panel, int n, size_t dim)
+{
+    memset(lanes, 0, sizeof *lanes);
+    lanes->panel = panel;
+    rkvi_clear_panel(panel, n, dim);
+}
+
 static void rkvi_add_lane(const rkvi_scratch *s, rkvi_lanes *lanes, int token)
 {
     lanes->token[lanes->n] = token;
@@ -2618,9 +2625,7 @@ static void rkvi_pack_columns(const rkvi_head *h, rkvi_scratch *s, int first, in
 {
     rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
     int l;
-    lanes->panel = s->columns;
-    lanes->n = 0;
-    rkvi_clear_panel(s->columns, end - first, h->dim);
+    rkvi_clear_lanes(lanes, s->columns, end - first, h->dim);
     for (l = 0; l < end - first; l++) {
         rkvi_pack(s->columns, end - first, l, rows.data + (size_t)l * rows.stride, h->dim);
         rkvi_add_lane(s, lanes, first + l);
@@ -2641,12 +2646,33 @@ static uint64_t rkvi_open_lanes(const rkvi_scratch *s, const rkvi_lanes *lanes)
     return open;
 }
 
-/* A tile's rows of K, ascending tokens; zeros behind the last. */
+/* n rows of K, ascending tokens; behind them as many rows of anything as make a tile. */
 typedef struct rkvi_tile_rows {
     const float *data;
     size_t stride;
     int n, token[RKVI_TILE_ROWS];
 } rkvi_tile_rows;
+
+/* dots[r * RKVI_CHUNK + l] */
+static void rkvi_tile_dots(const rkvi_head *h, const rkvi_tile_rows *rows, const rkvi_lanes *lanes,
+                           float *dots)
+{
+    rkvi_fetch nothing = { NULL, 0, 0, 0 };
+    rkvi_dot_tile tile;
+    int l;
+    tile.panel = lanes->panel;
+    tile.rows = rows->data;
+    tile.stride = rows->stride;
+    tile.dim = h->dim;
+    tile.out_stride = RKVI_CHUNK;
+    tile.fetch = &nothing;
+    for (l = 0; l < lanes->n; l += tile.n_lanes) {
+        tile.n_lanes = rkvi_block_width(lanes->n, l);
+        tile.out = dots + l;
+        h->kernels->dot_tile(&tile);
+        tile.panel += h->dim * (size_t)tile.n_lanes;
+    }
+}
 
 static void rkvi_search_tile(const rkvi_head *h, rkvi_scratch *s, const rkvi_tile_rows *rows,
                              const rkvi_lanes *lanes, int who)
@@ -2655,21 +2681,8 @@ static void rkvi_search_tile(const rkvi_head *h, rkvi_scratch *s, const rkvi_til
     const uint64_t in_use = ~(uint64_t)0 >> (64 - lanes->n);
     uint64_t open = who & RKVI_LANES_SEARCH ? rkvi_open_lanes(s, lanes) : 0, above, left;
     float cosines[RKVI_TILE_ROWS * RKVI_CHUNK], *cosine;
-    rkvi_fetch nothing = { NULL, 0, 0, 0 };
-    rkvi_dot_tile tile;
     int l, r;
-    tile.panel = lanes->panel;
-    tile.rows = rows->data;
-    tile.stride = rows->stride;
-    tile.dim = h->dim;
-    tile.out_stride = RKVI_CHUNK;
-    tile.fetch = &nothing;
-    for (l = 0; l < n_lanes; l += tile.n_lanes) {
-        tile.n_lanes = rkvi_block_width(lanes->n, l);
-        tile.out = cosines + l;
-        h->kernels->dot_tile(&tile);
-        tile.panel += h->dim * (size_t)tile.n_lanes;
-    }
+    rkvi_tile_dots(h, rows, lanes, cosines);
     for (r = rows->n - 1; r >= 0; r--) { /* the newest first: they are the lanes' columns */
         const int token = rows->token[r];
         cosine = cosines + r * RKVI_CHUNK;
@@ -2786,9 +2799,7 @@ static void rkvi_pack_waiting(const rkvi_head *h, rkvi_scratch *s, const rkvi_wa
     for (l = 0; l < lanes->n && n_packed < n; l++)
         n_packed += lanes->token[l] == waiting->token[next[n_packed]];
     if (n_packed == n && rkvi_n_vectors(n) == rkvi_n_vectors(lanes->n)) return;
-    lanes->panel = s->waiting;
-    lanes->n = 0;
-    rkvi_clear_panel(s->waiting, n, h->dim);
+    rkvi_clear_lanes(lanes, s->waiting, n, h->dim);
     for (i = 0; i < n; i++) {
         rkvi_load_key(h, waiting->token[next[i]], s->gathered);
         rkvi_pack(s->waiting, n, i, s->gathered, h->dim);
