@@ -1454,42 +1454,55 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_check_scores(co
  * that blocks never meet. Ascending: it reads a batch of rows, waits for all its threads, writes
  * the batch. A row moves down or stays, so a batch overwrites none that a later one reads. */
 
-static __device__ __forceinline__ char *rkvi_unit(const rkvi_moved &moved, int token, int unit)
+/* Bytes from the beginning of a row to one of its units. */
+static __device__ __forceinline__ int64_t rkvi_unit_offset(const rkvi_moved &moved, int unit)
 {
     const int run = unit / moved.run;
-    return rkvi_row(moved.rows, token) + run * moved.run_stride +
-           (unit - run * moved.run) * moved.unit;
+    return run * moved.run_stride + (unit - run * moved.run) * moved.unit;
+}
+/* The row that comes to row `to`; -1: it is there already, or there is no such row. */
+static __device__ __forceinline__ int rkvi_source(const int32_t *kept, int n_keep, int to)
+{
+    const int from = to < n_keep ? kept[to] : to;
+    return from == to ? -1 : from;
 }
 
+/* A thread has the same unit of every row that it moves: addresses cost little then. */
 template <typename V>
 static __device__ void rkvi_move_slice(const rkvi_moved &moved, const int32_t *kept, int n_keep,
                                        int first_unit)
 {
     const int left = moved.n_units - first_unit;
     const int n_units = left < RKVI_SLICE_UNITS ? left : RKVI_SLICE_UNITS;
-    const int batch = RKVI_MOVE_THREADS * RKVI_MOVE_UNROLL / n_units; /* rows */
+    const int thread = static_cast<int>(threadIdx.x), at_once = RKVI_MOVE_THREADS / n_units;
+    const int row = moved.tokens_adjacent ? thread % at_once : thread / n_units;
+    const int unit = moved.tokens_adjacent ? thread / at_once : thread % n_units;
+    const bool idle = row >= at_once || unit >= n_units; /* 256 is no multiple of 3, 5, 6, 7 */
+    rkvi_view rows = moved.rows; /* from here on: where this thread's unit lies in each */
+    if (!idle) rows.data += rkvi_unit_offset(moved, first_unit + unit);
+    const int n_mine = idle ? 0 : n_keep, batch = at_once * RKVI_MOVE_UNROLL; /* rows */
+    int next[RKVI_MOVE_UNROLL];
+#pragma unroll
+    for (int u = 0; u < RKVI_MOVE_UNROLL; u++)
+        next[u] = rkvi_source(kept, n_mine, row + u * at_once);
     for (int first = 0; first < n_keep; first += batch) {
-        const int n_rows = n_keep - first < batch ? n_keep - first : batch;
-        const int last = first + n_rows - 1;
         V value[RKVI_MOVE_UNROLL];
-        char *to[RKVI_MOVE_UNROLL];
-        if (kept[last] == last) continue; /* the whole batch stays where it is */
+        int from[RKVI_MOVE_UNROLL];
 #pragma unroll
         for (int u = 0; u < RKVI_MOVE_UNROLL; u++) {
-            const int i = u * RKVI_MOVE_THREADS + static_cast<int>(threadIdx.x);
-            const int row = moved.tokens_adjacent ? i % n_rows : i / n_units;
-            const int unit = moved.tokens_adjacent ? i / n_rows : i - row * n_units;
-            to[u] = NULL;
-            if (row >= n_rows || unit >= n_units) continue;
-            const int source = kept[first + row];
-            if (source == first + row) continue;
-            to[u] = rkvi_unit(moved, first + row, first_unit + unit);
-            value[u] = *reinterpret_cast<const V *>(rkvi_unit(moved, source, first_unit + unit));
+            from[u] = next[u];
+            if (from[u] < 0) continue;
+            value[u] = *reinterpret_cast<const V *>(rkvi_row(rows, from[u]));
         }
+#pragma unroll
+        for (int u = 0; u < RKVI_MOVE_UNROLL; u++) /* on their way together with the rows */
+            next[u] = rkvi_source(kept, n_mine, first + batch + row + u * at_once);
         __syncthreads();
 #pragma unroll
-        for (int u = 0; u < RKVI_MOVE_UNROLL; u++)
-            if (to[u]) *reinterpret_cast<V *>(to[u]) = value[u];
+        for (int u = 0; u < RKVI_MOVE_UNROLL; u++) {
+            const int to = first + row + u * at_once;
+            if (from[u] >= 0) *reinterpret_cast<V *>(rkvi_row(rows, to)) = value[u];
+        }
     }
 }
 
@@ -1500,11 +1513,13 @@ static __device__ void rkvi_reorder(const rkvi_moved &moved, const int32_t *kept
 {
     V *units = reinterpret_cast<V *>(stage);
     for (int unit = 0; unit < moved.n_units; unit++) {
+        const int64_t offset = rkvi_unit_offset(moved, unit);
         for (int i = static_cast<int>(threadIdx.x); i < n_keep; i += RKVI_MOVE_THREADS)
-            units[i] = *reinterpret_cast<const V *>(rkvi_unit(moved, kept[i], unit));
+            units[i] = *reinterpret_cast<const V *>(rkvi_row(moved.rows, kept[i]) + offset);
         __syncthreads();
         for (int i = static_cast<int>(threadIdx.x); i < n_keep; i += RKVI_MOVE_THREADS)
-            if (kept[i] != i) *reinterpret_cast<V *>(rkvi_unit(moved, i, unit)) = units[i];
+            if (kept[i] != i)
+                *reinterpret_cast<V *>(rkvi_row(moved.rows, i) + offset) = units[i];
     }
 }
 
