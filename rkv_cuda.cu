@@ -64,8 +64,10 @@ extern "C" rkv_status rkv_cuda_register(void *stream);
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #define RKVI_TENSOR_CORES 1
+#define RKVI_ASYNC_COPIES 1
 #else
 #define RKVI_TENSOR_CORES 0
+#define RKVI_ASYNC_COPIES 0
 #endif
 /* Kernel parameters may take 4 KB, from CUDA 12.1 on (and its driver) 32764 bytes. */
 #ifndef RKV_CUDA_PARAMETER_BYTES
@@ -83,6 +85,7 @@ static __device__ __forceinline__ char *rkvi_shared_memory()
 }
 #else
 #define RKVI_TENSOR_CORES        1
+#define RKVI_ASYNC_COPIES        1
 #define RKV_CUDA_PARAMETER_BYTES 4096
 static char *rkvi_shared_memory()
 {
@@ -325,25 +328,80 @@ static __device__ __forceinline__ int rkvi_padded(int dims)
     return (dims + 15) & ~15;
 }
 
-/* V: the widest load that the rows' alignment allows. Four loads in flight per thread. */
+enum { RKVI_LOAD_UNROLL = 4 };
+
+/* Copies pieces of sizeof(V) bytes to where they belong in a tile, zeros where from[u] is NULL;
+ * to[u] < 0: nothing. They are there after rkvi_copies_done. */
+template <typename V>
+static __device__ __forceinline__ void rkvi_copy_now(char *tile, const int *to,
+                                                     const char *const *from)
+{
+    V value[RKVI_LOAD_UNROLL]; /* loads in flight */
+#pragma unroll
+    for (int u = 0; u < RKVI_LOAD_UNROLL; u++) {
+        memset(&value[u], 0, sizeof(V));
+        if (from[u]) value[u] = __ldg(reinterpret_cast<const V *>(from[u]));
+    }
+#pragma unroll
+    for (int u = 0; u < RKVI_LOAD_UNROLL; u++)
+        if (to[u] >= 0) *reinterpret_cast<V *>(tile + to[u]) = value[u];
+}
+#if RKVI_ASYNC_COPIES && !defined(RKV_CUDA_SHIM)
+/* No register on the way, so that a thread has as many in flight as it likes. */
+template <typename V>
+static __device__ __forceinline__ void rkvi_copy_async(char *tile, const int *to,
+                                                       const char *const *from)
+{
+#pragma unroll
+    for (int u = 0; u < RKVI_LOAD_UNROLL; u++) {
+        if (to[u] < 0) continue;
+        if (!from[u]) {
+            *reinterpret_cast<V *>(tile + to[u]) = V{};
+            continue;
+        }
+        const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(tile + to[u]));
+        const size_t source = __cvta_generic_to_global(from[u]);
+        if (sizeof(V) == 16) /* this size alone may pass by the L1 */
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(source));
+        else
+            asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(source),
+                         "n"(static_cast<int>(sizeof(V))));
+    }
+}
+static __device__ __forceinline__ void rkvi_copies_done()
+{
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+#else
+template <typename V>
+static __device__ __forceinline__ void rkvi_copy_async(char *tile, const int *to,
+                                                       const char *const *from)
+{
+    rkvi_copy_now<V>(tile, to, from);
+}
+static __device__ __forceinline__ void rkvi_copies_done()
+{
+}
+#endif
+
+/* V: the widest load that the rows' alignment allows. Rows are padded to 16 dims. */
 template <typename V>
 static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int offset, int bytes,
                                       int padded_bytes)
 {
-    const int unroll = 4, width = static_cast<int>(sizeof(V));
+    const int width = static_cast<int>(sizeof(V));
     const int per_row = padded_bytes / width, step_rows = RKVI_TILE_THREADS / per_row;
     const int step_rest = RKVI_TILE_THREADS - step_rows * per_row;
     int row = static_cast<int>(threadIdx.x) / per_row;
     int piece = static_cast<int>(threadIdx.x) - row * per_row;
     while (row < RKVI_TILE) {
-        V value[unroll];
-        char *to[unroll];
+        const char *from[RKVI_LOAD_UNROLL];
+        int to[RKVI_LOAD_UNROLL];
 #pragma unroll
-        for (int u = 0; u < unroll; u++) {
-            memset(&value[u], 0, sizeof(V));
-            to[u] = row < RKVI_TILE ? tile + row * RKVI_PITCH + piece * width : NULL;
-            if (to[u] && rows[row] && piece * width < bytes)
-                value[u] = __ldg(reinterpret_cast<const V *>(rows[row] + offset + piece * width));
+        for (int u = 0; u < RKVI_LOAD_UNROLL; u++) {
+            from[u] = row < RKVI_TILE ? rows[row] : NULL;
+            to[u] = row < RKVI_TILE ? row * RKVI_PITCH + piece * width : -1;
+            if (from[u]) from[u] = piece * width < bytes ? from[u] + offset + piece * width : NULL;
             row += step_rows;
             piece += step_rest;
             if (piece >= per_row) {
@@ -351,17 +409,19 @@ static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int o
                 row++;
             }
         }
-#pragma unroll
-        for (int u = 0; u < unroll; u++)
-            if (to[u]) *reinterpret_cast<V *>(to[u]) = value[u];
+        if (sizeof(V) >= 4) /* the least that can go by itself */
+            rkvi_copy_async<V>(tile, to, from);
+        else
+            rkvi_copy_now<V>(tile, to, from);
     }
 }
 
-/* Loads a chunk of 64 rows. The first barrier lets earlier readers of the tile finish and makes
- * the row pointers, just written as a rule, known to all; no caller needs one of its own. */
+/* Loads a chunk of 64 rows, in two steps, so that other work can be done while it is on its way.
+ * The barrier of the first lets earlier readers of the tile finish and makes the row pointers,
+ * just written as a rule, known to all; no caller needs one of its own. */
 template <typename T>
-static __device__ void rkvi_stage(char *tile, const char *const *rows, int head_dim, int chunk,
-                                  int load)
+static __device__ void rkvi_stage_begin(char *tile, const char *const *rows, int head_dim,
+                                        int chunk, int load)
 {
     const int size = static_cast<int>(sizeof(T)), dims = rkvi_dims<T>(head_dim, chunk);
     const int offset = chunk * RKVI_CHUNK_BYTES, bytes = dims * size;
@@ -375,7 +435,18 @@ static __device__ void rkvi_stage(char *tile, const char *const *rows, int head_
         rkvi_load_tile<uint32_t>(tile, rows, offset, bytes, padded_bytes);
     else
         rkvi_load_tile<uint16_t>(tile, rows, offset, bytes, padded_bytes);
+}
+static __device__ __forceinline__ void rkvi_stage_end()
+{
+    rkvi_copies_done();
     __syncthreads();
+}
+template <typename T>
+static __device__ void rkvi_stage(char *tile, const char *const *rows, int head_dim, int chunk,
+                                  int load)
+{
+    rkvi_stage_begin<T>(tile, rows, head_dim, chunk, load);
+    rkvi_stage_end();
 }
 
 static __device__ __forceinline__ void rkvi_load4(float *out, const float *p)
@@ -724,7 +795,7 @@ static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, i
 }
 
 template <typename T>
-static __global__ void __launch_bounds__(RKVI_TILE_THREADS) rkvi_attend(const rkvi_args args)
+static __global__ void __launch_bounds__(RKVI_TILE_THREADS, 5) rkvi_attend(const rkvi_args args)
 {
     rkvi_tiles &s = *reinterpret_cast<rkvi_tiles *>(rkvi_shared_memory());
     const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
@@ -788,12 +859,12 @@ template <typename T> static __device__ void rkvi_project(const rkvi_job &job, r
     float lanes[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } };
     for (int chunk = 0; chunk < rkvi_chunks<T>(job.head_dim); chunk++) {
         const int dims = rkvi_dims<T>(job.head_dim, chunk), padded = rkvi_padded(dims);
-        rkvi_stage<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
+        rkvi_stage_begin<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
         for (int i = static_cast<int>(threadIdx.x); i < padded; i += RKVI_TILE_THREADS)
             s.sum[i] = i < dims ? static_cast<float>(rkvi_from_fixed(
                                       job.unit_sum[chunk * rkvi_chunk_dims<T>() + i]))
                                 : 0.0f;
-        __syncthreads();
+        rkvi_stage_end();
         for (int half = 0; half < 2; half++) {
             const T *key = reinterpret_cast<const T *>(s.a + (row + 32 * half) * RKVI_PITCH);
             for (int i = 4 * part; i < padded; i += 16) {
@@ -1518,8 +1589,7 @@ static __device__ void rkvi_reorder(const rkvi_moved &moved, const int32_t *kept
             units[i] = *reinterpret_cast<const V *>(rkvi_row(moved.rows, kept[i]) + offset);
         __syncthreads();
         for (int i = static_cast<int>(threadIdx.x); i < n_keep; i += RKVI_MOVE_THREADS)
-            if (kept[i] != i)
-                *reinterpret_cast<V *>(rkvi_row(moved.rows, i) + offset) = units[i];
+            if (kept[i] != i) *reinterpret_cast<V *>(rkvi_row(moved.rows, i) + offset) = units[i];
     }
 }
 
