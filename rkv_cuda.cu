@@ -151,6 +151,8 @@ enum {
     RKVI_TILE_THREADS = 128, /* 4 warps of 16 rows                                              */
     RKVI_CHUNK_BYTES = 256,  /* of a row, in shared memory at a time                            */
     RKVI_PITCH = RKVI_CHUNK_BYTES + 16, /* rows of a tile lie 4 banks apart                    */
+    RKVI_DOTS_PITCH = RKVI_PITCH / 4,   /* floats: a tile's room for 64 x 64 dots; the accumulators
+                                           of a warp then go to 32 banks                       */
     RKVI_NEAR_TILES = 4,     /* scan: newest columns that every row looks at in the first launch */
     RKVI_HEAD_THREADS = 512, /* kernels with one block per head                                 */
     RKVI_HEAD_WARPS = RKVI_HEAD_THREADS / 32,
@@ -701,8 +703,8 @@ static __device__ void rkvi_check_queries(const rkvi_args &args, const rkvi_job 
     }
 }
 
-/* Adds the unit keys of a tile to the head's sum. A quad has four columns, each of its threads
- * every fourth row; then each adds one column. */
+/* Adds the unit keys of a tile to the head's sum. A quad has four columns, each of its threads a
+ * quarter of the rows, two apart, which is 8 banks; then each adds one column. */
 template <typename T> static __device__ void rkvi_sum_unit_keys(const rkvi_job &job, rkvi_tiles &s)
 {
     const int n_chunks = rkvi_chunks<T>(job.head_dim), part = static_cast<int>(threadIdx.x) % 4;
@@ -712,7 +714,8 @@ template <typename T> static __device__ void rkvi_sum_unit_keys(const rkvi_job &
         for (int base = 0; base < dims; base += RKVI_TILE_THREADS) {
             const int column = base + static_cast<int>(threadIdx.x) / 4 * 4;
             float sum[4] = { 0, 0, 0, 0 }, x[4];
-            for (int row = part; row < RKVI_TILE && column < dims; row += 4) {
+            for (int i = 0; i < RKVI_TILE / 4 && column < dims; i++) {
+                const int row = i / 2 * 8 + 2 * part + i % 2;
                 rkvi_load4(x, reinterpret_cast<const T *>(s.a + row * RKVI_PITCH) + column);
 #pragma unroll
                 for (int k = 0; k < 4; k++) sum[k] = fmaf(x[k], s.a_inv[row], sum[k]);
@@ -732,7 +735,7 @@ template <typename T> static __device__ void rkvi_sum_unit_keys(const rkvi_job &
     }
 }
 
-/* Folds the dots of 64 queries (dots[query][key], pitch 65) into the logits of their tokens. */
+/* Folds the dots of 64 queries, dots[query][key], into the logits of their tokens. */
 static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &job, int job_index,
                                        int n_queries, int first, int tile, const float *dots)
 {
@@ -748,7 +751,7 @@ static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &jo
         const bool mean = args.config.grouping == RKV_GROUP_MEAN;
         float fold = begin > group_begin ? *logit : mean ? 0.0f : -INFINITY;
         for (int query = begin; query < stop; query++) {
-            float x = dots[(query - first) * (RKVI_TILE + 1) + key] * job.scale;
+            float x = dots[(query - first) * RKVI_DOTS_PITCH + key] * job.scale;
             if (job.softcap > 0) x = job.softcap * tanhf(x / job.softcap);
             fold = mean ? fold + x : fmaxf(fold, x);
         }
@@ -787,7 +790,7 @@ static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, i
 #pragma unroll
             for (int k = 0; k < 4; k++)
                 if (block < n_blocks)
-                    dots[rkvi_acc_column(lane, block, k) * (RKVI_TILE + 1) + 16 * warp +
+                    dots[rkvi_acc_column(lane, block, k) * RKVI_DOTS_PITCH + 16 * warp +
                          rkvi_acc_row(lane, k)] = acc[block][k];
         __syncthreads();
         rkvi_fold_group(args, job, job_index, n_queries, first, tile, dots);
