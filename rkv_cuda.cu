@@ -1131,8 +1131,10 @@ static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_
         whole = s.warp[warp % at_once];
         for (int p = 1; p < parts; p++)
             whole = rkvi_merge(whole, s.warp[p * at_once + warp % at_once]);
+        const float share = 1.0f / whole.sum;
+#pragma unroll 4
         for (int i = begin + lane; busy && i < end; i += 32)
-            values[i] = expf(values[i] - whole.largest) / whole.sum;
+            values[i] = expf(values[i] - whole.largest) * share;
         __syncthreads();
     }
 }
@@ -1174,20 +1176,21 @@ static __device__ float rkvi_importance(const rkvi_args &args, const rkvi_job &j
 static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rkvi_job &job,
                                                  rkvi_head_memory &s)
 {
-    const int n = rkvi_span(args, job), warp = static_cast<int>(threadIdx.x) / 32;
+    const int n = rkvi_span(args, job);
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const double share = 1.0 / n;
     for (int j = static_cast<int>(threadIdx.x); j < n; j += RKVI_HEAD_THREADS) {
         /* The length of the unit key: norm / (norm + 1e-8), which is 0 for a key of zeros. */
         const float length = 1.0f - 1e-8f * job.inv_norm[j];
         const double others = static_cast<double>(job.redundancy[j]) - length * length;
-        job.redundancy[j] = static_cast<float>((others - rkvi_from_fixed(job.exempt[j])) / n);
+        job.redundancy[j] = static_cast<float>((others - rkvi_from_fixed(job.exempt[j])) * share);
     }
     rkvi_softmax whole = rkvi_merge_warp(
         rkvi_softmax_of(job.redundancy, static_cast<int>(threadIdx.x), n, RKVI_HEAD_THREADS));
-    if (threadIdx.x % 32 == 0) s.warp[warp] = whole;
+    if (lane == 0) s.warp[warp] = whole;
     __syncthreads();
-    whole = s.warp[0];
-    for (int w = 1; w < RKVI_HEAD_WARPS; w++) whole = rkvi_merge(whole, s.warp[w]);
-    return whole;
+    const rkvi_softmax none = { -INFINITY, 0.0f };
+    return rkvi_merge_warp(lane < RKVI_HEAD_WARPS ? s.warp[lane] : none);
 }
 
 static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &job,
@@ -1200,12 +1203,12 @@ static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &jo
         if (args.config.pooling == RKV_POOL_AFTER_MEAN) rkvi_mean_weights(args, job);
     }
     if (args.redundancy) whole = rkvi_mean_cosines(args, job, s);
+    const float share = (1.0f - lambda) / whole.sum;
     for (int j = static_cast<int>(threadIdx.x); j < job.n_tokens - args.config.window;
          j += RKVI_HEAD_THREADS) {
         float score = 0;
         if (args.importance) score = lambda * rkvi_importance(args, job, j);
-        if (args.redundancy)
-            score -= (1.0f - lambda) * (expf(job.redundancy[j] - whole.largest) / whole.sum);
+        if (args.redundancy) score -= share * expf(job.redundancy[j] - whole.largest);
         job.scores[j] = score;
     }
     __syncthreads();
