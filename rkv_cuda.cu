@@ -69,6 +69,12 @@ extern "C" rkv_status rkv_cuda_register(void *stream);
 #define RKVI_TENSOR_CORES 0
 #define RKVI_ASYNC_COPIES 0
 #endif
+/* Threads that an SM has room for, at least; __launch_bounds__ may not ask for more. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
+#define RKVI_SM_THREADS 1024
+#else
+#define RKVI_SM_THREADS 1536
+#endif
 /* Kernel parameters may take 4 KB, from CUDA 12.1 on (and its driver) 32764 bytes. */
 #ifndef RKV_CUDA_PARAMETER_BYTES
 #if CUDART_VERSION >= 12010
@@ -1102,6 +1108,25 @@ static __device__ rkvi_softmax rkvi_softmax_of(const float *values, int begin, i
     return s;
 }
 
+/* Each of these becomes its share of the sum. Four loads in flight: the compiler would not move
+ * one before a store. */
+static __device__ void rkvi_to_shares(float *values, int begin, int end, int step,
+                                      rkvi_softmax whole)
+{
+    const int unroll = 4;
+    const float share = 1.0f / whole.sum;
+    for (int first = begin; first < end; first += unroll * step) {
+        float x[unroll];
+#pragma unroll
+        for (int u = 0; u < unroll; u++)
+            x[u] = first + u * step < end ? values[first + u * step] : 0.0f;
+#pragma unroll
+        for (int u = 0; u < unroll; u++)
+            if (first + u * step < end)
+                values[first + u * step] = expf(x[u] - whole.largest) * share;
+    }
+}
+
 struct rkvi_head_memory {
     rkvi_softmax warp[RKVI_HEAD_WARPS];
     unsigned bins[RKVI_BINS]; /* selection, from here on */
@@ -1131,10 +1156,7 @@ static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_
         whole = s.warp[warp % at_once];
         for (int p = 1; p < parts; p++)
             whole = rkvi_merge(whole, s.warp[p * at_once + warp % at_once]);
-        const float share = 1.0f / whole.sum;
-#pragma unroll 4
-        for (int i = begin + lane; busy && i < end; i += 32)
-            values[i] = expf(values[i] - whole.largest) * share;
+        if (busy) rkvi_to_shares(values, begin + lane, end, 32, whole);
         __syncthreads();
     }
 }
@@ -1179,14 +1201,17 @@ static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rk
     const int n = rkvi_span(args, job);
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const double share = 1.0 / n;
+    const float *inv_norm = job.inv_norm; /* the store below could change these, for all that */
+    const long long *exempt = job.exempt; /* the compiler knows                               */
+    float *redundancy = job.redundancy;
     for (int j = static_cast<int>(threadIdx.x); j < n; j += RKVI_HEAD_THREADS) {
         /* The length of the unit key: norm / (norm + 1e-8), which is 0 for a key of zeros. */
-        const float length = 1.0f - 1e-8f * job.inv_norm[j];
-        const double others = static_cast<double>(job.redundancy[j]) - length * length;
-        job.redundancy[j] = static_cast<float>((others - rkvi_from_fixed(job.exempt[j])) * share);
+        const float length = 1.0f - 1e-8f * inv_norm[j];
+        const double others = static_cast<double>(redundancy[j]) - length * length;
+        redundancy[j] = static_cast<float>((others - rkvi_from_fixed(exempt[j])) * share);
     }
     rkvi_softmax whole = rkvi_merge_warp(
-        rkvi_softmax_of(job.redundancy, static_cast<int>(threadIdx.x), n, RKVI_HEAD_THREADS));
+        rkvi_softmax_of(redundancy, static_cast<int>(threadIdx.x), n, RKVI_HEAD_THREADS));
     if (lane == 0) s.warp[warp] = whole;
     __syncthreads();
     const rkvi_softmax none = { -INFINITY, 0.0f };
@@ -1387,7 +1412,8 @@ static __device__ void rkvi_report(const rkvi_args &args)
     *args.config.fault = out;
 }
 
-static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_score(const rkvi_args args)
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS, RKVI_SM_THREADS / RKVI_HEAD_THREADS)
+    rkvi_score(const rkvi_args args)
 {
     rkvi_head_memory &s = *reinterpret_cast<rkvi_head_memory *>(rkvi_shared_memory());
     rkvi_report(args);
