@@ -861,14 +861,29 @@ static __device__ void rkvi_scan_rows(const rkvi_args &args, const rkvi_job &job
     }
 }
 
-/* redundancy[i] = dot(sum of unit keys, unit key i). Leaves the last chunk of the rows in s.a. */
-template <typename T> static __device__ void rkvi_project(const rkvi_job &job, rkvi_tiles &s)
+/* A tile's columns: pointers and norms. */
+static __device__ void rkvi_scan_columns(const rkvi_job &job, int n_span, int column_tile,
+                                         rkvi_tiles &s)
+{
+    const int64_t newest = n_span - 1 - static_cast<int64_t>(column_tile) * RKVI_TILE;
+    for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
+        const int token = r <= newest ? static_cast<int>(newest - r) : -1;
+        s.b_rows[r] = token < 0 ? NULL : rkvi_row(job.moved[0].rows, token);
+        s.b_inv[r] = token < 0 ? 0.0f : job.inv_norm[token];
+    }
+}
+
+/* redundancy[i] = dot(sum of unit keys, unit key i). Leaves the last chunk of the rows in s.a, and
+ * with_columns the first of the columns in s.b. */
+template <typename T>
+static __device__ void rkvi_project(const rkvi_job &job, bool with_columns, rkvi_tiles &s)
 {
     const int part = static_cast<int>(threadIdx.x) % 4, row = static_cast<int>(threadIdx.x) / 4;
     float lanes[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } };
     for (int chunk = 0; chunk < rkvi_chunks<T>(job.head_dim); chunk++) {
         const int dims = rkvi_dims<T>(job.head_dim, chunk), padded = rkvi_padded(dims);
         rkvi_stage_begin<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
+        if (with_columns) rkvi_stage_begin<T>(s.b, s.b_rows, job.head_dim, 0, job.key_load);
         for (int i = static_cast<int>(threadIdx.x); i < padded; i += RKVI_TILE_THREADS)
             s.sum[i] = i < dims ? static_cast<float>(rkvi_from_fixed(
                                       job.unit_sum[chunk * rkvi_chunk_dims<T>() + i]))
@@ -894,7 +909,8 @@ template <typename T> static __device__ void rkvi_project(const rkvi_job &job, r
 /* Dots of the rows with 64 columns: a bit for every column that may be a look-alike. */
 template <typename T>
 static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_job &job, int n_span,
-                                            int column_tile, bool *rows_staged, rkvi_tiles &s)
+                                            int column_tile, bool rows_staged, bool columns_staged,
+                                            rkvi_tiles &s)
 {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int64_t newest = n_span - 1 - static_cast<int64_t>(column_tile) * RKVI_TILE;
@@ -902,15 +918,13 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
     const float limit = args.config.threshold - rkvi_band(job.head_dim);
     const bool diagonal = args.config.threshold < 0; /* it is 0, and so a look-alike */
     float acc[8][4] = { { 0 } };
-    for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
-        const int token = r <= newest ? static_cast<int>(newest - r) : -1;
-        s.b_rows[r] = token < 0 ? NULL : rkvi_row(job.moved[0].rows, token);
-        s.b_inv[r] = token < 0 ? 0.0f : job.inv_norm[token];
-    }
+    if (!columns_staged) rkvi_scan_columns(job, n_span, column_tile, s);
     for (int chunk = 0; chunk < n_chunks; chunk++) {
-        if (!*rows_staged) rkvi_stage<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
-        *rows_staged = n_chunks == 1;
-        rkvi_stage<T>(s.b, s.b_rows, job.head_dim, chunk, job.key_load);
+        if (!rows_staged) rkvi_stage_begin<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
+        if (!columns_staged) {
+            rkvi_stage_begin<T>(s.b, s.b_rows, job.head_dim, chunk, job.key_load);
+            rkvi_stage_end();
+        }
         rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), 8, T{});
     }
 #pragma unroll
@@ -1023,15 +1037,17 @@ static __device__ void rkvi_scan_tile(const rkvi_args &args, const rkvi_job &job
     const int n_span = rkvi_span(args, job), n_tiles = (n_span - 1) / RKVI_TILE + 1;
     const int begin = far_rows ? RKVI_NEAR_TILES : 0;
     const int end = far_rows || n_tiles < RKVI_NEAR_TILES ? n_tiles : RKVI_NEAR_TILES;
-    bool rows_staged = false;
+    const bool one_chunk = rkvi_chunks<T>(job.head_dim) == 1;
     int open = 1;
     rkvi_scan_rows(args, job, job_index, tile, far_rows, s);
     if (!far_rows) {
-        rkvi_project<T>(job, s);
-        rows_staged = rkvi_chunks<T>(job.head_dim) == 1;
+        if (one_chunk) rkvi_scan_columns(job, n_span, begin, s);
+        rkvi_project<T>(job, one_chunk, s);
     }
     for (int column_tile = begin; column_tile < end && open; column_tile++) {
-        rkvi_find_candidates<T>(args, job, n_span, column_tile, &rows_staged, s);
+        const bool first = column_tile == begin;
+        rkvi_find_candidates<T>(args, job, n_span, column_tile, one_chunk && !(first && far_rows),
+                                one_chunk && first && !far_rows, s);
         open = __syncthreads_or(rkvi_settle<T>(args, job, n_span, column_tile, s));
     }
     if (!open) return;
