@@ -75,6 +75,13 @@ extern "C" rkv_status rkv_cuda_register(void *stream);
 #else
 #define RKVI_SM_THREADS 1536
 #endif
+/* Blocks that share an SM's memory with tiles of theirs (38 KB): 5 of Hopper's and Blackwell's
+ * 228 KB, fewer elsewhere. Registers are dealt out accordingly. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define RKVI_TILE_BLOCKS 5
+#else
+#define RKVI_TILE_BLOCKS 4
+#endif
 /* Kernel parameters may take 4 KB, from CUDA 12.1 on (and its driver) 32764 bytes. */
 #ifndef RKV_CUDA_PARAMETER_BYTES
 #if CUDART_VERSION >= 12010
@@ -115,7 +122,9 @@ static rkv_status rkvi_launch(void (*kernel)(P), int64_t n_items, int threads, s
     const cudaError_t error =
         shim_launch(kernel, blocks, threads, shared_bytes, stream, parameters);
 #endif
-    return error == cudaSuccess ? RKV_OK : RKV_ERROR_DEVICE;
+    if (error == cudaSuccess) return RKV_OK;
+    (void)cudaGetLastError(); /* said by the status: not again at the caller's next look */
+    return RKV_ERROR_DEVICE;
 }
 
 /* ==== 3. Helpers ============================================================================
@@ -804,7 +813,8 @@ static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, i
 }
 
 template <typename T>
-static __global__ void __launch_bounds__(RKVI_TILE_THREADS, 5) rkvi_attend(const rkvi_args args)
+static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
+    rkvi_attend(const rkvi_args args)
 {
     rkvi_tiles &s = *reinterpret_cast<rkvi_tiles *>(rkvi_shared_memory());
     const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
@@ -1077,7 +1087,8 @@ template <typename T> static __device__ void rkvi_scan(const rkvi_args &args, bo
     }
 }
 template <typename T>
-static __global__ void __launch_bounds__(RKVI_TILE_THREADS, 5) rkvi_scan_near(const rkvi_args args)
+static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
+    rkvi_scan_near(const rkvi_args args)
 {
     rkvi_scan<T>(args, false);
 }
