@@ -19,9 +19,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <functional>
+#include <map>
 #include <set>
 #include <vector>
 
@@ -117,11 +119,42 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t)
     return cudaSuccess;
 }
 
-/* Device memory is host memory; like the device's it comes aligned to 256 bytes, full of junk. */
+/* Device memory is host memory out of the host's reach: a fault, unless a kernel or a copy is at
+ * work. Like the device's it comes aligned to 256 bytes, full of junk. */
+inline std::map<void *, size_t> &shim_memory()
+{
+    static std::map<void *, size_t> memory;
+    return memory;
+}
+struct shim_on_device {
+    shim_on_device()
+    {
+        if (depth()++ == 0) protect(PROT_READ | PROT_WRITE);
+    }
+    ~shim_on_device()
+    {
+        if (--depth() == 0) protect(PROT_NONE);
+    }
+    static int &depth()
+    {
+        static int nested;
+        return nested;
+    }
+    static void protect(int access)
+    {
+        std::map<void *, size_t>::iterator it = shim_memory().begin();
+        for (; it != shim_memory().end(); ++it)
+            if (mprotect(it->first, it->second, access) != 0) shim_die("mprotect");
+    }
+};
 inline cudaError_t cudaMalloc(void **out, size_t bytes)
 {
     shim_not_in_capture("cudaMalloc in a capture");
-    if (posix_memalign(out, 256, bytes ? bytes : 1) != 0) return cudaErrorMemoryAllocation;
+    const size_t page = 4096, whole = (bytes / page + 1) * page;
+    const shim_on_device device;
+    *out = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (*out == MAP_FAILED) return cudaErrorMemoryAllocation;
+    shim_memory()[*out] = whole;
     memset(*out, 0xa5, bytes);
     race_memory(*out, bytes);
     return cudaSuccess;
@@ -134,7 +167,8 @@ inline cudaError_t cudaFree(void *memory)
 {
     shim_not_in_capture("cudaFree in a capture");
     race_forget(memory);
-    free(memory);
+    if (memory) munmap(memory, shim_memory()[memory]);
+    shim_memory().erase(memory);
     return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind,
@@ -143,6 +177,7 @@ inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cud
     shim_not_in_capture("a copy in a capture");
     if (kind != cudaMemcpyHostToDevice) race_copy_out(src, bytes);
     if (kind != cudaMemcpyDeviceToHost) race_copy_in(dst, bytes);
+    const shim_on_device device;
     memcpy(dst, src, bytes);
     return cudaSuccess;
 }
@@ -343,6 +378,7 @@ void shim_run(void (*kernel)(P), int blocks, int threads, size_t shared_bytes, c
     m.grid.x = static_cast<unsigned>(blocks);
     for (int i = 0; i < threads; i++) shim_make_fiber(&m.fibers[i]);
     race_launch(shared_bytes, &bound, sizeof bound);
+    const shim_on_device device;
     for (int i = 0; i < blocks; i++) {
         m.block.x = static_cast<unsigned>(m.order == SHIM_ASCENDING ? i : blocks - 1 - i);
         shim_run_block();
