@@ -293,9 +293,12 @@ static __device__ __forceinline__ int rkvi_span(const rkvi_args &args, const rkv
 }
 
 /* Fixed point with 32 fractional bits, truncated: integer sums do not depend on their order. */
-static __device__ __forceinline__ void rkvi_add_fixed(long long *sum, float value)
+static __device__ __forceinline__ long long rkvi_to_fixed(float value)
 {
-    const long long fixed = static_cast<long long>(value * 4294967296.0f);
+    return static_cast<long long>(value * 4294967296.0f);
+}
+static __device__ __forceinline__ void rkvi_add_fixed(long long *sum, long long fixed)
+{
 #ifndef RKV_CUDA_SHIM
     /* What atomicAdd does. It would ask first whether the address, which comes out of a
      * descriptor, lies in shared memory, and fetch the old value. */
@@ -745,7 +748,8 @@ template <typename T> static __device__ void rkvi_sum_unit_keys(const rkvi_job &
                                : part == 2 ? sum[2]
                                            : sum[3];
             if (column + part < dims)
-                rkvi_add_fixed(&job.unit_sum[chunk * rkvi_chunk_dims<T>() + column + part], mine);
+                rkvi_add_fixed(&job.unit_sum[chunk * rkvi_chunk_dims<T>() + column + part],
+                               rkvi_to_fixed(mine));
         }
     }
 }
@@ -976,6 +980,26 @@ static __device__ float rkvi_exact_cosine(const rkvi_job &job, const rkvi_tiles 
     return rkvi_cosine(dot, s.a_inv[r], s.b_inv[c]);
 }
 
+/* Adds a cosine to exempt[token], where the first thread of a quad `adds`; called by whole warps.
+ * Most rows of a head have the same most recent look-alike, and additions to one address queue up
+ * in the L2: those that agree with the warp's first go there as one. */
+static __device__ void rkvi_exempt(const rkvi_job &job, bool adds, int token, float cosine)
+{
+    const unsigned all = __ballot_sync(0xffffffffu, adds);
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int leader = all ? __ffs(static_cast<int>(all)) - 1 : 0;
+    const int common = __shfl_sync(0xffffffffu, token, leader);
+    const long long mine = adds ? rkvi_to_fixed(cosine) : 0;
+    long long sum = token == common ? mine : 0;
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    if (adds && lane == leader)
+        rkvi_add_fixed(&job.exempt[common], sum);
+    else if (adds && token != common)
+        rkvi_add_fixed(&job.exempt[token], mine);
+}
+
 /* Settles the candidates of this warp's 16 rows, newest first: a quad takes a row, then another.
  * True when one of its two rows wants more. */
 template <typename T>
@@ -991,17 +1015,14 @@ static __device__ bool rkvi_settle(const rkvi_args &args, const rkvi_job &job, i
         int need = s.need[row];
         while (__any_sync(0xffffffffu, bits != 0)) {
             const int column = bits ? __ffsll(static_cast<long long>(bits)) - 1 : 0;
+            const int token = static_cast<int>(newest - column);
             float cosine = rkvi_exact_cosine<T>(job, s, row, column);
-            if (!bits) continue;
-            if (newest - column == s.a_token[row]) cosine = 0; /* the diagonal */
+            if (token == s.a_token[row]) cosine = 0; /* the diagonal */
+            const bool hit = bits && cosine > args.config.threshold;
+            const bool of_column = args.config.redundancy == RKV_REDUNDANCY_ROW;
+            rkvi_exempt(job, hit && lane % 4 == 0, of_column ? token : s.a_token[row], cosine);
             bits &= bits - 1;
-            if (!(cosine > args.config.threshold)) continue;
-            if (--need == 0) bits = 0;
-            if (lane % 4 == 0)
-                rkvi_add_fixed(
-                    &job.exempt[args.config.redundancy == RKV_REDUNDANCY_ROW ? newest - column
-                                                                             : s.a_token[row]],
-                    cosine);
+            if (hit && --need == 0) bits = 0;
         }
         __syncwarp(); /* the quad has read need */
         if (lane % 4 == 0) s.need[row] = need;
@@ -1035,8 +1056,7 @@ static __device__ void rkvi_exempt_column0(const rkvi_args &args, const rkvi_job
         if (!__any_sync(0xffffffffu, lonely)) continue;
         const float dot =
             rkvi_exact_dot_global<T>(lonely ? s.a_rows[row] : NULL, key0, job.head_dim, part);
-        if (lonely && part == 0)
-            rkvi_add_fixed(&job.exempt[0], rkvi_cosine(dot, s.a_inv[row], job.inv_norm[0]));
+        rkvi_exempt(job, lonely && part == 0, 0, rkvi_cosine(dot, s.a_inv[row], job.inv_norm[0]));
     }
 }
 
