@@ -644,12 +644,20 @@ static __device__ float rkvi_exact_dot_global(const char *a, const char *b, int 
  * One pass over the keys. In: keys, queries. Out: inv_norm, unit_sum, logits; faults.
  * An item is tiles_per_item tiles of 64 keys of one head. */
 
-/* squares[2]: this thread's rows (thread / 4 and 32 more) of a tile; every thread of a quad gets
+/* The row of a tile that this thread's quad sums up, and then the one 32 further on. Quads beside
+ * each other have rows two apart, which is 8 banks: what four of them read. */
+static __device__ __forceinline__ int rkvi_quad_row()
+{
+    const int quad = static_cast<int>(threadIdx.x) / 4;
+    return quad / 8 * 8 + quad % 4 * 2 + quad / 4 % 2;
+}
+
+/* squares[2]: this thread's rows (rkvi_quad_row and 32 more) of a tile; every thread of a quad gets
  * the same. All chunks of the rows are staged in turn, the last one remains. */
 template <typename T>
 static __device__ void rkvi_square_norms(rkvi_tiles &s, int head_dim, int load, float *squares)
 {
-    const int part = static_cast<int>(threadIdx.x) % 4, row = static_cast<int>(threadIdx.x) / 4;
+    const int part = static_cast<int>(threadIdx.x) % 4, row = rkvi_quad_row();
     float lanes[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } };
     for (int chunk = 0; chunk < rkvi_chunks<T>(head_dim); chunk++) {
         const int padded = rkvi_padded(rkvi_dims<T>(head_dim, chunk));
@@ -678,7 +686,7 @@ static __device__ void rkvi_key_norms(const rkvi_args &args, const rkvi_job &job
     rkvi_square_norms<T>(s, job.head_dim, job.key_load, squares);
     if (threadIdx.x % 4 == 0)
         for (int half = 0; half < 2; half++) {
-            const int row = static_cast<int>(threadIdx.x) / 4 + 32 * half;
+            const int row = rkvi_quad_row() + 32 * half;
             const int token = tile * RKVI_TILE + row;
             const float inv = 1.0f / (sqrtf(squares[half]) + 1e-8f);
             s.a_inv[row] = token < rkvi_span(args, job) ? inv : 0.0f;
@@ -712,7 +720,7 @@ static __device__ void rkvi_check_queries(const rkvi_args &args, const rkvi_job 
         rkvi_query_rows(job, n_queries, first, s.a_rows);
         rkvi_square_norms<T>(s, job.head_dim, job.query_load, squares);
         for (int half = 0; half < 2; half++) {
-            const int query = first + static_cast<int>(threadIdx.x) / 4 + 32 * half;
+            const int query = first + rkvi_quad_row() + 32 * half;
             const int in_group = query % job.group, token = query / job.group;
             if (query < n_queries && rkvi_square_is_bad(squares[half]))
                 rkvi_fault_at(args.control, RKVI_NONFINITE, job_index, RKVI_QUERY,
@@ -892,7 +900,7 @@ static __device__ void rkvi_scan_columns(const rkvi_job &job, int n_span, int co
 template <typename T>
 static __device__ void rkvi_project(const rkvi_job &job, bool with_columns, rkvi_tiles &s)
 {
-    const int part = static_cast<int>(threadIdx.x) % 4, row = static_cast<int>(threadIdx.x) / 4;
+    const int part = static_cast<int>(threadIdx.x) % 4, row = rkvi_quad_row();
     float lanes[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } };
     for (int chunk = 0; chunk < rkvi_chunks<T>(job.head_dim); chunk++) {
         const int dims = rkvi_dims<T>(job.head_dim, chunk), padded = rkvi_padded(dims);
@@ -1051,7 +1059,7 @@ static __device__ void rkvi_exempt_column0(const rkvi_args &args, const rkvi_job
     const int part = static_cast<int>(threadIdx.x) % 4;
     const char *key0 = rkvi_row(job.moved[0].rows, 0);
     for (int half = 0; half < 2; half++) {
-        const int row = static_cast<int>(threadIdx.x) / 4 + 32 * half, token = s.a_token[row];
+        const int row = rkvi_quad_row() + 32 * half, token = s.a_token[row];
         const bool lonely = s.need[row] == args.config.recent && token > 0;
         if (!__any_sync(0xffffffffu, lonely)) continue;
         const float dot =
