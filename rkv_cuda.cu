@@ -57,7 +57,8 @@ extern "C" rkv_status rkv_cuda_register(void *stream);
 
 /* ==== 2. Portability ========================================================================
  * The kernels use little of CUDA, so that tests/cuda_shim.h can run them on a host: it defines
- * RKV_CUDA_SHIM, the built-ins used here, shim_launch, shim_shared and shim_mma. */
+ * RKV_CUDA_SHIM, the built-ins used here, shim_launch, shim_shared, shim_mma, shim_start_copy and
+ * shim_copies_done. */
 #ifndef RKV_CUDA_SHIM
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -366,41 +367,59 @@ static __device__ __forceinline__ void rkvi_copy_now(char *tile, const int *to,
     for (int u = 0; u < RKVI_LOAD_UNROLL; u++)
         if (to[u] >= 0) *reinterpret_cast<V *>(tile + to[u]) = value[u];
 }
-#if RKVI_ASYNC_COPIES && !defined(RKV_CUDA_SHIM)
+#if RKVI_ASYNC_COPIES
+/* Starts a copy to shared memory. */
+template <typename V>
+static __device__ __forceinline__ void rkvi_start_copy(char *to, const char *from)
+{
+#ifndef RKV_CUDA_SHIM
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    const size_t source = __cvta_generic_to_global(from);
+    if (sizeof(V) == 16) /* this size alone may pass by the L1 */
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(source));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(source),
+                     "n"(static_cast<int>(sizeof(V))));
+#else
+    shim_start_copy<V>(to, from);
+#endif
+}
+static __device__ __forceinline__ void rkvi_copies_done()
+{
+#ifndef RKV_CUDA_SHIM
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+    shim_copies_done();
+#endif
+}
 /* No register on the way, so that a thread has as many in flight as it likes. */
 template <typename V>
-static __device__ __forceinline__ void rkvi_copy_async(char *tile, const int *to,
-                                                       const char *const *from)
+static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *to,
+                                                        const char *const *from, V)
 {
 #pragma unroll
     for (int u = 0; u < RKVI_LOAD_UNROLL; u++) {
         if (to[u] < 0) continue;
-        if (!from[u]) {
-            *reinterpret_cast<V *>(tile + to[u]) = V{};
-            continue;
-        }
-        const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(tile + to[u]));
-        const size_t source = __cvta_generic_to_global(from[u]);
-        if (sizeof(V) == 16) /* this size alone may pass by the L1 */
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(source));
+        if (from[u])
+            rkvi_start_copy<V>(tile + to[u], from[u]);
         else
-            asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(source),
-                         "n"(static_cast<int>(sizeof(V))));
+            *reinterpret_cast<V *>(tile + to[u]) = V{};
     }
 }
-static __device__ __forceinline__ void rkvi_copies_done()
+static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *to,
+                                                        const char *const *from, uint16_t)
 {
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    rkvi_copy_now<uint16_t>(tile, to, from); /* 4 bytes is the least that can go by itself */
 }
 #else
-template <typename V>
-static __device__ __forceinline__ void rkvi_copy_async(char *tile, const int *to,
-                                                       const char *const *from)
-{
-    rkvi_copy_now<V>(tile, to, from);
-}
 static __device__ __forceinline__ void rkvi_copies_done()
 {
+}
+template <typename V>
+static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *to,
+                                                        const char *const *from, V)
+{
+    rkvi_copy_now<V>(tile, to, from);
 }
 #endif
 
@@ -429,10 +448,7 @@ static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int o
                 row++;
             }
         }
-        if (sizeof(V) >= 4) /* the least that can go by itself */
-            rkvi_copy_async<V>(tile, to, from);
-        else
-            rkvi_copy_now<V>(tile, to, from);
+        rkvi_copy_pieces(tile, to, from, V{});
     }
 }
 
@@ -645,7 +661,7 @@ static __device__ float rkvi_exact_dot_global(const char *a, const char *b, int 
  * An item is tiles_per_item tiles of 64 keys of one head. */
 
 /* The row of a tile that this thread's quad sums up, and then the one 32 further on. Quads beside
- * each other have rows two apart, which is 8 banks: what four of them read. */
+ * each other have rows two apart, which is 8 banks, as many as a quad reads at a time. */
 static __device__ __forceinline__ int rkvi_quad_row()
 {
     const int quad = static_cast<int>(threadIdx.x) / 4;

@@ -213,6 +213,7 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const v
 
 /* ---- The machine ---------------------------------------------------------------------------- */
 enum { SHIM_MAX_THREADS = 1024, SHIM_STACK_BYTES = 128 * 1024, SHIM_SHARED_BYTES = 48 * 1024 };
+enum { SHIM_MAX_COPIES = 128 };
 enum shim_state { SHIM_READY, SHIM_AT_WARP_BARRIER, SHIM_AT_BLOCK_BARRIER, SHIM_DONE };
 enum shim_order { SHIM_ASCENDING, SHIM_DESCENDING, SHIM_MIXED, SHIM_ORDERS };
 
@@ -226,8 +227,16 @@ struct shim_fiber {
     int started, state;
     unsigned collectives; /* warp intrinsics so far: which half of the mailbox is in use */
 };
+/* cp.async: nothing has been read or written before the thread that asked for it waits. */
+struct shim_copy {
+    void (*run)(char *, const char *);
+    char *to;
+    const char *from;
+};
 struct shim_machine {
     shim_fiber fibers[SHIM_MAX_THREADS];
+    shim_copy copies[SHIM_MAX_THREADS][SHIM_MAX_COPIES];
+    int n_copies[SHIM_MAX_THREADS];
     uint64_t mailbox[SHIM_MAX_THREADS][2][6];
     jmp_buf scheduler;
     void (*kernel)(const void *); /* with its parameters bound */
@@ -273,6 +282,7 @@ inline void shim_fiber_main()
 {
     for (;;) { /* a fiber serves block after block */
         shim().kernel(shim().bound);
+        if (shim().n_copies[shim().current] > 0) shim_die("a copy that its thread did not await");
         shim_wait(SHIM_DONE);
     }
 }
@@ -547,6 +557,29 @@ template <typename T> T __ldg(const T *at)
     const race_as as(RACE_LDG);
     return *at;
 }
+
+template <typename V> void shim_run_copy(char *to, const char *from)
+{
+    *reinterpret_cast<V *>(to) = __ldg(reinterpret_cast<const V *>(from));
+}
+template <typename V> void shim_start_copy(char *to, const char *from)
+{
+    shim_machine &m = shim();
+    const shim_copy copy = { shim_run_copy<V>, to, from };
+    if (reinterpret_cast<uintptr_t>(to) % sizeof(V) ||
+        reinterpret_cast<uintptr_t>(from) % sizeof(V))
+        shim_die("a copy that is not aligned");
+    if (m.n_copies[m.current] == SHIM_MAX_COPIES) shim_die("too many copies at a time");
+    m.copies[m.current][m.n_copies[m.current]++] = copy;
+}
+inline void shim_copies_done()
+{
+    shim_machine &m = shim();
+    for (int i = 0; i < m.n_copies[m.current]; i++)
+        m.copies[m.current][i].run(m.copies[m.current][i].to, m.copies[m.current][i].from);
+    m.n_copies[m.current] = 0;
+}
+
 inline int __popc(unsigned x)
 {
     return __builtin_popcount(x);
