@@ -955,6 +955,7 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
     const int n_chunks = rkvi_chunks<T>(job.head_dim);
     const float limit = args.config.threshold - rkvi_band(job.head_dim);
     const bool diagonal = args.config.threshold < 0; /* it is 0, and so a look-alike */
+    const int n_columns = newest < RKVI_TILE ? static_cast<int>(newest) + 1 : RKVI_TILE;
     float acc[8][4] = { { 0 } };
     if (!columns_staged) rkvi_scan_columns(job, n_span, column_tile, s);
     for (int chunk = 0; chunk < n_chunks; chunk++) {
@@ -967,8 +968,10 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int row = 16 * warp + rkvi_acc_row(lane, 2 * half), token = s.a_token[row];
-        unsigned long long bits = 0;
+        const int row = 16 * warp + rkvi_acc_row(lane, 2 * half);
+        const int64_t own = newest - s.a_token[row]; /* the row's own column, here or elsewhere */
+        const int skipped = diagonal || own < 0 || own >= RKVI_TILE ? -1 : static_cast<int>(own);
+        unsigned long long bits = 0; /* moved by rkvi_acc_column(lane, 0, 0) at the end */
 #pragma unroll
         for (int block = 0; block < 8; block++)
 #pragma unroll
@@ -976,9 +979,10 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
                 const int column = rkvi_acc_column(lane, block, k);
                 const float cosine =
                     rkvi_cosine(acc[block][2 * half + k], s.a_inv[row], s.b_inv[column]);
-                if (cosine > limit && column <= newest && (newest - column != token || diagonal))
-                    bits |= 1ull << column;
+                if (cosine > limit && column < n_columns && column != skipped)
+                    bits |= 1ull << rkvi_acc_column(0, block, k);
             }
+        bits <<= rkvi_acc_column(lane, 0, 0);
         bits |= __shfl_xor_sync(0xffffffffu, bits, 1);
         bits |= __shfl_xor_sync(0xffffffffu, bits, 2);
         if (lane % 4 == 0) s.candidates[row] = s.need[row] > 0 ? bits : 0;
