@@ -669,15 +669,19 @@ static __device__ __forceinline__ int rkvi_quad_row()
 }
 
 /* squares[2]: this thread's rows (rkvi_quad_row and 32 more) of a tile; every thread of a quad gets
- * the same. All chunks of the rows are staged in turn, the last one remains. */
+ * the same. All chunks of the rows are staged in turn, the last one remains. b_load > 0: s.b is
+ * loaded as well, from rows of one chunk. */
 template <typename T>
-static __device__ void rkvi_square_norms(rkvi_tiles &s, int head_dim, int load, float *squares)
+static __device__ void rkvi_square_norms(rkvi_tiles &s, int head_dim, int load, int b_load,
+                                         float *squares)
 {
     const int part = static_cast<int>(threadIdx.x) % 4, row = rkvi_quad_row();
     float lanes[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } };
     for (int chunk = 0; chunk < rkvi_chunks<T>(head_dim); chunk++) {
         const int padded = rkvi_padded(rkvi_dims<T>(head_dim, chunk));
-        rkvi_stage<T>(s.a, s.a_rows, head_dim, chunk, load);
+        rkvi_stage_begin<T>(s.a, s.a_rows, head_dim, chunk, load);
+        if (b_load > 0) rkvi_stage_begin<T>(s.b, s.b_rows, head_dim, chunk, b_load);
+        rkvi_stage_end();
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const T *key = reinterpret_cast<const T *>(s.a + (row + 32 * half) * RKVI_PITCH);
@@ -693,13 +697,14 @@ static __device__ __forceinline__ bool rkvi_square_is_bad(float square)
     return !(square <= 1e36f); /* a NaN is bad too */
 }
 
-/* inv_norm of a tile's keys, to s.a_inv (0 outside the span, so that sums leave them out). */
+/* inv_norm of a tile's keys, to s.a_inv (0 outside the span, so that sums leave them out).
+ * with_queries: stages them, too. */
 template <typename T>
 static __device__ void rkvi_key_norms(const rkvi_args &args, const rkvi_job &job, int job_index,
-                                      int tile, rkvi_tiles &s)
+                                      int tile, bool with_queries, rkvi_tiles &s)
 {
     float squares[2];
-    rkvi_square_norms<T>(s, job.head_dim, job.key_load, squares);
+    rkvi_square_norms<T>(s, job.head_dim, job.key_load, with_queries ? job.query_load : 0, squares);
     if (threadIdx.x % 4 == 0)
         for (int half = 0; half < 2; half++) {
             const int row = rkvi_quad_row() + 32 * half;
@@ -734,7 +739,7 @@ static __device__ void rkvi_check_queries(const rkvi_args &args, const rkvi_job 
     for (int first = 0; first < n_queries; first += RKVI_TILE) {
         float squares[2];
         rkvi_query_rows(job, n_queries, first, s.a_rows);
-        rkvi_square_norms<T>(s, job.head_dim, job.query_load, squares);
+        rkvi_square_norms<T>(s, job.head_dim, job.query_load, 0, squares);
         for (int half = 0; half < 2; half++) {
             const int query = first + rkvi_quad_row() + 32 * half;
             const int in_group = query % job.group, token = query / job.group;
@@ -852,6 +857,7 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
         const int job_index = at.job, first_tile = at.part * args.tiles_per_item;
         const rkvi_job &job = args.jobs[job_index];
         const int n_queries = args.importance ? args.config.window * job.group : 0;
+        const bool one_chunk = rkvi_chunks<T>(job.head_dim) == 1;
         int staged = -1;
         if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
         if (first_tile == 0) rkvi_check_queries<T>(args, job, job_index, n_queries, s);
@@ -863,7 +869,12 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
                                   ? rkvi_row(job.moved[0].rows, static_cast<int>(token))
                                   : NULL;
             }
-            rkvi_key_norms<T>(args, job, job_index, tile, s);
+            const bool with_queries = staged < 0 && n_queries > 0 && one_chunk;
+            if (with_queries) {
+                rkvi_query_rows(job, n_queries, 0, s.b_rows);
+                staged = 0;
+            }
+            rkvi_key_norms<T>(args, job, job_index, tile, with_queries, s);
             if (args.redundancy) rkvi_sum_unit_keys<T>(job, s);
             rkvi_logits<T>(args, job, job_index, n_queries, tile, &staged, s);
         }
