@@ -57,15 +57,31 @@ extern "C" rkv_status rkv_cuda_register(void *stream);
 
 /* ==== 2. Portability ========================================================================
  * The kernels use little of CUDA, so that tests/cuda_shim.h can run them on a host: it defines
- * RKV_CUDA_SHIM, the built-ins used here, shim_launch, shim_shared and shim_mma. */
+ * RKV_CUDA_SHIM, the built-ins used here, shim_launch, shim_shared, shim_mma, shim_start_copy and
+ * shim_copies_done. */
 #ifndef RKV_CUDA_SHIM
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #define RKVI_TENSOR_CORES 1
+#define RKVI_ASYNC_COPIES 1
 #else
 #define RKVI_TENSOR_CORES 0
+#define RKVI_ASYNC_COPIES 0
+#endif
+/* Threads that an SM has room for, at least; __launch_bounds__ may not ask for more. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
+#define RKVI_SM_THREADS 1024
+#else
+#define RKVI_SM_THREADS 1536
+#endif
+/* Blocks that share an SM's memory with tiles of theirs (38 KB): 5 of Hopper's and Blackwell's
+ * 228 KB, fewer elsewhere. Registers are dealt out accordingly. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define RKVI_TILE_BLOCKS 5
+#else
+#define RKVI_TILE_BLOCKS 4
 #endif
 /* Kernel parameters may take 4 KB, from CUDA 12.1 on (and its driver) 32764 bytes. */
 #ifndef RKV_CUDA_PARAMETER_BYTES
@@ -83,6 +99,7 @@ static __device__ __forceinline__ char *rkvi_shared_memory()
 }
 #else
 #define RKVI_TENSOR_CORES        1
+#define RKVI_ASYNC_COPIES        1
 #define RKV_CUDA_PARAMETER_BYTES 4096
 static char *rkvi_shared_memory()
 {
@@ -106,7 +123,9 @@ static rkv_status rkvi_launch(void (*kernel)(P), int64_t n_items, int threads, s
     const cudaError_t error =
         shim_launch(kernel, blocks, threads, shared_bytes, stream, parameters);
 #endif
-    return error == cudaSuccess ? RKV_OK : RKV_ERROR_DEVICE;
+    if (error == cudaSuccess) return RKV_OK;
+    (void)cudaGetLastError(); /* said by the status: not again at the caller's next look */
+    return RKV_ERROR_DEVICE;
 }
 
 /* ==== 3. Helpers ============================================================================
@@ -148,6 +167,8 @@ enum {
     RKVI_TILE_THREADS = 128, /* 4 warps of 16 rows                                              */
     RKVI_CHUNK_BYTES = 256,  /* of a row, in shared memory at a time                            */
     RKVI_PITCH = RKVI_CHUNK_BYTES + 16, /* rows of a tile lie 4 banks apart                    */
+    RKVI_DOTS_PITCH = RKVI_PITCH / 4,   /* floats: a tile's room for 64 x 64 dots; the accumulators
+                                           of a warp then go to 32 banks                       */
     RKVI_NEAR_TILES = 4,     /* scan: newest columns that every row looks at in the first launch */
     RKVI_HEAD_THREADS = 512, /* kernels with one block per head                                 */
     RKVI_HEAD_WARPS = RKVI_HEAD_THREADS / 32,
@@ -273,9 +294,12 @@ static __device__ __forceinline__ int rkvi_span(const rkvi_args &args, const rkv
 }
 
 /* Fixed point with 32 fractional bits, truncated: integer sums do not depend on their order. */
-static __device__ __forceinline__ void rkvi_add_fixed(long long *sum, float value)
+static __device__ __forceinline__ long long rkvi_to_fixed(float value)
 {
-    const long long fixed = static_cast<long long>(value * 4294967296.0f);
+    return static_cast<long long>(value * 4294967296.0f);
+}
+static __device__ __forceinline__ void rkvi_add_fixed(long long *sum, long long fixed)
+{
 #ifndef RKV_CUDA_SHIM
     /* What atomicAdd does. It would ask first whether the address, which comes out of a
      * descriptor, lies in shared memory, and fetch the old value. */
@@ -325,25 +349,98 @@ static __device__ __forceinline__ int rkvi_padded(int dims)
     return (dims + 15) & ~15;
 }
 
-/* V: the widest load that the rows' alignment allows. Four loads in flight per thread. */
+enum { RKVI_LOAD_UNROLL = 4 };
+
+/* Copies pieces of sizeof(V) bytes to where they belong in a tile, zeros where from[u] is NULL;
+ * to[u] < 0: nothing. They are there after rkvi_copies_done. */
+template <typename V>
+static __device__ __forceinline__ void rkvi_copy_now(char *tile, const int *to,
+                                                     const char *const *from)
+{
+    V value[RKVI_LOAD_UNROLL]; /* loads in flight */
+#pragma unroll
+    for (int u = 0; u < RKVI_LOAD_UNROLL; u++) {
+        memset(&value[u], 0, sizeof(V));
+        if (from[u]) value[u] = __ldg(reinterpret_cast<const V *>(from[u]));
+    }
+#pragma unroll
+    for (int u = 0; u < RKVI_LOAD_UNROLL; u++)
+        if (to[u] >= 0) *reinterpret_cast<V *>(tile + to[u]) = value[u];
+}
+#if RKVI_ASYNC_COPIES
+/* Starts a copy to shared memory. */
+template <typename V>
+static __device__ __forceinline__ void rkvi_start_copy(char *to, const char *from)
+{
+#ifndef RKV_CUDA_SHIM
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    const size_t source = __cvta_generic_to_global(from);
+    if (sizeof(V) == 16) /* this size alone may pass by the L1 */
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(source));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(source),
+                     "n"(static_cast<int>(sizeof(V))));
+#else
+    shim_start_copy<V>(to, from);
+#endif
+}
+static __device__ __forceinline__ void rkvi_copies_done()
+{
+#ifndef RKV_CUDA_SHIM
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+    shim_copies_done();
+#endif
+}
+/* No register on the way, so that a thread has as many in flight as it likes. */
+template <typename V>
+static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *to,
+                                                        const char *const *from, V)
+{
+#pragma unroll
+    for (int u = 0; u < RKVI_LOAD_UNROLL; u++) {
+        if (to[u] < 0) continue;
+        if (from[u])
+            rkvi_start_copy<V>(tile + to[u], from[u]);
+        else
+            *reinterpret_cast<V *>(tile + to[u]) = V{};
+    }
+}
+static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *to,
+                                                        const char *const *from, uint16_t)
+{
+    rkvi_copy_now<uint16_t>(tile, to, from); /* 4 bytes is the least that can go by itself */
+}
+#else
+static __device__ __forceinline__ void rkvi_copies_done()
+{
+}
+template <typename V>
+static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *to,
+                                                        const char *const *from, V)
+{
+    rkvi_copy_now<V>(tile, to, from);
+}
+#endif
+
+/* V: the widest load that the rows' alignment allows. Rows are padded to 16 dims. */
 template <typename V>
 static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int offset, int bytes,
                                       int padded_bytes)
 {
-    const int unroll = 4, width = static_cast<int>(sizeof(V));
+    const int width = static_cast<int>(sizeof(V));
     const int per_row = padded_bytes / width, step_rows = RKVI_TILE_THREADS / per_row;
     const int step_rest = RKVI_TILE_THREADS - step_rows * per_row;
     int row = static_cast<int>(threadIdx.x) / per_row;
     int piece = static_cast<int>(threadIdx.x) - row * per_row;
     while (row < RKVI_TILE) {
-        V value[unroll];
-        char *to[unroll];
+        const char *from[RKVI_LOAD_UNROLL];
+        int to[RKVI_LOAD_UNROLL];
 #pragma unroll
-        for (int u = 0; u < unroll; u++) {
-            memset(&value[u], 0, sizeof(V));
-            to[u] = row < RKVI_TILE ? tile + row * RKVI_PITCH + piece * width : NULL;
-            if (to[u] && rows[row] && piece * width < bytes)
-                value[u] = __ldg(reinterpret_cast<const V *>(rows[row] + offset + piece * width));
+        for (int u = 0; u < RKVI_LOAD_UNROLL; u++) {
+            from[u] = row < RKVI_TILE ? rows[row] : NULL;
+            to[u] = row < RKVI_TILE ? row * RKVI_PITCH + piece * width : -1;
+            if (from[u]) from[u] = piece * width < bytes ? from[u] + offset + piece * width : NULL;
             row += step_rows;
             piece += step_rest;
             if (piece >= per_row) {
@@ -351,17 +448,16 @@ static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int o
                 row++;
             }
         }
-#pragma unroll
-        for (int u = 0; u < unroll; u++)
-            if (to[u]) *reinterpret_cast<V *>(to[u]) = value[u];
+        rkvi_copy_pieces(tile, to, from, V{});
     }
 }
 
-/* Loads a chunk of 64 rows. The first barrier lets earlier readers of the tile finish and makes
- * the row pointers, just written as a rule, known to all; no caller needs one of its own. */
+/* Loads a chunk of 64 rows, in two steps, so that other work can be done while it is on its way.
+ * The barrier of the first lets earlier readers of the tile finish and makes the row pointers,
+ * just written as a rule, known to all; no caller needs one of its own. */
 template <typename T>
-static __device__ void rkvi_stage(char *tile, const char *const *rows, int head_dim, int chunk,
-                                  int load)
+static __device__ void rkvi_stage_begin(char *tile, const char *const *rows, int head_dim,
+                                        int chunk, int load)
 {
     const int size = static_cast<int>(sizeof(T)), dims = rkvi_dims<T>(head_dim, chunk);
     const int offset = chunk * RKVI_CHUNK_BYTES, bytes = dims * size;
@@ -375,7 +471,18 @@ static __device__ void rkvi_stage(char *tile, const char *const *rows, int head_
         rkvi_load_tile<uint32_t>(tile, rows, offset, bytes, padded_bytes);
     else
         rkvi_load_tile<uint16_t>(tile, rows, offset, bytes, padded_bytes);
+}
+static __device__ __forceinline__ void rkvi_stage_end()
+{
+    rkvi_copies_done();
     __syncthreads();
+}
+template <typename T>
+static __device__ void rkvi_stage(char *tile, const char *const *rows, int head_dim, int chunk,
+                                  int load)
+{
+    rkvi_stage_begin<T>(tile, rows, head_dim, chunk, load);
+    rkvi_stage_end();
 }
 
 static __device__ __forceinline__ void rkvi_load4(float *out, const float *p)
@@ -553,16 +660,28 @@ static __device__ float rkvi_exact_dot_global(const char *a, const char *b, int 
  * One pass over the keys. In: keys, queries. Out: inv_norm, unit_sum, logits; faults.
  * An item is tiles_per_item tiles of 64 keys of one head. */
 
-/* squares[2]: this thread's rows (thread / 4 and 32 more) of a tile; every thread of a quad gets
- * the same. All chunks of the rows are staged in turn, the last one remains. */
-template <typename T>
-static __device__ void rkvi_square_norms(rkvi_tiles &s, int head_dim, int load, float *squares)
+/* The row of a tile that this thread's quad sums up, and then the one 32 further on. Quads beside
+ * each other have rows two apart, which is 8 banks, as many as a quad reads at a time. */
+static __device__ __forceinline__ int rkvi_quad_row()
 {
-    const int part = static_cast<int>(threadIdx.x) % 4, row = static_cast<int>(threadIdx.x) / 4;
+    const int quad = static_cast<int>(threadIdx.x) / 4;
+    return quad / 8 * 8 + quad % 4 * 2 + quad / 4 % 2;
+}
+
+/* squares[2]: this thread's rows (rkvi_quad_row and 32 more) of a tile; every thread of a quad gets
+ * the same. All chunks of the rows are staged in turn, the last one remains. b_load > 0: s.b is
+ * loaded as well, from rows of one chunk. */
+template <typename T>
+static __device__ void rkvi_square_norms(rkvi_tiles &s, int head_dim, int load, int b_load,
+                                         float *squares)
+{
+    const int part = static_cast<int>(threadIdx.x) % 4, row = rkvi_quad_row();
     float lanes[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } };
     for (int chunk = 0; chunk < rkvi_chunks<T>(head_dim); chunk++) {
         const int padded = rkvi_padded(rkvi_dims<T>(head_dim, chunk));
-        rkvi_stage<T>(s.a, s.a_rows, head_dim, chunk, load);
+        rkvi_stage_begin<T>(s.a, s.a_rows, head_dim, chunk, load);
+        if (b_load > 0) rkvi_stage_begin<T>(s.b, s.b_rows, head_dim, chunk, b_load);
+        rkvi_stage_end();
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const T *key = reinterpret_cast<const T *>(s.a + (row + 32 * half) * RKVI_PITCH);
@@ -578,16 +697,17 @@ static __device__ __forceinline__ bool rkvi_square_is_bad(float square)
     return !(square <= 1e36f); /* a NaN is bad too */
 }
 
-/* inv_norm of a tile's keys, to s.a_inv (0 outside the span, so that sums leave them out). */
+/* inv_norm of a tile's keys, to s.a_inv (0 outside the span, so that sums leave them out).
+ * with_queries: stages them, too. */
 template <typename T>
 static __device__ void rkvi_key_norms(const rkvi_args &args, const rkvi_job &job, int job_index,
-                                      int tile, rkvi_tiles &s)
+                                      int tile, bool with_queries, rkvi_tiles &s)
 {
     float squares[2];
-    rkvi_square_norms<T>(s, job.head_dim, job.key_load, squares);
+    rkvi_square_norms<T>(s, job.head_dim, job.key_load, with_queries ? job.query_load : 0, squares);
     if (threadIdx.x % 4 == 0)
         for (int half = 0; half < 2; half++) {
-            const int row = static_cast<int>(threadIdx.x) / 4 + 32 * half;
+            const int row = rkvi_quad_row() + 32 * half;
             const int token = tile * RKVI_TILE + row;
             const float inv = 1.0f / (sqrtf(squares[half]) + 1e-8f);
             s.a_inv[row] = token < rkvi_span(args, job) ? inv : 0.0f;
@@ -619,9 +739,9 @@ static __device__ void rkvi_check_queries(const rkvi_args &args, const rkvi_job 
     for (int first = 0; first < n_queries; first += RKVI_TILE) {
         float squares[2];
         rkvi_query_rows(job, n_queries, first, s.a_rows);
-        rkvi_square_norms<T>(s, job.head_dim, job.query_load, squares);
+        rkvi_square_norms<T>(s, job.head_dim, job.query_load, 0, squares);
         for (int half = 0; half < 2; half++) {
-            const int query = first + static_cast<int>(threadIdx.x) / 4 + 32 * half;
+            const int query = first + rkvi_quad_row() + 32 * half;
             const int in_group = query % job.group, token = query / job.group;
             if (query < n_queries && rkvi_square_is_bad(squares[half]))
                 rkvi_fault_at(args.control, RKVI_NONFINITE, job_index, RKVI_QUERY,
@@ -630,8 +750,8 @@ static __device__ void rkvi_check_queries(const rkvi_args &args, const rkvi_job 
     }
 }
 
-/* Adds the unit keys of a tile to the head's sum. A quad has four columns, each of its threads
- * every fourth row; then each adds one column. */
+/* Adds the unit keys of a tile to the head's sum. A quad has four columns, each of its threads a
+ * quarter of the rows, two apart, which is 8 banks; then each adds one column. */
 template <typename T> static __device__ void rkvi_sum_unit_keys(const rkvi_job &job, rkvi_tiles &s)
 {
     const int n_chunks = rkvi_chunks<T>(job.head_dim), part = static_cast<int>(threadIdx.x) % 4;
@@ -641,7 +761,8 @@ template <typename T> static __device__ void rkvi_sum_unit_keys(const rkvi_job &
         for (int base = 0; base < dims; base += RKVI_TILE_THREADS) {
             const int column = base + static_cast<int>(threadIdx.x) / 4 * 4;
             float sum[4] = { 0, 0, 0, 0 }, x[4];
-            for (int row = part; row < RKVI_TILE && column < dims; row += 4) {
+            for (int i = 0; i < RKVI_TILE / 4 && column < dims; i++) {
+                const int row = i / 2 * 8 + 2 * part + i % 2;
                 rkvi_load4(x, reinterpret_cast<const T *>(s.a + row * RKVI_PITCH) + column);
 #pragma unroll
                 for (int k = 0; k < 4; k++) sum[k] = fmaf(x[k], s.a_inv[row], sum[k]);
@@ -656,12 +777,13 @@ template <typename T> static __device__ void rkvi_sum_unit_keys(const rkvi_job &
                                : part == 2 ? sum[2]
                                            : sum[3];
             if (column + part < dims)
-                rkvi_add_fixed(&job.unit_sum[chunk * rkvi_chunk_dims<T>() + column + part], mine);
+                rkvi_add_fixed(&job.unit_sum[chunk * rkvi_chunk_dims<T>() + column + part],
+                               rkvi_to_fixed(mine));
         }
     }
 }
 
-/* Folds the dots of 64 queries (dots[query][key], pitch 65) into the logits of their tokens. */
+/* Folds the dots of 64 queries, dots[query][key], into the logits of their tokens. */
 static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &job, int job_index,
                                        int n_queries, int first, int tile, const float *dots)
 {
@@ -677,7 +799,7 @@ static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &jo
         const bool mean = args.config.grouping == RKV_GROUP_MEAN;
         float fold = begin > group_begin ? *logit : mean ? 0.0f : -INFINITY;
         for (int query = begin; query < stop; query++) {
-            float x = dots[(query - first) * (RKVI_TILE + 1) + key] * job.scale;
+            float x = dots[(query - first) * RKVI_DOTS_PITCH + key] * job.scale;
             if (job.softcap > 0) x = job.softcap * tanhf(x / job.softcap);
             fold = mean ? fold + x : fmaxf(fold, x);
         }
@@ -716,7 +838,7 @@ static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, i
 #pragma unroll
             for (int k = 0; k < 4; k++)
                 if (block < n_blocks)
-                    dots[rkvi_acc_column(lane, block, k) * (RKVI_TILE + 1) + 16 * warp +
+                    dots[rkvi_acc_column(lane, block, k) * RKVI_DOTS_PITCH + 16 * warp +
                          rkvi_acc_row(lane, k)] = acc[block][k];
         __syncthreads();
         rkvi_fold_group(args, job, job_index, n_queries, first, tile, dots);
@@ -724,7 +846,8 @@ static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, i
 }
 
 template <typename T>
-static __global__ void __launch_bounds__(RKVI_TILE_THREADS) rkvi_attend(const rkvi_args args)
+static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
+    rkvi_attend(const rkvi_args args)
 {
     rkvi_tiles &s = *reinterpret_cast<rkvi_tiles *>(rkvi_shared_memory());
     const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
@@ -734,6 +857,7 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS) rkvi_attend(const rk
         const int job_index = at.job, first_tile = at.part * args.tiles_per_item;
         const rkvi_job &job = args.jobs[job_index];
         const int n_queries = args.importance ? args.config.window * job.group : 0;
+        const bool one_chunk = rkvi_chunks<T>(job.head_dim) == 1;
         int staged = -1;
         if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
         if (first_tile == 0) rkvi_check_queries<T>(args, job, job_index, n_queries, s);
@@ -745,7 +869,12 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS) rkvi_attend(const rk
                                   ? rkvi_row(job.moved[0].rows, static_cast<int>(token))
                                   : NULL;
             }
-            rkvi_key_norms<T>(args, job, job_index, tile, s);
+            const bool with_queries = staged < 0 && n_queries > 0 && one_chunk;
+            if (with_queries) {
+                rkvi_query_rows(job, n_queries, 0, s.b_rows);
+                staged = 0;
+            }
+            rkvi_key_norms<T>(args, job, job_index, tile, with_queries, s);
             if (args.redundancy) rkvi_sum_unit_keys<T>(job, s);
             rkvi_logits<T>(args, job, job_index, n_queries, tile, &staged, s);
         }
@@ -781,19 +910,34 @@ static __device__ void rkvi_scan_rows(const rkvi_args &args, const rkvi_job &job
     }
 }
 
-/* redundancy[i] = dot(sum of unit keys, unit key i). Leaves the last chunk of the rows in s.a. */
-template <typename T> static __device__ void rkvi_project(const rkvi_job &job, rkvi_tiles &s)
+/* A tile's columns: pointers and norms. */
+static __device__ void rkvi_scan_columns(const rkvi_job &job, int n_span, int column_tile,
+                                         rkvi_tiles &s)
 {
-    const int part = static_cast<int>(threadIdx.x) % 4, row = static_cast<int>(threadIdx.x) / 4;
+    const int64_t newest = n_span - 1 - static_cast<int64_t>(column_tile) * RKVI_TILE;
+    for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
+        const int token = r <= newest ? static_cast<int>(newest - r) : -1;
+        s.b_rows[r] = token < 0 ? NULL : rkvi_row(job.moved[0].rows, token);
+        s.b_inv[r] = token < 0 ? 0.0f : job.inv_norm[token];
+    }
+}
+
+/* redundancy[i] = dot(sum of unit keys, unit key i). Leaves the last chunk of the rows in s.a, and
+ * with_columns the first of the columns in s.b. */
+template <typename T>
+static __device__ void rkvi_project(const rkvi_job &job, bool with_columns, rkvi_tiles &s)
+{
+    const int part = static_cast<int>(threadIdx.x) % 4, row = rkvi_quad_row();
     float lanes[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } };
     for (int chunk = 0; chunk < rkvi_chunks<T>(job.head_dim); chunk++) {
         const int dims = rkvi_dims<T>(job.head_dim, chunk), padded = rkvi_padded(dims);
-        rkvi_stage<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
+        rkvi_stage_begin<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
+        if (with_columns) rkvi_stage_begin<T>(s.b, s.b_rows, job.head_dim, 0, job.key_load);
         for (int i = static_cast<int>(threadIdx.x); i < padded; i += RKVI_TILE_THREADS)
             s.sum[i] = i < dims ? static_cast<float>(rkvi_from_fixed(
                                       job.unit_sum[chunk * rkvi_chunk_dims<T>() + i]))
                                 : 0.0f;
-        __syncthreads();
+        rkvi_stage_end();
         for (int half = 0; half < 2; half++) {
             const T *key = reinterpret_cast<const T *>(s.a + (row + 32 * half) * RKVI_PITCH);
             for (int i = 4 * part; i < padded; i += 16) {
@@ -814,29 +958,31 @@ template <typename T> static __device__ void rkvi_project(const rkvi_job &job, r
 /* Dots of the rows with 64 columns: a bit for every column that may be a look-alike. */
 template <typename T>
 static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_job &job, int n_span,
-                                            int column_tile, bool *rows_staged, rkvi_tiles &s)
+                                            int column_tile, bool rows_staged, bool columns_staged,
+                                            rkvi_tiles &s)
 {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int64_t newest = n_span - 1 - static_cast<int64_t>(column_tile) * RKVI_TILE;
     const int n_chunks = rkvi_chunks<T>(job.head_dim);
     const float limit = args.config.threshold - rkvi_band(job.head_dim);
     const bool diagonal = args.config.threshold < 0; /* it is 0, and so a look-alike */
+    const int n_columns = newest < RKVI_TILE ? static_cast<int>(newest) + 1 : RKVI_TILE;
     float acc[8][4] = { { 0 } };
-    for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
-        const int token = r <= newest ? static_cast<int>(newest - r) : -1;
-        s.b_rows[r] = token < 0 ? NULL : rkvi_row(job.moved[0].rows, token);
-        s.b_inv[r] = token < 0 ? 0.0f : job.inv_norm[token];
-    }
+    if (!columns_staged) rkvi_scan_columns(job, n_span, column_tile, s);
     for (int chunk = 0; chunk < n_chunks; chunk++) {
-        if (!*rows_staged) rkvi_stage<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
-        *rows_staged = n_chunks == 1;
-        rkvi_stage<T>(s.b, s.b_rows, job.head_dim, chunk, job.key_load);
+        if (!rows_staged) rkvi_stage_begin<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
+        if (!columns_staged) {
+            rkvi_stage_begin<T>(s.b, s.b_rows, job.head_dim, chunk, job.key_load);
+            rkvi_stage_end();
+        }
         rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), 8, T{});
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int row = 16 * warp + rkvi_acc_row(lane, 2 * half), token = s.a_token[row];
-        unsigned long long bits = 0;
+        const int row = 16 * warp + rkvi_acc_row(lane, 2 * half);
+        const int64_t own = newest - s.a_token[row]; /* the row's own column, here or elsewhere */
+        const int skipped = diagonal || own < 0 || own >= RKVI_TILE ? -1 : static_cast<int>(own);
+        unsigned long long bits = 0; /* moved by rkvi_acc_column(lane, 0, 0) at the end */
 #pragma unroll
         for (int block = 0; block < 8; block++)
 #pragma unroll
@@ -844,9 +990,10 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
                 const int column = rkvi_acc_column(lane, block, k);
                 const float cosine =
                     rkvi_cosine(acc[block][2 * half + k], s.a_inv[row], s.b_inv[column]);
-                if (cosine > limit && column <= newest && (newest - column != token || diagonal))
-                    bits |= 1ull << column;
+                if (cosine > limit && column < n_columns && column != skipped)
+                    bits |= 1ull << rkvi_acc_column(0, block, k);
             }
+        bits <<= rkvi_acc_column(lane, 0, 0);
         bits |= __shfl_xor_sync(0xffffffffu, bits, 1);
         bits |= __shfl_xor_sync(0xffffffffu, bits, 2);
         if (lane % 4 == 0) s.candidates[row] = s.need[row] > 0 ? bits : 0;
@@ -872,6 +1019,26 @@ static __device__ float rkvi_exact_cosine(const rkvi_job &job, const rkvi_tiles 
     return rkvi_cosine(dot, s.a_inv[r], s.b_inv[c]);
 }
 
+/* Adds a cosine to exempt[token], where the first thread of a quad `adds`; called by whole warps.
+ * Most rows of a head have the same most recent look-alike, and additions to one address queue up
+ * in the L2: those that agree with the warp's first go there as one. */
+static __device__ void rkvi_exempt(const rkvi_job &job, bool adds, int token, float cosine)
+{
+    const unsigned all = __ballot_sync(0xffffffffu, adds);
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int leader = all ? __ffs(static_cast<int>(all)) - 1 : 0;
+    const int common = __shfl_sync(0xffffffffu, token, leader);
+    const long long mine = adds ? rkvi_to_fixed(cosine) : 0;
+    long long sum = token == common ? mine : 0;
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    if (adds && lane == leader)
+        rkvi_add_fixed(&job.exempt[common], sum);
+    else if (adds && token != common)
+        rkvi_add_fixed(&job.exempt[token], mine);
+}
+
 /* Settles the candidates of this warp's 16 rows, newest first: a quad takes a row, then another.
  * True when one of its two rows wants more. */
 template <typename T>
@@ -887,17 +1054,14 @@ static __device__ bool rkvi_settle(const rkvi_args &args, const rkvi_job &job, i
         int need = s.need[row];
         while (__any_sync(0xffffffffu, bits != 0)) {
             const int column = bits ? __ffsll(static_cast<long long>(bits)) - 1 : 0;
+            const int token = static_cast<int>(newest - column);
             float cosine = rkvi_exact_cosine<T>(job, s, row, column);
-            if (!bits) continue;
-            if (newest - column == s.a_token[row]) cosine = 0; /* the diagonal */
+            if (token == s.a_token[row]) cosine = 0; /* the diagonal */
+            const bool hit = bits && cosine > args.config.threshold;
+            const bool of_column = args.config.redundancy == RKV_REDUNDANCY_ROW;
+            rkvi_exempt(job, hit && lane % 4 == 0, of_column ? token : s.a_token[row], cosine);
             bits &= bits - 1;
-            if (!(cosine > args.config.threshold)) continue;
-            if (--need == 0) bits = 0;
-            if (lane % 4 == 0)
-                rkvi_add_fixed(
-                    &job.exempt[args.config.redundancy == RKV_REDUNDANCY_ROW ? newest - column
-                                                                             : s.a_token[row]],
-                    cosine);
+            if (hit && --need == 0) bits = 0;
         }
         __syncwarp(); /* the quad has read need */
         if (lane % 4 == 0) s.need[row] = need;
@@ -926,13 +1090,12 @@ static __device__ void rkvi_exempt_column0(const rkvi_args &args, const rkvi_job
     const int part = static_cast<int>(threadIdx.x) % 4;
     const char *key0 = rkvi_row(job.moved[0].rows, 0);
     for (int half = 0; half < 2; half++) {
-        const int row = static_cast<int>(threadIdx.x) / 4 + 32 * half, token = s.a_token[row];
+        const int row = rkvi_quad_row() + 32 * half, token = s.a_token[row];
         const bool lonely = s.need[row] == args.config.recent && token > 0;
         if (!__any_sync(0xffffffffu, lonely)) continue;
         const float dot =
             rkvi_exact_dot_global<T>(lonely ? s.a_rows[row] : NULL, key0, job.head_dim, part);
-        if (lonely && part == 0)
-            rkvi_add_fixed(&job.exempt[0], rkvi_cosine(dot, s.a_inv[row], job.inv_norm[0]));
+        rkvi_exempt(job, lonely && part == 0, 0, rkvi_cosine(dot, s.a_inv[row], job.inv_norm[0]));
     }
 }
 
@@ -943,15 +1106,17 @@ static __device__ void rkvi_scan_tile(const rkvi_args &args, const rkvi_job &job
     const int n_span = rkvi_span(args, job), n_tiles = (n_span - 1) / RKVI_TILE + 1;
     const int begin = far_rows ? RKVI_NEAR_TILES : 0;
     const int end = far_rows || n_tiles < RKVI_NEAR_TILES ? n_tiles : RKVI_NEAR_TILES;
-    bool rows_staged = false;
+    const bool one_chunk = rkvi_chunks<T>(job.head_dim) == 1;
     int open = 1;
     rkvi_scan_rows(args, job, job_index, tile, far_rows, s);
     if (!far_rows) {
-        rkvi_project<T>(job, s);
-        rows_staged = rkvi_chunks<T>(job.head_dim) == 1;
+        if (one_chunk) rkvi_scan_columns(job, n_span, begin, s);
+        rkvi_project<T>(job, one_chunk, s);
     }
     for (int column_tile = begin; column_tile < end && open; column_tile++) {
-        rkvi_find_candidates<T>(args, job, n_span, column_tile, &rows_staged, s);
+        const bool first = column_tile == begin;
+        rkvi_find_candidates<T>(args, job, n_span, column_tile, one_chunk && !(first && far_rows),
+                                one_chunk && first && !far_rows, s);
         open = __syncthreads_or(rkvi_settle<T>(args, job, n_span, column_tile, s));
     }
     if (!open) return;
@@ -981,7 +1146,8 @@ template <typename T> static __device__ void rkvi_scan(const rkvi_args &args, bo
     }
 }
 template <typename T>
-static __global__ void __launch_bounds__(RKVI_TILE_THREADS, 5) rkvi_scan_near(const rkvi_args args)
+static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
+    rkvi_scan_near(const rkvi_args args)
 {
     rkvi_scan<T>(args, false);
 }
@@ -1028,6 +1194,25 @@ static __device__ rkvi_softmax rkvi_softmax_of(const float *values, int begin, i
     return s;
 }
 
+/* Each of these becomes its share of the sum. Four loads in flight: the compiler would not move
+ * one before a store. */
+static __device__ void rkvi_to_shares(float *values, int begin, int end, int step,
+                                      rkvi_softmax whole)
+{
+    const int unroll = 4;
+    const float share = 1.0f / whole.sum;
+    for (int first = begin; first < end; first += unroll * step) {
+        float x[unroll];
+#pragma unroll
+        for (int u = 0; u < unroll; u++)
+            x[u] = first + u * step < end ? values[first + u * step] : 0.0f;
+#pragma unroll
+        for (int u = 0; u < unroll; u++)
+            if (first + u * step < end)
+                values[first + u * step] = expf(x[u] - whole.largest) * share;
+    }
+}
+
 struct rkvi_head_memory {
     rkvi_softmax warp[RKVI_HEAD_WARPS];
     unsigned bins[RKVI_BINS]; /* selection, from here on */
@@ -1057,8 +1242,7 @@ static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_
         whole = s.warp[warp % at_once];
         for (int p = 1; p < parts; p++)
             whole = rkvi_merge(whole, s.warp[p * at_once + warp % at_once]);
-        for (int i = begin + lane; busy && i < end; i += 32)
-            values[i] = expf(values[i] - whole.largest) / whole.sum;
+        if (busy) rkvi_to_shares(values, begin + lane, end, 32, whole);
         __syncthreads();
     }
 }
@@ -1100,20 +1284,24 @@ static __device__ float rkvi_importance(const rkvi_args &args, const rkvi_job &j
 static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rkvi_job &job,
                                                  rkvi_head_memory &s)
 {
-    const int n = rkvi_span(args, job), warp = static_cast<int>(threadIdx.x) / 32;
+    const int n = rkvi_span(args, job);
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const double share = 1.0 / n;
+    const float *inv_norm = job.inv_norm; /* the store below could change these, for all that */
+    const long long *exempt = job.exempt; /* the compiler knows                               */
+    float *redundancy = job.redundancy;
     for (int j = static_cast<int>(threadIdx.x); j < n; j += RKVI_HEAD_THREADS) {
         /* The length of the unit key: norm / (norm + 1e-8), which is 0 for a key of zeros. */
-        const float length = 1.0f - 1e-8f * job.inv_norm[j];
-        const double others = static_cast<double>(job.redundancy[j]) - length * length;
-        job.redundancy[j] = static_cast<float>((others - rkvi_from_fixed(job.exempt[j])) / n);
+        const float length = 1.0f - 1e-8f * inv_norm[j];
+        const double others = static_cast<double>(redundancy[j]) - length * length;
+        redundancy[j] = static_cast<float>((others - rkvi_from_fixed(exempt[j])) * share);
     }
     rkvi_softmax whole = rkvi_merge_warp(
-        rkvi_softmax_of(job.redundancy, static_cast<int>(threadIdx.x), n, RKVI_HEAD_THREADS));
-    if (threadIdx.x % 32 == 0) s.warp[warp] = whole;
+        rkvi_softmax_of(redundancy, static_cast<int>(threadIdx.x), n, RKVI_HEAD_THREADS));
+    if (lane == 0) s.warp[warp] = whole;
     __syncthreads();
-    whole = s.warp[0];
-    for (int w = 1; w < RKVI_HEAD_WARPS; w++) whole = rkvi_merge(whole, s.warp[w]);
-    return whole;
+    const rkvi_softmax none = { -INFINITY, 0.0f };
+    return rkvi_merge_warp(lane < RKVI_HEAD_WARPS ? s.warp[lane] : none);
 }
 
 static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &job,
@@ -1126,12 +1314,12 @@ static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &jo
         if (args.config.pooling == RKV_POOL_AFTER_MEAN) rkvi_mean_weights(args, job);
     }
     if (args.redundancy) whole = rkvi_mean_cosines(args, job, s);
+    const float share = (1.0f - lambda) / whole.sum;
     for (int j = static_cast<int>(threadIdx.x); j < job.n_tokens - args.config.window;
          j += RKVI_HEAD_THREADS) {
         float score = 0;
         if (args.importance) score = lambda * rkvi_importance(args, job, j);
-        if (args.redundancy)
-            score -= (1.0f - lambda) * (expf(job.redundancy[j] - whole.largest) / whole.sum);
+        if (args.redundancy) score -= share * expf(job.redundancy[j] - whole.largest);
         job.scores[j] = score;
     }
     __syncthreads();
@@ -1310,7 +1498,8 @@ static __device__ void rkvi_report(const rkvi_args &args)
     *args.config.fault = out;
 }
 
-static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_score(const rkvi_args args)
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS, RKVI_SM_THREADS / RKVI_HEAD_THREADS)
+    rkvi_score(const rkvi_args args)
 {
     rkvi_head_memory &s = *reinterpret_cast<rkvi_head_memory *>(rkvi_shared_memory());
     rkvi_report(args);
@@ -1454,42 +1643,55 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_check_scores(co
  * that blocks never meet. Ascending: it reads a batch of rows, waits for all its threads, writes
  * the batch. A row moves down or stays, so a batch overwrites none that a later one reads. */
 
-static __device__ __forceinline__ char *rkvi_unit(const rkvi_moved &moved, int token, int unit)
+/* Bytes from the beginning of a row to one of its units. */
+static __device__ __forceinline__ int64_t rkvi_unit_offset(const rkvi_moved &moved, int unit)
 {
     const int run = unit / moved.run;
-    return rkvi_row(moved.rows, token) + run * moved.run_stride +
-           (unit - run * moved.run) * moved.unit;
+    return run * moved.run_stride + (unit - run * moved.run) * moved.unit;
+}
+/* The row that comes to row `to`; -1: it is there already, or there is no such row. */
+static __device__ __forceinline__ int rkvi_source(const int32_t *kept, int n_keep, int to)
+{
+    const int from = to < n_keep ? kept[to] : to;
+    return from == to ? -1 : from;
 }
 
+/* A thread has the same unit of every row that it moves: addresses cost little then. */
 template <typename V>
 static __device__ void rkvi_move_slice(const rkvi_moved &moved, const int32_t *kept, int n_keep,
                                        int first_unit)
 {
     const int left = moved.n_units - first_unit;
     const int n_units = left < RKVI_SLICE_UNITS ? left : RKVI_SLICE_UNITS;
-    const int batch = RKVI_MOVE_THREADS * RKVI_MOVE_UNROLL / n_units; /* rows */
+    const int thread = static_cast<int>(threadIdx.x), at_once = RKVI_MOVE_THREADS / n_units;
+    const int row = moved.tokens_adjacent ? thread % at_once : thread / n_units;
+    const int unit = moved.tokens_adjacent ? thread / at_once : thread % n_units;
+    const bool idle = row >= at_once || unit >= n_units; /* 256 is no multiple of 3, 5, 6, 7 */
+    rkvi_view rows = moved.rows; /* from here on: where this thread's unit lies in each */
+    if (!idle) rows.data += rkvi_unit_offset(moved, first_unit + unit);
+    const int n_mine = idle ? 0 : n_keep, batch = at_once * RKVI_MOVE_UNROLL; /* rows */
+    int next[RKVI_MOVE_UNROLL];
+#pragma unroll
+    for (int u = 0; u < RKVI_MOVE_UNROLL; u++)
+        next[u] = rkvi_source(kept, n_mine, row + u * at_once);
     for (int first = 0; first < n_keep; first += batch) {
-        const int n_rows = n_keep - first < batch ? n_keep - first : batch;
-        const int last = first + n_rows - 1;
         V value[RKVI_MOVE_UNROLL];
-        char *to[RKVI_MOVE_UNROLL];
-        if (kept[last] == last) continue; /* the whole batch stays where it is */
+        int from[RKVI_MOVE_UNROLL];
 #pragma unroll
         for (int u = 0; u < RKVI_MOVE_UNROLL; u++) {
-            const int i = u * RKVI_MOVE_THREADS + static_cast<int>(threadIdx.x);
-            const int row = moved.tokens_adjacent ? i % n_rows : i / n_units;
-            const int unit = moved.tokens_adjacent ? i / n_rows : i - row * n_units;
-            to[u] = NULL;
-            if (row >= n_rows || unit >= n_units) continue;
-            const int source = kept[first + row];
-            if (source == first + row) continue;
-            to[u] = rkvi_unit(moved, first + row, first_unit + unit);
-            value[u] = *reinterpret_cast<const V *>(rkvi_unit(moved, source, first_unit + unit));
+            from[u] = next[u];
+            if (from[u] < 0) continue;
+            value[u] = *reinterpret_cast<const V *>(rkvi_row(rows, from[u]));
         }
+#pragma unroll
+        for (int u = 0; u < RKVI_MOVE_UNROLL; u++) /* on their way together with the rows */
+            next[u] = rkvi_source(kept, n_mine, first + batch + row + u * at_once);
         __syncthreads();
 #pragma unroll
-        for (int u = 0; u < RKVI_MOVE_UNROLL; u++)
-            if (to[u]) *reinterpret_cast<V *>(to[u]) = value[u];
+        for (int u = 0; u < RKVI_MOVE_UNROLL; u++) {
+            const int to = first + row + u * at_once;
+            if (from[u] >= 0) *reinterpret_cast<V *>(rkvi_row(rows, to)) = value[u];
+        }
     }
 }
 
@@ -1500,11 +1702,12 @@ static __device__ void rkvi_reorder(const rkvi_moved &moved, const int32_t *kept
 {
     V *units = reinterpret_cast<V *>(stage);
     for (int unit = 0; unit < moved.n_units; unit++) {
+        const int64_t offset = rkvi_unit_offset(moved, unit);
         for (int i = static_cast<int>(threadIdx.x); i < n_keep; i += RKVI_MOVE_THREADS)
-            units[i] = *reinterpret_cast<const V *>(rkvi_unit(moved, kept[i], unit));
+            units[i] = *reinterpret_cast<const V *>(rkvi_row(moved.rows, kept[i]) + offset);
         __syncthreads();
         for (int i = static_cast<int>(threadIdx.x); i < n_keep; i += RKVI_MOVE_THREADS)
-            if (kept[i] != i) *reinterpret_cast<V *>(rkvi_unit(moved, i, unit)) = units[i];
+            if (kept[i] != i) *reinterpret_cast<V *>(rkvi_row(moved.rows, i) + offset) = units[i];
     }
 }
 

@@ -1,5 +1,6 @@
 /* One table of rkv_cuda.cu's times beside the time that the bytes alone would take on this card.
- *     make bench-cuda        (one case: build/cuda/bench_cuda --only NAME)
+ *     make bench-cuda        (one case: build/cuda/bench_cuda --only NAME; --stages yes: the three
+ *                             stages as well, one by one, to see where the time goes)
  *
  * Floor: bytes that must move over the bandwidth of a device copy measured in this run. The bytes
  * are keys and queries read once, rows that change place written (keys) or read and written
@@ -351,6 +352,50 @@ static double time_calls(bench_job *job, bool as_graph)
     return median(&us);
 }
 
+/* Median microseconds of rkv_score, rkv_select and rkv_compact, as plain launches. Each describes
+ * the layers to the device anew, so that together they take longer than one rkv_compress. */
+static void print_stages(bench_job *job)
+{
+    enum { STAGES = 3 };
+    static const rkv_stage stages[STAGES] = { rkv_score, rkv_select, rkv_compact };
+    const bench_case &c = job->c;
+    const size_t candidates = static_cast<size_t>(c.kv_heads * (c.n_tokens - WINDOW));
+    const size_t n_layers = static_cast<size_t>(n_jobs(c));
+    float *scores = reinterpret_cast<float *>(device_memory(n_layers * candidates * sizeof(float)));
+    std::vector<double> us[STAGES];
+    cudaEvent_t mark[STAGES + 1];
+    for (int i = 0; i <= STAGES; i++) must(cudaEventCreate(&mark[i]), "event");
+    bench_warm_up warm_up = warm_up_begin();
+    while (us[0].size() < PASSES * job->sets.size()) {
+        const bool timed = is_warm(&warm_up);
+        for (size_t i = 0; i < job->sets.size(); i++) {
+            std::vector<rkv_layer> layers = job->sets[i].layers;
+            for (size_t l = 0; l < n_layers; l++) {
+                layers[l].n_tokens = c.n_tokens;
+                layers[l].scores = scores + l * candidates;
+            }
+            for (size_t k = 0; k < job->sets.size(); k++) refill(*job, job->sets[k]);
+            must(cudaEventRecord(mark[0], job->stream), "event");
+            for (int stage = 0; stage < STAGES; stage++) {
+                must(stages[stage](&job->backend, &job->config, layers.data(), n_jobs(c),
+                                   job->workspace, job->workspace_bytes),
+                     "a stage");
+                must(cudaEventRecord(mark[stage + 1], job->stream), "event");
+            }
+            must(cudaStreamSynchronize(job->stream), "a timed pass");
+            for (int stage = 0; stage < STAGES && timed; stage++) {
+                float ms = 0;
+                must(cudaEventElapsedTime(&ms, mark[stage], mark[stage + 1]), "event");
+                us[stage].push_back(static_cast<double>(ms) * 1e3);
+            }
+        }
+    }
+    for (int i = 0; i <= STAGES; i++) (void)cudaEventDestroy(mark[i]);
+    (void)cudaFree(scores);
+    printf("    score %.1f us, select %.1f us, compact %.1f us\n", median(&us[0]), median(&us[1]),
+           median(&us[2]));
+}
+
 /* GB/s of a device copy, read and written bytes counted. */
 static double copy_bandwidth()
 {
@@ -396,7 +441,7 @@ static double peer_time(const char *path, const char *name)
 }
 
 struct bench_options {
-    const char *csv, *only, *peer, *commit, *date;
+    const char *csv, *only, *peer, *commit, *date, *stages;
 };
 
 static bool run_case(const bench_case &c, const bench_options &options, size_t l2_bytes,
@@ -419,6 +464,7 @@ static bool run_case(const bench_case &c, const bench_options &options, size_t l
         printf(" %12.0f %8.0f\n", peer_us, peer_us / graph_us);
     else
         printf(" %12s %8s\n", "-", "-");
+    if (options.stages) print_stages(&job);
     fflush(stdout);
     if (csv)
         fprintf(csv, "\"%s\",%d,%d,%d,%d,%d,%d,%d,%s,%.0f,%.1f,%.1f,%.1f,%.3f,%d,%zu,%.0f\n",
@@ -445,7 +491,7 @@ static void print_head(FILE *out, const bench_options &options, const cudaDevice
 
 int main(int argc, char **argv)
 {
-    bench_options options = { NULL, NULL, NULL, "-", "-" };
+    bench_options options = { NULL, NULL, NULL, "-", "-", NULL };
     cudaDeviceProp device;
     int failed = 0, n_devices = 0;
     for (int i = 1; i + 1 < argc; i += 2) {
@@ -454,6 +500,7 @@ int main(int argc, char **argv)
         if (strcmp(argv[i], "--peer") == 0) options.peer = argv[i + 1];
         if (strcmp(argv[i], "--commit") == 0) options.commit = argv[i + 1];
         if (strcmp(argv[i], "--date") == 0) options.date = argv[i + 1];
+        if (strcmp(argv[i], "--stages") == 0) options.stages = argv[i + 1];
     }
     if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices < 1) {
         printf("skip  bench_cuda: no CUDA device\n");

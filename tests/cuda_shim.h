@@ -19,9 +19,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <functional>
+#include <map>
 #include <set>
 #include <vector>
 
@@ -117,11 +119,42 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t)
     return cudaSuccess;
 }
 
-/* Device memory is host memory; like the device's it comes aligned to 256 bytes, full of junk. */
+/* Device memory is host memory out of the host's reach: a fault, unless a kernel or a copy is at
+ * work. Like the device's it comes aligned to 256 bytes, full of junk. */
+inline std::map<void *, size_t> &shim_memory()
+{
+    static std::map<void *, size_t> memory;
+    return memory;
+}
+struct shim_on_device {
+    shim_on_device()
+    {
+        if (depth()++ == 0) protect(PROT_READ | PROT_WRITE);
+    }
+    ~shim_on_device()
+    {
+        if (--depth() == 0) protect(PROT_NONE);
+    }
+    static int &depth()
+    {
+        static int nested;
+        return nested;
+    }
+    static void protect(int access)
+    {
+        std::map<void *, size_t>::iterator it = shim_memory().begin();
+        for (; it != shim_memory().end(); ++it)
+            if (mprotect(it->first, it->second, access) != 0) shim_die("mprotect");
+    }
+};
 inline cudaError_t cudaMalloc(void **out, size_t bytes)
 {
     shim_not_in_capture("cudaMalloc in a capture");
-    if (posix_memalign(out, 256, bytes ? bytes : 1) != 0) return cudaErrorMemoryAllocation;
+    const size_t page = 4096, whole = (bytes / page + 1) * page;
+    const shim_on_device device;
+    *out = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (*out == MAP_FAILED) return cudaErrorMemoryAllocation;
+    shim_memory()[*out] = whole;
     memset(*out, 0xa5, bytes);
     race_memory(*out, bytes);
     return cudaSuccess;
@@ -134,7 +167,8 @@ inline cudaError_t cudaFree(void *memory)
 {
     shim_not_in_capture("cudaFree in a capture");
     race_forget(memory);
-    free(memory);
+    if (memory) munmap(memory, shim_memory()[memory]);
+    shim_memory().erase(memory);
     return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind,
@@ -143,6 +177,7 @@ inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cud
     shim_not_in_capture("a copy in a capture");
     if (kind != cudaMemcpyHostToDevice) race_copy_out(src, bytes);
     if (kind != cudaMemcpyDeviceToHost) race_copy_in(dst, bytes);
+    const shim_on_device device;
     memcpy(dst, src, bytes);
     return cudaSuccess;
 }
@@ -178,6 +213,7 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const v
 
 /* ---- The machine ---------------------------------------------------------------------------- */
 enum { SHIM_MAX_THREADS = 1024, SHIM_STACK_BYTES = 128 * 1024, SHIM_SHARED_BYTES = 48 * 1024 };
+enum { SHIM_MAX_COPIES = 128 };
 enum shim_state { SHIM_READY, SHIM_AT_WARP_BARRIER, SHIM_AT_BLOCK_BARRIER, SHIM_DONE };
 enum shim_order { SHIM_ASCENDING, SHIM_DESCENDING, SHIM_MIXED, SHIM_ORDERS };
 
@@ -191,8 +227,16 @@ struct shim_fiber {
     int started, state;
     unsigned collectives; /* warp intrinsics so far: which half of the mailbox is in use */
 };
+/* cp.async: nothing has been read or written before the thread that asked for it waits. */
+struct shim_copy {
+    void (*run)(char *, const char *);
+    char *to;
+    const char *from;
+};
 struct shim_machine {
     shim_fiber fibers[SHIM_MAX_THREADS];
+    shim_copy copies[SHIM_MAX_THREADS][SHIM_MAX_COPIES];
+    int n_copies[SHIM_MAX_THREADS];
     uint64_t mailbox[SHIM_MAX_THREADS][2][6];
     jmp_buf scheduler;
     void (*kernel)(const void *); /* with its parameters bound */
@@ -238,6 +282,7 @@ inline void shim_fiber_main()
 {
     for (;;) { /* a fiber serves block after block */
         shim().kernel(shim().bound);
+        if (shim().n_copies[shim().current] > 0) shim_die("a copy that its thread did not await");
         shim_wait(SHIM_DONE);
     }
 }
@@ -343,6 +388,7 @@ void shim_run(void (*kernel)(P), int blocks, int threads, size_t shared_bytes, c
     m.grid.x = static_cast<unsigned>(blocks);
     for (int i = 0; i < threads; i++) shim_make_fiber(&m.fibers[i]);
     race_launch(shared_bytes, &bound, sizeof bound);
+    const shim_on_device device;
     for (int i = 0; i < blocks; i++) {
         m.block.x = static_cast<unsigned>(m.order == SHIM_ASCENDING ? i : blocks - 1 - i);
         shim_run_block();
@@ -511,6 +557,29 @@ template <typename T> T __ldg(const T *at)
     const race_as as(RACE_LDG);
     return *at;
 }
+
+template <typename V> void shim_run_copy(char *to, const char *from)
+{
+    *reinterpret_cast<V *>(to) = __ldg(reinterpret_cast<const V *>(from));
+}
+template <typename V> void shim_start_copy(char *to, const char *from)
+{
+    shim_machine &m = shim();
+    const shim_copy copy = { shim_run_copy<V>, to, from };
+    if (reinterpret_cast<uintptr_t>(to) % sizeof(V) ||
+        reinterpret_cast<uintptr_t>(from) % sizeof(V))
+        shim_die("a copy that is not aligned");
+    if (m.n_copies[m.current] == SHIM_MAX_COPIES) shim_die("too many copies at a time");
+    m.copies[m.current][m.n_copies[m.current]++] = copy;
+}
+inline void shim_copies_done()
+{
+    shim_machine &m = shim();
+    for (int i = 0; i < m.n_copies[m.current]; i++)
+        m.copies[m.current][i].run(m.copies[m.current][i].to, m.copies[m.current][i].from);
+    m.n_copies[m.current] = 0;
+}
+
 inline int __popc(unsigned x)
 {
     return __builtin_popcount(x);
