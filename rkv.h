@@ -841,11 +841,11 @@ RKVI_INLINE void rkvi_fetch_line(rkvi_fetch *fetch)
     fetch->n_rows--;
 }
 
-/* Dot products out[r][lane] of RKVI_TILE_ROWS rows and n_lanes = 16 or 32 vectors, queries or keys,
- * which lie interleaved, panel[i][lane]. A line of `fetch` is fetched per step of i. */
+/* Dot products out[r][v] of RKVI_TILE_ROWS rows and width = 16 or 32 vectors, queries or keys, that
+ * lie interleaved, panel[i][v]. A line of `fetch` is fetched per step of i. */
 typedef struct rkvi_dot_tile {
     const float *panel;
-    int n_lanes;
+    int width;
     const float *rows;
     size_t stride, dim;
     float *out;
@@ -872,9 +872,9 @@ typedef struct rkvi_kernels {
     void (*cosine_tile)(const float *a, const float *inv_a, const float *b, size_t b_stride,
                         const float *inv_b, size_t dim, float threshold, float *out,
                         unsigned char *above);
-    /* x[l] *= inv * inv_lanes[l] for n <= 64 dot products of one row; bit l of the result says
-     * x[l] > threshold. */
-    uint64_t (*cosine_row)(float *x, float inv, const float *inv_lanes, int n, float threshold);
+    /* x[v] *= inv * inverse[v] for n <= 64 dot products of one row; bit v of the result says
+     * x[v] > threshold. */
+    uint64_t (*cosine_row)(float *x, float inv, const float *inverse, int n, float threshold);
     /* RKVI_CHUNK rows of tile[row][g * window + v] become out[v][row] = scale * the max (or the
      * sum, g ascending) over the `group` values of g. Reads up to 7 floats behind a row. */
     void (*fold_group)(const float *tile, size_t tile_stride, int group, int window, int mean,
@@ -957,13 +957,13 @@ static void rkvi_dot_tile_scalar(const rkvi_dot_tile *tile)
 {
     const float *rows = tile->rows;
     float *out = tile->out;
-    size_t i, n_lanes = (size_t)tile->n_lanes, l;
+    size_t i, width = (size_t)tile->width, v;
     int r;
     for (r = 0; r < RKVI_TILE_ROWS; r++, rows += tile->stride, out += tile->out_stride) {
-        for (l = 0; l < n_lanes; l++) out[l] = 0;
+        for (v = 0; v < width; v++) out[v] = 0;
         for (i = 0; i < tile->dim; i++)
-            for (l = 0; l < n_lanes; l++)
-                out[l] = rkvi_fma(tile->panel[i * n_lanes + l], rows[i], out[l]);
+            for (v = 0; v < width; v++)
+                out[v] = rkvi_fma(tile->panel[i * width + v], rows[i], out[v]);
     }
 }
 
@@ -990,14 +990,14 @@ static void rkvi_cosine_tile_scalar(const float *a, const float *inv_a, const fl
     }
 }
 
-static uint64_t rkvi_cosine_row_scalar(float *x, float inv, const float *inv_lanes, int n,
+static uint64_t rkvi_cosine_row_scalar(float *x, float inv, const float *inverse, int n,
                                        float threshold)
 {
     uint64_t above = 0;
-    int l;
-    for (l = 0; l < n; l++) {
-        x[l] *= inv * inv_lanes[l];
-        if (x[l] > threshold) above |= (uint64_t)1 << l;
+    int v;
+    for (v = 0; v < n; v++) {
+        x[v] *= inv * inverse[v];
+        if (x[v] > threshold) above |= (uint64_t)1 << v;
     }
     return above;
 }
@@ -1291,7 +1291,7 @@ RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dot_rows_avx2(const rkvi_dot_tile *tile, 
 
 RKVI_TARGET_AVX2 static void rkvi_dot_tile_avx2(const rkvi_dot_tile *tile)
 {
-    const int n_rows = tile->n_lanes == 32 ? 3 : 6;
+    const int n_rows = tile->width == 32 ? 3 : 6;
     int first;
     for (first = 0; first < RKVI_TILE_ROWS; first += n_rows) {
         rkvi_dot_tile some = rkvi_dot_rows_from(tile, first);
@@ -1347,18 +1347,18 @@ RKVI_TARGET_AVX2 static void rkvi_cosine_tile_avx2(const float *a, const float *
     rkvi_scale_cosines_avx2(inv_a, inv_b, threshold, out, above);
 }
 
-RKVI_TARGET_AVX2 static uint64_t rkvi_cosine_row_avx2(float *x, float inv, const float *inv_lanes,
+RKVI_TARGET_AVX2 static uint64_t rkvi_cosine_row_avx2(float *x, float inv, const float *inverse,
                                                       int n, float threshold)
 {
     __m256 inv_x8 = _mm256_set1_ps(inv), threshold_x8 = _mm256_set1_ps(threshold);
     uint64_t above = 0;
-    int l;
-    for (l = 0; l < n; l += 8) {
-        __m256 weight_x8 = _mm256_mul_ps(inv_x8, _mm256_loadu_ps(inv_lanes + l));
-        __m256 cosine_x8 = _mm256_mul_ps(_mm256_loadu_ps(x + l), weight_x8);
+    int v;
+    for (v = 0; v < n; v += 8) {
+        __m256 weight_x8 = _mm256_mul_ps(inv_x8, _mm256_loadu_ps(inverse + v));
+        __m256 cosine_x8 = _mm256_mul_ps(_mm256_loadu_ps(x + v), weight_x8);
         __m256 above_x8 = _mm256_cmp_ps(cosine_x8, threshold_x8, _CMP_GT_OQ);
-        _mm256_storeu_ps(x + l, cosine_x8);
-        above |= (uint64_t)(unsigned)_mm256_movemask_ps(above_x8) << l;
+        _mm256_storeu_ps(x + v, cosine_x8);
+        above |= (uint64_t)(unsigned)_mm256_movemask_ps(above_x8) << v;
     }
     return above;
 }
@@ -1562,7 +1562,7 @@ RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_dot_rows_avx512(const rkvi_dot_tile *ti
 
 RKVI_TARGET_AVX512 static void rkvi_dot_tile_avx512(const rkvi_dot_tile *tile)
 {
-    if (tile->n_lanes == 32)
+    if (tile->width == 32)
         rkvi_dot_rows_avx512(tile, 2);
     else
         rkvi_dot_rows_avx512(tile, 1);
@@ -1621,18 +1621,17 @@ RKVI_TARGET_AVX512 static void rkvi_cosine_tile_avx512(const float *a, const flo
     rkvi_scale_cosines_avx2(inv_a, inv_b, threshold, out, above);
 }
 
-RKVI_TARGET_AVX512 static uint64_t rkvi_cosine_row_avx512(float *x, float inv,
-                                                          const float *inv_lanes, int n,
-                                                          float threshold)
+RKVI_TARGET_AVX512 static uint64_t rkvi_cosine_row_avx512(float *x, float inv, const float *inverse,
+                                                          int n, float threshold)
 {
     __m512 inv_x16 = _mm512_set1_ps(inv), threshold_x16 = _mm512_set1_ps(threshold);
     uint64_t above = 0;
-    int l;
-    for (l = 0; l < n; l += 16) {
-        __m512 weight_x16 = _mm512_mul_ps(inv_x16, _mm512_loadu_ps(inv_lanes + l));
-        __m512 cosine_x16 = _mm512_mul_ps(_mm512_loadu_ps(x + l), weight_x16);
-        _mm512_storeu_ps(x + l, cosine_x16);
-        above |= (uint64_t)_mm512_cmp_ps_mask(cosine_x16, threshold_x16, _CMP_GT_OQ) << l;
+    int v;
+    for (v = 0; v < n; v += 16) {
+        __m512 weight_x16 = _mm512_mul_ps(inv_x16, _mm512_loadu_ps(inverse + v));
+        __m512 cosine_x16 = _mm512_mul_ps(_mm512_loadu_ps(x + v), weight_x16);
+        _mm512_storeu_ps(x + v, cosine_x16);
+        above |= (uint64_t)_mm512_cmp_ps_mask(cosine_x16, threshold_x16, _CMP_GT_OQ) << v;
     }
     return above;
 }
@@ -1826,7 +1825,7 @@ RKVI_INLINE void rkvi_dot_rows_neon(const rkvi_dot_tile *tile, int n_rows, int n
 
 static void rkvi_dot_tile_neon(const rkvi_dot_tile *tile)
 {
-    const int n_rows = tile->n_lanes == 32 ? 3 : 6;
+    const int n_rows = tile->width == 32 ? 3 : 6;
     int first;
     for (first = 0; first < RKVI_TILE_ROWS; first += n_rows) {
         rkvi_dot_tile some = rkvi_dot_rows_from(tile, first);
@@ -1874,11 +1873,11 @@ RKVI_INLINE void rkvi_dots_2x3_neon(const float *a, const float *b, size_t b_str
     }
 }
 
-/* x[0..3] *= inv * inv_lanes[0..3]; bit l of the result says x[l] > threshold. */
-RKVI_INLINE uint32_t rkvi_cosine4_neon(float *x, float inv, const float *inv_lanes, float threshold)
+/* x[0..3] *= inv * inverse[0..3]; bit v of the result says x[v] > threshold. */
+RKVI_INLINE uint32_t rkvi_cosine4_neon(float *x, float inv, const float *inverse, float threshold)
 {
     const uint32_t bits[4] = { 1, 2, 4, 8 };
-    float32x4_t weight_x4 = vmulq_n_f32(vld1q_f32(inv_lanes), inv);
+    float32x4_t weight_x4 = vmulq_n_f32(vld1q_f32(inverse), inv);
     float32x4_t cosine_x4 = vmulq_f32(vld1q_f32(x), weight_x4);
     vst1q_f32(x, cosine_x4);
     return vaddvq_u32(vandq_u32(vcgtq_f32(cosine_x4, vdupq_n_f32(threshold)), vld1q_u32(bits)));
@@ -1898,13 +1897,13 @@ static void rkvi_cosine_tile_neon(const float *a, const float *inv_a, const floa
         above[j] = (unsigned char)rkvi_cosine4_neon(out + 4 * j, inv_b[j], inv_a, threshold);
 }
 
-static uint64_t rkvi_cosine_row_neon(float *x, float inv, const float *inv_lanes, int n,
+static uint64_t rkvi_cosine_row_neon(float *x, float inv, const float *inverse, int n,
                                      float threshold)
 {
     uint64_t above = 0;
-    int l;
-    for (l = 0; l < n; l += 4)
-        above |= (uint64_t)rkvi_cosine4_neon(x + l, inv, inv_lanes + l, threshold) << l;
+    int v;
+    for (v = 0; v < n; v += 4)
+        above |= (uint64_t)rkvi_cosine4_neon(x + v, inv, inverse + v, threshold) << v;
     return above;
 }
 
@@ -2049,6 +2048,7 @@ typedef struct rkvi_scratch {
     float *waiting;        /* packed keys of rows that search together, likewise               */
     float *rows;           /* a chunk of K as f32, [RKVI_CHUNK][dim]                           */
     float *gathered;       /* rows of K from anywhere as f32, [RKVI_TILE_ROWS][dim]            */
+    float *four;           /* what the second pass multiplies K with, [4][dim]                 */
     float *tile;           /* dot products of a chunk, [RKVI_CHUNK][queries]                   */
     float *logits;         /* [window][tokens], later probabilities                            */
     float *signal;         /* [2][tokens]: importance, redundancy                              */
@@ -2178,6 +2178,7 @@ static void rkvi_carve_scoring(rkvi_arena *arena, const rkv_config *config, cons
     s->waiting = rkvi_take_floats(arena, rows);
     s->rows = rkvi_take_floats(arena, rows);
     s->gathered = rkvi_take_floats(arena, RKVI_TILE_ROWS * dim);
+    s->four = rkvi_take_floats(arena, 4 * dim);
     s->tile = rkvi_take_floats(arena, tile);
     s->logits = rkvi_take_floats(arena, logits);
     s->signal = rkvi_take_floats(arena, 2 * tokens);
@@ -2450,15 +2451,15 @@ static void rkvi_chunk_logits(const rkvi_head *h, rkvi_scratch *s, rkvi_rows row
     tile.dim = h->dim;
     tile.out_stride = tile_stride;
     tile.fetch = &fetch;
-    for (q0 = 0; q0 < h->n_queries; q0 += tile.n_lanes) {
-        tile.n_lanes = rkvi_block_width(h->n_queries, q0);
+    for (q0 = 0; q0 < h->n_queries; q0 += tile.width) {
+        tile.width = rkvi_block_width(h->n_queries, q0);
         for (r = 0; r < RKVI_CHUNK; r += RKVI_TILE_ROWS) {
             tile.rows = rows.data + (size_t)r * rows.stride;
             tile.out = s->tile + (size_t)r * tile_stride + q0;
             if (q0 == 0) fetch = rkvi_fetch_keys(h, first + RKVI_CHUNK + r, next_rows);
             h->kernels->dot_tile(&tile);
         }
-        tile.panel += h->dim * (size_t)tile.n_lanes;
+        tile.panel += h->dim * (size_t)tile.width;
     }
     if (h->softcap > 0)
         for (r = 0; r < RKVI_CHUNK; r++)
@@ -2561,33 +2562,6 @@ static void rkvi_found(const rkvi_head *h, rkvi_scratch *s, int i, int j, float 
     s->exempt[at] += (int64_t)((double)cosine * RKVI_EXEMPT_UNIT);
 }
 
-/* The second pass over K: the sum of every column, and what takes no extra pass: the cosine with
- * the RKVI_NEWEST newest tokens of the span and with the first. */
-static void rkvi_read_columns(const rkvi_head *h, rkvi_scratch *s)
-{
-    const int span = h->n_span, newest[4] = { -1, span - 1, span - 2, 0 };
-    float inverse[4], out[4 * RKVI_CHUNK];
-    unsigned char above[RKVI_CHUNK];
-    int first, r, v;
-    memcpy(s->gathered, s->sum, h->dim * sizeof *s->gathered);
-    inverse[0] = 1.0f;
-    for (v = 1; v < 4; v++) {
-        rkvi_load_key(h, newest[v], s->gathered + (size_t)v * h->dim);
-        inverse[v] = newest[v] < 0 ? 0 : s->inverse[newest[v]];
-    }
-    for (first = 0; first < span; first += RKVI_CHUNK) {
-        rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
-        h->kernels->cosine_tile(s->gathered, inverse, rows.data, rows.stride, s->inverse + first,
-                                h->dim, h->config->threshold, out, above);
-        for (r = 0; r < RKVI_CHUNK && first + r < span; r++) {
-            s->column[first + r] = out[4 * r];
-            s->first[first + r] = out[4 * r + 3];
-            if (above[r] & 2) rkvi_found(h, s, first + r, span - 1, out[4 * r + 1]);
-            if (above[r] & 4 && span > 1) rkvi_found(h, s, first + r, span - 2, out[4 * r + 2]);
-        }
-    }
-}
-
 /* Drops the rows that have found everything from a list of rows; returns the new length. */
 static int rkvi_still_open(const rkvi_scratch *s, int *rows, int n_rows)
 {
@@ -2599,50 +2573,50 @@ static int rkvi_still_open(const rkvi_scratch *s, int *rows, int n_rows)
 
 /* Tokens whose keys lie packed in a panel: rows of K meet all of them at once. Where they serve as
  * columns they are ascending. */
-typedef struct rkvi_lanes {
+typedef struct rkvi_packed {
     const float *panel;
     int n;
     int token[RKVI_CHUNK];
     float inverse[RKVI_CHUNK];
-} rkvi_lanes;
+} rkvi_packed;
 
-static void rkvi_clear_lanes(rkvi_lanes *lanes, float *panel, int n, size_t dim)
+static void rkvi_start_packing(rkvi_packed *packed, float *panel, int n, size_t dim)
 {
-    memset(lanes, 0, sizeof *lanes);
-    lanes->panel = panel;
+    memset(packed, 0, sizeof *packed);
+    packed->panel = panel;
     rkvi_clear_panel(panel, n, dim);
 }
 
-static void rkvi_add_lane(const rkvi_scratch *s, rkvi_lanes *lanes, int token)
+static void rkvi_add_packed(const rkvi_scratch *s, rkvi_packed *packed, int token)
 {
-    lanes->token[lanes->n] = token;
-    lanes->inverse[lanes->n++] = s->inverse[token];
+    packed->token[packed->n] = token;
+    packed->inverse[packed->n++] = s->inverse[token];
 }
 
-/* The tokens [first, end) as lanes, in the panel `columns`. */
+/* The tokens [first, end), in the panel `columns`. */
 static void rkvi_pack_columns(const rkvi_head *h, rkvi_scratch *s, int first, int end,
-                              rkvi_lanes *lanes)
+                              rkvi_packed *packed)
 {
     rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
-    int l;
-    rkvi_clear_lanes(lanes, s->columns, end - first, h->dim);
-    for (l = 0; l < end - first; l++) {
-        rkvi_pack(s->columns, end - first, l, rows.data + (size_t)l * rows.stride, h->dim);
-        rkvi_add_lane(s, lanes, first + l);
+    int v;
+    rkvi_start_packing(packed, s->columns, end - first, h->dim);
+    for (v = 0; v < end - first; v++) {
+        rkvi_pack(s->columns, end - first, v, rows.data + (size_t)v * rows.stride, h->dim);
+        rkvi_add_packed(s, packed, first + v);
     }
 }
 
-/* Who searches when rows of K meet lanes: the rows, whose columns the lanes then are, the lanes,
- * whose columns the rows are, or both. */
-#define RKVI_ROWS_SEARCH  1
-#define RKVI_LANES_SEARCH 2
+/* Who searches when rows of K meet packed keys: the rows, whose columns the packed keys then are,
+ * the packed keys, whose columns the rows are, or both. */
+#define RKVI_ROWS_SEARCH   1
+#define RKVI_PACKED_SEARCH 2
 
-static uint64_t rkvi_open_lanes(const rkvi_scratch *s, const rkvi_lanes *lanes)
+static uint64_t rkvi_open_packed(const rkvi_scratch *s, const rkvi_packed *packed)
 {
     uint64_t open = 0;
-    int l;
-    for (l = 0; l < lanes->n; l++)
-        if (s->missing[lanes->token[l]] > 0) open |= (uint64_t)1 << l;
+    int v;
+    for (v = 0; v < packed->n; v++)
+        if (s->missing[packed->token[v]] > 0) open |= (uint64_t)1 << v;
     return open;
 }
 
@@ -2653,50 +2627,50 @@ typedef struct rkvi_tile_rows {
     int n, token[RKVI_TILE_ROWS];
 } rkvi_tile_rows;
 
-/* dots[r * RKVI_CHUNK + l] */
-static void rkvi_tile_dots(const rkvi_head *h, const rkvi_tile_rows *rows, const rkvi_lanes *lanes,
-                           float *dots)
+/* dots[r * RKVI_CHUNK + v] */
+static void rkvi_tile_dots(const rkvi_head *h, const rkvi_tile_rows *rows,
+                           const rkvi_packed *packed, float *dots)
 {
     rkvi_fetch nothing = { NULL, 0, 0, 0 };
     rkvi_dot_tile tile;
-    int l;
-    tile.panel = lanes->panel;
+    int v;
+    tile.panel = packed->panel;
     tile.rows = rows->data;
     tile.stride = rows->stride;
     tile.dim = h->dim;
     tile.out_stride = RKVI_CHUNK;
     tile.fetch = &nothing;
-    for (l = 0; l < lanes->n; l += tile.n_lanes) {
-        tile.n_lanes = rkvi_block_width(lanes->n, l);
-        tile.out = dots + l;
+    for (v = 0; v < packed->n; v += tile.width) {
+        tile.width = rkvi_block_width(packed->n, v);
+        tile.out = dots + v;
         h->kernels->dot_tile(&tile);
-        tile.panel += h->dim * (size_t)tile.n_lanes;
+        tile.panel += h->dim * (size_t)tile.width;
     }
 }
 
 static void rkvi_search_tile(const rkvi_head *h, rkvi_scratch *s, const rkvi_tile_rows *rows,
-                             const rkvi_lanes *lanes, int who)
+                             const rkvi_packed *packed, int who)
 {
-    const int n_lanes = (int)rkvi_round_up((size_t)lanes->n, RKVI_LANES);
-    const uint64_t in_use = ~(uint64_t)0 >> (64 - lanes->n);
-    uint64_t open = who & RKVI_LANES_SEARCH ? rkvi_open_lanes(s, lanes) : 0, above, left;
+    const int n = (int)rkvi_round_up((size_t)packed->n, RKVI_LANES);
+    const uint64_t in_use = ~(uint64_t)0 >> (64 - packed->n);
+    uint64_t open = who & RKVI_PACKED_SEARCH ? rkvi_open_packed(s, packed) : 0, above, left;
     float cosines[RKVI_TILE_ROWS * RKVI_CHUNK], *cosine;
-    int l, r;
-    rkvi_tile_dots(h, rows, lanes, cosines);
-    for (r = rows->n - 1; r >= 0; r--) { /* the newest first: they are the lanes' columns */
+    int v, r;
+    rkvi_tile_dots(h, rows, packed, cosines);
+    for (r = rows->n - 1; r >= 0; r--) { /* newest first, for the packed keys */
         const int token = rows->token[r];
         cosine = cosines + r * RKVI_CHUNK;
-        above = in_use & h->kernels->cosine_row(cosine, s->inverse[token], lanes->inverse, n_lanes,
+        above = in_use & h->kernels->cosine_row(cosine, s->inverse[token], packed->inverse, n,
                                                 h->config->threshold);
-        for (left = above & open; left; left ^= (uint64_t)1 << l) {
-            l = rkvi_top_bit(left);
-            rkvi_found(h, s, lanes->token[l], token, cosine[l]);
-            if (s->missing[lanes->token[l]] <= 0) open ^= (uint64_t)1 << l;
+        for (left = above & open; left; left ^= (uint64_t)1 << v) {
+            v = rkvi_top_bit(left);
+            rkvi_found(h, s, packed->token[v], token, cosine[v]);
+            if (s->missing[packed->token[v]] <= 0) open ^= (uint64_t)1 << v;
         }
         left = who & RKVI_ROWS_SEARCH ? above : 0;
-        for (; left && s->missing[token] > 0; left ^= (uint64_t)1 << l) {
-            l = rkvi_top_bit(left);
-            rkvi_found(h, s, token, lanes->token[l], cosine[l]);
+        for (; left && s->missing[token] > 0; left ^= (uint64_t)1 << v) {
+            v = rkvi_top_bit(left);
+            rkvi_found(h, s, token, packed->token[v], cosine[v]);
         }
     }
 }
@@ -2719,21 +2693,21 @@ static void rkvi_gather(const rkvi_head *h, rkvi_scratch *s, const int *tokens, 
     rows->stride = h->dim;
 }
 
-/* The listed rows look for look-alikes among the lanes. */
+/* The listed rows look for look-alikes among the packed keys. */
 static void rkvi_search_columns(const rkvi_head *h, rkvi_scratch *s, const int *tokens,
-                                int n_tokens, const rkvi_lanes *lanes)
+                                int n_tokens, const rkvi_packed *packed)
 {
     rkvi_tile_rows rows;
     int i;
     for (i = 0; i < n_tokens; i += rows.n) {
         rkvi_gather(h, s, tokens + i, rkvi_min(n_tokens - i, RKVI_TILE_ROWS), &rows);
-        rkvi_search_tile(h, s, &rows, lanes, RKVI_ROWS_SEARCH);
+        rkvi_search_tile(h, s, &rows, packed, RKVI_ROWS_SEARCH);
     }
 }
 
-/* All tokens [first, end), at most RKVI_CHUNK of them, and the lanes. */
+/* All tokens [first, end), at most RKVI_CHUNK of them, and the packed keys. */
 static void rkvi_search_chunk(const rkvi_head *h, rkvi_scratch *s, int first, int end,
-                              const rkvi_lanes *lanes, int who)
+                              const rkvi_packed *packed, int who)
 {
     rkvi_rows chunk = rkvi_key_chunk(h, first, s->rows);
     rkvi_tile_rows rows;
@@ -2743,7 +2717,64 @@ static void rkvi_search_chunk(const rkvi_head *h, rkvi_scratch *s, int first, in
         rows.data = chunk.data + (size_t)at * chunk.stride;
         rows.n = rkvi_min(end - first - at, RKVI_TILE_ROWS);
         for (r = 0; r < rows.n; r++) rows.token[r] = first + at + r;
-        rkvi_search_tile(h, s, &rows, lanes, who);
+        rkvi_search_tile(h, s, &rows, packed, who);
+    }
+}
+
+/* A look-alike is decided by dot_tile's order of additions, everywhere. What cosine_tile finds, in
+ * another order, counts where it is so far from the threshold that both must agree: each is off by
+ * less than (dim + 8) * 2^-24, for the rounding of as many operations. */
+static int rkvi_is_decided(const rkvi_head *h, float cosine)
+{
+    float both = 2.0f * (float)(h->dim + 8) / 16777216.0f;
+    return !(fabsf(cosine - h->config->threshold) <= both);
+}
+
+/* The rows [first, end) of a chunk and the two newest columns of the span, cosines[4 * row + 1] and
+ * [4 * row + 2]; *above as cosine_tile gives it. */
+static void rkvi_search_newest(const rkvi_head *h, rkvi_scratch *s, int first, int end,
+                               const float *cosines, const unsigned char *above)
+{
+    const int span = h->n_span;
+    rkvi_packed newest;
+    int r, decided = 1;
+    for (r = 0; r < end - first; r++)
+        decided &= rkvi_is_decided(h, cosines[4 * r + 1]) & rkvi_is_decided(h, cosines[4 * r + 2]);
+    if (!decided) {
+        rkvi_pack_columns(h, s, span > 1 ? span - 2 : 0, span, &newest);
+        rkvi_search_chunk(h, s, first, end, &newest, RKVI_ROWS_SEARCH);
+        return;
+    }
+    for (r = 0; r < end - first; r++) {
+        if (above[r] & 2) rkvi_found(h, s, first + r, span - 1, cosines[4 * r + 1]);
+        if (above[r] & 4 && span > 1) rkvi_found(h, s, first + r, span - 2, cosines[4 * r + 2]);
+    }
+}
+
+/* The second pass over K: the sum of every column, and what takes no extra pass: the cosine with
+ * the RKVI_NEWEST newest tokens of the span and with the first. */
+static void rkvi_read_columns(const rkvi_head *h, rkvi_scratch *s)
+{
+    const int span = h->n_span, token[4] = { -1, span - 1, span - 2, 0 };
+    float inverse[4], cosines[4 * RKVI_CHUNK];
+    unsigned char above[RKVI_CHUNK];
+    int first, end, r, v;
+    memcpy(s->four, s->sum, h->dim * sizeof *s->four);
+    inverse[0] = 1.0f;
+    for (v = 1; v < 4; v++) {
+        rkvi_load_key(h, token[v], s->four + (size_t)v * h->dim);
+        inverse[v] = token[v] < 0 ? 0 : s->inverse[token[v]];
+    }
+    for (first = 0; first < span; first = end) {
+        rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
+        h->kernels->cosine_tile(s->four, inverse, rows.data, rows.stride, s->inverse + first,
+                                h->dim, h->config->threshold, cosines, above);
+        end = rkvi_min(first + RKVI_CHUNK, span);
+        for (r = 0; r < end - first; r++) {
+            s->column[first + r] = cosines[4 * r];
+            s->first[first + r] = cosines[4 * r + 3];
+        }
+        rkvi_search_newest(h, s, first, end, cosines, above);
     }
 }
 
@@ -2759,14 +2790,14 @@ static int rkvi_count_before(const int *rows, int n_rows, int end)
     return n_rows;
 }
 
-/* Registers that n lanes fill. */
+/* Registers that n packed keys fill. */
 static int rkvi_n_vectors(int n)
 {
     return (n + RKVI_LANES - 1) / RKVI_LANES;
 }
 
 /* Rows that still search, wherever they are: row token[i] has seen all columns from end[i] on. They
- * wait until they are enough to search the next columns together, as lanes. */
+ * wait until they are enough to search the next columns together, packed. */
 typedef struct rkvi_waiting {
     int n, token[2 * RKVI_CHUNK], end[2 * RKVI_CHUNK];
 } rkvi_waiting;
@@ -2791,19 +2822,19 @@ static int rkvi_next_waiting(const rkvi_waiting *waiting, int *next)
     return n;
 }
 
-/* Makes lanes of them, unless they still are, in no more registers than they need. */
+/* Packs them, unless they still are, in no more registers than they need. */
 static void rkvi_pack_waiting(const rkvi_head *h, rkvi_scratch *s, const rkvi_waiting *waiting,
-                              const int *next, int n, rkvi_lanes *lanes)
+                              const int *next, int n, rkvi_packed *packed)
 {
-    int i, l, n_packed = 0;
-    for (l = 0; l < lanes->n && n_packed < n; l++)
-        n_packed += lanes->token[l] == waiting->token[next[n_packed]];
-    if (n_packed == n && rkvi_n_vectors(n) == rkvi_n_vectors(lanes->n)) return;
-    rkvi_clear_lanes(lanes, s->waiting, n, h->dim);
+    int i, v, n_same = 0;
+    for (v = 0; v < packed->n && n_same < n; v++)
+        n_same += packed->token[v] == waiting->token[next[n_same]];
+    if (n_same == n && rkvi_n_vectors(n) == rkvi_n_vectors(packed->n)) return;
+    rkvi_start_packing(packed, s->waiting, n, h->dim);
     for (i = 0; i < n; i++) {
         rkvi_load_key(h, waiting->token[next[i]], s->gathered);
         rkvi_pack(s->waiting, n, i, s->gathered, h->dim);
-        rkvi_add_lane(s, lanes, waiting->token[next[i]]);
+        rkvi_add_packed(s, packed, waiting->token[next[i]]);
     }
 }
 
@@ -2825,20 +2856,20 @@ static void rkvi_search_waiting(const rkvi_head *h, rkvi_scratch *s, rkvi_waitin
                                 int most, int enough)
 {
     int next[RKVI_CHUNK], i, n, first, end;
-    rkvi_lanes lanes;
-    lanes.n = 0;
+    rkvi_packed packed;
+    packed.n = 0;
     while ((n = rkvi_next_waiting(waiting, next)) > 0 && (waiting->n > most || n >= enough)) {
-        rkvi_pack_waiting(h, s, waiting, next, n, &lanes);
+        rkvi_pack_waiting(h, s, waiting, next, n, &packed);
         end = waiting->end[next[0]];
         first = rkvi_chunk_before(end);
-        rkvi_search_chunk(h, s, first, end, &lanes, RKVI_LANES_SEARCH);
+        rkvi_search_chunk(h, s, first, end, &packed, RKVI_PACKED_SEARCH);
         for (i = 0; i < n; i++) waiting->end[next[i]] = first;
         rkvi_stop_waiting(s, waiting);
     }
 }
 
 typedef struct rkvi_search {
-    rkvi_lanes columns; /* the chunk of columns under search */
+    rkvi_packed columns; /* the chunk of columns under search */
     rkvi_waiting waiting;
 } rkvi_search;
 
@@ -2849,13 +2880,13 @@ typedef struct rkvi_search {
 static void rkvi_search_older(const rkvi_head *h, rkvi_scratch *s, rkvi_search *search, int *rows,
                               int n_older, int n_inside)
 {
-    const rkvi_lanes *columns = &search->columns;
+    const rkvi_packed *columns = &search->columns;
     int *inside = rows + n_older, end = columns->token[0];
     while (n_inside > 0 && end > 0) {
         int first = rkvi_chunk_before(end), n_before = rkvi_count_before(rows, n_older, first);
         int n_apart = n_inside * (end - first) + (n_older - n_before) * columns->n;
         if (n_apart < (end - first) * columns->n) break; /* so many pairs if each searches apart */
-        rkvi_search_chunk(h, s, first, end, columns, RKVI_ROWS_SEARCH | RKVI_LANES_SEARCH);
+        rkvi_search_chunk(h, s, first, end, columns, RKVI_ROWS_SEARCH | RKVI_PACKED_SEARCH);
         n_inside = rkvi_still_open(s, inside, n_inside);
         n_older = n_before;
         end = first;
@@ -2899,7 +2930,7 @@ static int rkvi_is_hopeless(const rkvi_head *h, const rkvi_scratch *s, int token
 static void rkvi_find_look_alikes(const rkvi_head *h, rkvi_scratch *s)
 {
     const int span = h->n_span, recent = h->config->recent;
-    rkvi_lanes narrow;
+    rkvi_packed narrow;
     int i, n_open, first, end;
     memset(s->exempt, 0, (size_t)span * sizeof *s->exempt);
     for (i = 0; i < span; i++) s->missing[i] = rkvi_is_hopeless(h, s, i) ? -1 : recent;

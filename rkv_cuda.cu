@@ -502,6 +502,22 @@ template <typename T> static __device__ __forceinline__ void rkvi_load4(float *o
     out[3] = rkvi_to_float(T{ static_cast<uint16_t>(v.y >> 16) });
 }
 
+/* 16 bytes, aligned, as floats. */
+static __device__ __forceinline__ void rkvi_load_piece(float *out, const float *p)
+{
+    rkvi_load4(out, p);
+}
+template <typename T> static __device__ __forceinline__ void rkvi_load_piece(float *out, const T *p)
+{
+    const uint4 v = *reinterpret_cast<const uint4 *>(p);
+    const uint32_t pairs[4] = { v.x, v.y, v.z, v.w };
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        out[2 * k] = rkvi_to_float(T{ static_cast<uint16_t>(pairs[k] & 0xffffu) });
+        out[2 * k + 1] = rkvi_to_float(T{ static_cast<uint16_t>(pairs[k] >> 16) });
+    }
+}
+
 /* Who holds which dot: in acc[block][k] of a lane, row 16 * warp + lane / 4 + (k / 2) * 8,
  * column 8 * block + 2 * (lane % 4) + k % 2. That is how the tensor cores deal them out. */
 static __device__ __forceinline__ int rkvi_acc_row(int lane, int k)
@@ -620,8 +636,8 @@ static __device__ __forceinline__ float rkvi_band(int head_dim)
     return 4e-6f * static_cast<float>(4 + head_dim / 16);
 }
 
-/* rkv.h sums a dot product in 16 lanes, element i in lane i % 16, with FMA. Here four threads, a
- * quad, hold four lanes each; both halves below together give the CPU's bits. */
+/* rkv.h sums squares in 16 lanes, element i in lane i % 16, with FMA. Here four threads, a quad,
+ * hold four lanes each; both halves below together give the CPU's bits. */
 template <typename T>
 static __device__ __forceinline__ void rkvi_lanes_add(float *lanes, const T *a, const T *b,
                                                       int padded, int part)
@@ -642,18 +658,30 @@ static __device__ __forceinline__ float rkvi_lanes_sum(float *lanes)
     for (int k = 0; k < 4; k++) lanes[k] += __shfl_xor_sync(0xffffffffu, lanes[k], 1);
     return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
-/* The same of two rows in global memory, element by element. */
+
+/* Whether two keys look alike, rkv.h decides by one chain of FMAs over the dims; so does a thread
+ * here, `sum` being the chain so far. By 16 bytes, as far as those go, and the rest one by one. */
 template <typename T>
-static __device__ float rkvi_exact_dot_global(const char *a, const char *b, int head_dim, int part)
+static __device__ __forceinline__ float rkvi_chain_dot(float sum, const T *a, const T *b, int dims,
+                                                       bool aligned)
 {
-    const T *x = reinterpret_cast<const T *>(a), *y = reinterpret_cast<const T *>(b);
-    float lanes[4] = { 0, 0, 0, 0 };
-    for (int i = 4 * part; a && b && i < head_dim; i += 16)
+    const int step = 16 / static_cast<int>(sizeof(T)), whole = aligned ? dims / step * step : 0;
+    for (int i = 0; i < whole; i += step) {
+        float x[step], y[step];
+        rkvi_load_piece(x, a + i);
+        rkvi_load_piece(y, b + i);
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-            if (i + k < head_dim)
-                lanes[k] = fmaf(rkvi_to_float(x[i + k]), rkvi_to_float(y[i + k]), lanes[k]);
-    return rkvi_lanes_sum(lanes);
+        for (int k = 0; k < step; k++) sum = fmaf(x[k], y[k], sum);
+    }
+    for (int i = whole; i < dims; i++) sum = fmaf(rkvi_to_float(a[i]), rkvi_to_float(b[i]), sum);
+    return sum;
+}
+/* Of two rows in global memory, aligned to `load` bytes. */
+template <typename T>
+static __device__ float rkvi_chain_dot_global(const char *a, const char *b, int head_dim, int load)
+{
+    return rkvi_chain_dot(0.0f, reinterpret_cast<const T *>(a), reinterpret_cast<const T *>(b),
+                          head_dim, load == 16);
 }
 
 /* ==== 5. Attention ==========================================================================
@@ -1001,27 +1029,23 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
     __syncwarp();
 }
 
-/* cosine of row r of a with row c of b, as the CPU rounds it; for each quad of a warp. */
+/* cosine of row r of a with row c of b, as the CPU rounds it. */
 template <typename T>
 static __device__ float rkvi_exact_cosine(const rkvi_job &job, const rkvi_tiles &s, int r, int c)
 {
-    const int part = static_cast<int>(threadIdx.x) % 4;
     float dot;
-    if (rkvi_chunks<T>(job.head_dim) == 1) {
-        float lanes[4] = { 0, 0, 0, 0 };
-        rkvi_lanes_add(lanes, reinterpret_cast<const T *>(s.a + r * RKVI_PITCH),
-                       reinterpret_cast<const T *>(s.b + c * RKVI_PITCH), rkvi_padded(job.head_dim),
-                       part);
-        dot = rkvi_lanes_sum(lanes);
-    } else {
-        dot = rkvi_exact_dot_global<T>(s.a_rows[r], s.b_rows[c], job.head_dim, part);
-    }
+    if (rkvi_chunks<T>(job.head_dim) == 1)
+        dot = rkvi_chain_dot(0.0f, reinterpret_cast<const T *>(s.a + r * RKVI_PITCH),
+                             reinterpret_cast<const T *>(s.b + c * RKVI_PITCH),
+                             rkvi_padded(job.head_dim), true);
+    else
+        dot = rkvi_chain_dot_global<T>(s.a_rows[r], s.b_rows[c], job.head_dim, job.key_load);
     return rkvi_cosine(dot, s.a_inv[r], s.b_inv[c]);
 }
 
-/* Adds a cosine to exempt[token], where the first thread of a quad `adds`; called by whole warps.
- * Most rows of a head have the same most recent look-alike, and additions to one address queue up
- * in the L2: those that agree with the warp's first go there as one. */
+/* Adds a cosine to exempt[token], where a thread `adds`; called by whole warps. Most rows of a head
+ * have the same most recent look-alike, and additions to one address queue up in the L2: those that
+ * agree with the warp's first go there as one. */
 static __device__ void rkvi_exempt(const rkvi_job &job, bool adds, int token, float cosine)
 {
     const unsigned all = __ballot_sync(0xffffffffu, adds);
@@ -1031,7 +1055,7 @@ static __device__ void rkvi_exempt(const rkvi_job &job, bool adds, int token, fl
     const long long mine = adds ? rkvi_to_fixed(cosine) : 0;
     long long sum = token == common ? mine : 0;
 #pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2)
+    for (int distance = 1; distance < 32; distance *= 2)
         sum += __shfl_xor_sync(0xffffffffu, sum, distance);
     if (adds && lane == leader)
         rkvi_add_fixed(&job.exempt[common], sum);
@@ -1039,35 +1063,30 @@ static __device__ void rkvi_exempt(const rkvi_job &job, bool adds, int token, fl
         rkvi_add_fixed(&job.exempt[token], mine);
 }
 
-/* Settles the candidates of this warp's 16 rows, newest first: a quad takes a row, then another.
- * True when one of its two rows wants more. */
+/* Settles the candidates of this warp's 16 rows, newest first, a row by each of its first 16
+ * threads. True where the thread's row wants more. */
 template <typename T>
 static __device__ bool rkvi_settle(const rkvi_args &args, const rkvi_job &job, int n_span,
                                    int column_tile, rkvi_tiles &s)
 {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int64_t newest = n_span - 1 - static_cast<int64_t>(column_tile) * RKVI_TILE;
-    bool open = false;
-    for (int half = 0; half < 2; half++) {
-        const int row = 16 * warp + lane / 4 + 8 * half;
-        unsigned long long bits = s.candidates[row];
-        int need = s.need[row];
-        while (__any_sync(0xffffffffu, bits != 0)) {
-            const int column = bits ? __ffsll(static_cast<long long>(bits)) - 1 : 0;
-            const int token = static_cast<int>(newest - column);
-            float cosine = rkvi_exact_cosine<T>(job, s, row, column);
-            if (token == s.a_token[row]) cosine = 0; /* the diagonal */
-            const bool hit = bits && cosine > args.config.threshold;
-            const bool of_column = args.config.redundancy == RKV_REDUNDANCY_ROW;
-            rkvi_exempt(job, hit && lane % 4 == 0, of_column ? token : s.a_token[row], cosine);
-            bits &= bits - 1;
-            if (hit && --need == 0) bits = 0;
-        }
-        __syncwarp(); /* the quad has read need */
-        if (lane % 4 == 0) s.need[row] = need;
-        open = open || need > 0;
+    const int row = 16 * warp + lane % 16;
+    unsigned long long bits = lane < 16 ? s.candidates[row] : 0;
+    int need = lane < 16 ? s.need[row] : 0;
+    while (__any_sync(0xffffffffu, bits != 0)) {
+        const int column = bits ? __ffsll(static_cast<long long>(bits)) - 1 : 0;
+        const int token = static_cast<int>(newest - column);
+        float cosine = 0; /* the diagonal's */
+        if (bits && token != s.a_token[row]) cosine = rkvi_exact_cosine<T>(job, s, row, column);
+        const bool hit = bits && cosine > args.config.threshold;
+        const bool of_column = args.config.redundancy == RKV_REDUNDANCY_ROW;
+        rkvi_exempt(job, hit, of_column ? token : s.a_token[row], cosine);
+        bits &= bits - 1;
+        if (hit && --need == 0) bits = 0;
     }
-    return open;
+    if (lane < 16) s.need[row] = need;
+    return need > 0;
 }
 
 /* Rows that are still open after the newest columns go on the list of the second scan. */
@@ -1082,21 +1101,22 @@ static __device__ void rkvi_defer_rows(const rkvi_args &args, const rkvi_job &jo
     }
 }
 
-/* Row form, published code: a row without any look-alike exempts its entry for the first token. */
+/* Row form, published code: a row without any look-alike exempts its entry for the first token. A
+ * row by each thread of the first two warps. */
 template <typename T>
 static __device__ void rkvi_exempt_column0(const rkvi_args &args, const rkvi_job &job,
                                            rkvi_tiles &s)
 {
-    const int part = static_cast<int>(threadIdx.x) % 4;
-    const char *key0 = rkvi_row(job.moved[0].rows, 0);
-    for (int half = 0; half < 2; half++) {
-        const int row = rkvi_quad_row() + 32 * half, token = s.a_token[row];
-        const bool lonely = s.need[row] == args.config.recent && token > 0;
-        if (!__any_sync(0xffffffffu, lonely)) continue;
-        const float dot =
-            rkvi_exact_dot_global<T>(lonely ? s.a_rows[row] : NULL, key0, job.head_dim, part);
-        rkvi_exempt(job, lonely && part == 0, 0, rkvi_cosine(dot, s.a_inv[row], job.inv_norm[0]));
-    }
+    const int row = static_cast<int>(threadIdx.x);
+    if (row >= RKVI_TILE) return; /* whole warps */
+    const int token = s.a_token[row];
+    const bool lonely = s.need[row] == args.config.recent && token > 0;
+    float cosine = 0;
+    if (lonely)
+        cosine = rkvi_cosine(rkvi_chain_dot_global<T>(s.a_rows[row], rkvi_row(job.moved[0].rows, 0),
+                                                      job.head_dim, job.key_load),
+                             s.a_inv[row], job.inv_norm[0]);
+    rkvi_exempt(job, lonely, 0, cosine);
 }
 
 template <typename T>

@@ -342,8 +342,8 @@ float round_to(rkv_dtype dtype, float x)
 const char *key_kind_name(key_kind kind)
 {
     static const char *const list[N_KEY_KINDS] = {
-        "isotropic", "shared direction", "repeats",         "exact repeats", "identical",
-        "zero",      "zero rows",        "outlier channel", "rotary",        "tiny",
+        "isotropic", "shared direction", "repeats", "exact repeats", "identical",  "zero",
+        "zero rows", "outlier channel",  "rotary",  "tiny",          "half alike",
     };
     return list[kind];
 }
@@ -412,6 +412,26 @@ static void rotary_rows(rng *r, float *rows, int n, int dim)
     free(content);
 }
 
+/* The sum of one unit vector that all rows share and one of dim - 1 others, mirrored in a random
+ * direction so that every element counts, and of random length. */
+static void half_rows(rng *r, float *rows, int n, int dim)
+{
+    float *mirror = (float *)alloc_checked((size_t)dim * sizeof(float));
+    double square = 0;
+    int t, i;
+    noise_rows(r, mirror, 1, dim, 1.0);
+    for (i = 0; i < dim; i++) square += (double)mirror[i] * (double)mirror[i];
+    for (t = 0; t < n; t++) {
+        const int own = dim > 1 ? 1 + rng_below(r, dim - 1) : 0;
+        const double length = 0.5 + rng_unit(r);
+        const double twice = 2.0 * ((double)mirror[0] + (double)mirror[own]) / square;
+        for (i = 0; i < dim; i++)
+            rows[(size_t)t * (size_t)dim + (size_t)i] =
+                (float)(length * ((i == 0) + (i == own) - twice * (double)mirror[i]));
+    }
+    free(mirror);
+}
+
 static void head_keys(rng *r, key_kind kind, double strength, float *rows, int n, int dim)
 {
     size_t width = (size_t)dim;
@@ -437,6 +457,7 @@ static void head_keys(rng *r, key_kind kind, double strength, float *rows, int n
         for (t = 0; t < n; t++) rows[(size_t)t * width + (size_t)channel] += 20.0f;
         break;
     case KEYS_TINY: noise_rows(r, rows, n, dim, 1e-8 / sqrt((double)dim)); break;
+    case KEYS_HALF: half_rows(r, rows, n, dim); break;
     case KEYS_ISOTROPIC:
     case N_KEY_KINDS: noise_rows(r, rows, n, dim, 1.0); break;
     }

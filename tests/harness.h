@@ -81,6 +81,7 @@ typedef enum key_kind {
     KEYS_OUTLIER,   /* one channel carries a large constant */
     KEYS_ROTARY,    /* low-rank repeated content under rotary embedding */
     KEYS_TINY,      /* norms around the 1e-8 of the normalisation */
+    KEYS_HALF,      /* cosines of one half, up to rounding, or of one */
     N_KEY_KINDS
 } key_kind;
 const char *key_kind_name(key_kind kind);

@@ -509,6 +509,22 @@ static void test_at_threshold()
         }
 }
 
+/* Cosines so near to the threshold that their rounding decides: both must round in the same way. */
+static void test_near_threshold()
+{
+    static const int dims[] = { 48, 64, 100, 160 };
+    for (int i = 0; i < 4; i++)
+        for (int recent = 1; recent < 4; recent += 2) {
+            rkv_config config = rkv_config_default(64);
+            shape s = plain_shape(2, 1, dims[i], 330, RKV_F32);
+            config.recent = recent;
+            s.kind = KEYS_HALF;
+            case_begin("cosines of one half, d%d, recent %d", dims[i], recent);
+            run_one(config, s, 71 + static_cast<uint64_t>(i));
+            case_end();
+        }
+}
+
 /* Many layers, of many shapes, some with nothing to do: several uploads. And few launches. */
 static void test_many_layers()
 {
@@ -1156,6 +1172,7 @@ static void test_chosen()
     test_golden();
     test_far_scan();
     test_at_threshold();
+    test_near_threshold();
     test_many_layers();
     test_determinism();
     test_faults();

@@ -8,7 +8,7 @@ set -u
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 trap 'exit 130' HUP INT TERM
-passed=0 failed=0
+passed=0 failed=0 known=
 export RKV_RACE_STOP=1 # at the first report
 
 build() {
@@ -27,6 +27,7 @@ barriers() {
 }
 
 fault() { # name, sed expression
+    known="$known $1"
     case " $wanted " in "  " | *" $1 "*) ;; *) return ;; esac
     sed "$2" rkv_cuda.cu >"$dir/rkv_cuda.cu"
     if cmp -s rkv_cuda.cu "$dir/rkv_cuda.cu"; then
@@ -64,5 +65,10 @@ fault cached-and-written '/^static __device__ void rkvi_move_slice/,/^}/s/value\
 fault copy-not-waited-for '/^static __device__ __forceinline__ void rkvi_stage_end/,/^}/s/rkvi_copies_done();//'
 fault shared-not-asked-for 's/RKVI_TILE_THREADS, sizeof(rkvi_tiles));/RKVI_TILE_THREADS, 64);/'
 
+for name in $wanted; do
+    case "$known " in *" $name "*) continue ;; esac
+    echo "FAIL  $name: there is no such fault"
+    failed=$((failed + 1))
+done
 echo "$passed passed, $failed failed, 0 skipped"
 [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
