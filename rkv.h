@@ -802,7 +802,7 @@ static unsigned char *rkvi_row(const rkvi_view *view, int head, int token)
 
 #define RKVI_LANES      16
 #define RKVI_CHUNK      48 /* rows of K that are read, and summed, together        */
-#define RKVI_TILE_ROWS  12 /* rows of one dot_tile                               */
+#define RKVI_TILE_ROWS  12 /* rows of one dot_tile                                 */
 #define RKVI_FOLD_LANES 8  /* query lanes that fold_group transposes at a time     */
 
 #define RKVI_NORM_EPSILON 1e-8f /* k^ = k / (||k|| + 1e-8) */
