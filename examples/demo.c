@@ -247,7 +247,7 @@ static options parse(int argc, char **argv)
                   NULL,
                   task_find("ponder"),
                   25,
-                  40,
+                  48,
                   0,
                   32,
                   400,

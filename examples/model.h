@@ -35,7 +35,7 @@ float *model_forward(const model *m, model_scratch *s, int n, const int *tokens,
                      const int *positions, model_attend attend, void *user);
 
 /* Attention of one token over rows 0 .. n_rows-1 of a cache: row r of kv head h begins at
- * keys + h * head_stride + r * row_stride, values alike. weights: [group * n_rows] scratch; each
+ * keys + h * head_stride + r * row_stride, values alike. weights: [n_rows] scratch; each
  * kv head's weights are added to sums[h * sums_stride + r] unless sums is NULL. */
 typedef struct kv_rows {
     const float *keys, *values;
