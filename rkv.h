@@ -2323,7 +2323,7 @@ static void rkvi_load_key(const rkvi_head *h, int token, float *dst)
 {
     size_t dim = token < 0 ? 0 : (size_t)h->keys->dim;
     if (dim) rkvi_load(h->kernels, h->keys->dtype, dst, rkvi_row(h->keys, h->index, token), dim);
-    memset(dst + dim, 0, (h->dim - dim) * sizeof *dst);
+    if (dim < h->dim) memset(dst + dim, 0, (h->dim - dim) * sizeof *dst);
 }
 
 typedef struct rkvi_rows {
@@ -2341,6 +2341,14 @@ static int rkvi_rows_in_place(const rkvi_head *h)
            keys->head_stride % sizeof(float) == 0 && (uintptr_t)keys->data % sizeof(float) == 0;
 }
 
+/* Key rows that lie one behind the other and need no padding: many can be loaded as one. */
+static int rkvi_rows_adjacent(const rkvi_head *h)
+{
+    const rkvi_view *keys = h->keys;
+    return !keys->table && (size_t)keys->dim == h->dim &&
+           keys->token_stride == h->dim * keys->element;
+}
+
 /* RKVI_CHUNK keys from `first` on as f32, behind the last one zeros. */
 static rkvi_rows rkvi_key_chunk(const rkvi_head *h, int first, float *stage)
 {
@@ -2351,10 +2359,15 @@ static rkvi_rows rkvi_key_chunk(const rkvi_head *h, int first, float *stage)
         rows.stride = h->keys->token_stride / sizeof(float);
         return rows;
     }
-    for (r = 0; r < RKVI_CHUNK; r++)
-        rkvi_load_key(h, first + r < h->n_tokens ? first + r : -1, stage + (size_t)r * h->dim);
     rows.data = stage;
     rows.stride = h->dim;
+    if (first + RKVI_CHUNK <= h->n_tokens && rkvi_rows_adjacent(h)) {
+        rkvi_load(h->kernels, h->keys->dtype, stage, rkvi_row(h->keys, h->index, first),
+                  RKVI_CHUNK * h->dim);
+        return rows;
+    }
+    for (r = 0; r < RKVI_CHUNK; r++)
+        rkvi_load_key(h, first + r < h->n_tokens ? first + r : -1, stage + (size_t)r * h->dim);
     return rows;
 }
 
