@@ -868,10 +868,9 @@ typedef struct rkvi_kernels {
     /* One chain over i, ascending, per dot product: no lanes. */
     void (*dot_tile)(const rkvi_dot_tile *tile);
     /* Four rows a, one behind the other, against RKVI_CHUNK rows b, in lanes:
-     * out[b][a] = dot(a, b) * (inv_a[a] * inv_b[b]); bit a of above[b] says out > threshold. */
+     * out[b][a] = dot(a, b) * (inv_a[a] * inv_b[b]) */
     void (*cosine_tile)(const float *a, const float *inv_a, const float *b, size_t b_stride,
-                        const float *inv_b, size_t dim, float threshold, float *out,
-                        unsigned char *above);
+                        const float *inv_b, size_t dim, float *out);
     /* x[v] *= inv * inverse[v] for n <= 64 dot products of one row; bit v of the result says
      * x[v] > threshold. */
     uint64_t (*cosine_row)(float *x, float inv, const float *inverse, int n, float threshold);
@@ -977,17 +976,12 @@ RKVI_INLINE rkvi_dot_tile rkvi_dot_rows_from(const rkvi_dot_tile *tile, int firs
 }
 
 static void rkvi_cosine_tile_scalar(const float *a, const float *inv_a, const float *b,
-                                    size_t b_stride, const float *inv_b, size_t dim,
-                                    float threshold, float *out, unsigned char *above)
+                                    size_t b_stride, const float *inv_b, size_t dim, float *out)
 {
     int i, j;
-    for (j = 0; j < RKVI_CHUNK; j++, b += b_stride, out += 4) {
-        above[j] = 0;
-        for (i = 0; i < 4; i++) {
+    for (j = 0; j < RKVI_CHUNK; j++, b += b_stride, out += 4)
+        for (i = 0; i < 4; i++)
             out[i] = rkvi_dot_scalar(a + (size_t)i * dim, b, dim) * (inv_a[i] * inv_b[j]);
-            if (out[i] > threshold) above[j] = (unsigned char)(above[j] | 1 << i);
-        }
-    }
 }
 
 static uint64_t rkvi_cosine_row_scalar(float *x, float inv, const float *inverse, int n,
@@ -1170,18 +1164,15 @@ RKVI_TARGET_AVX2 static void rkvi_max_into_avx2(float *dst, const float *src, si
     }
 }
 
-/* The scaling and the test at the end of cosine_tile, over the raw dot products in out. */
+/* The scaling at the end of cosine_tile, over the raw dot products in out. */
 RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_scale_cosines_avx2(const float *inv_a, const float *inv_b,
-                                                          float threshold, float *out,
-                                                          unsigned char *above)
+                                                          float *out)
 {
-    __m128 inv_a_x4 = _mm_loadu_ps(inv_a), threshold_x4 = _mm_set1_ps(threshold);
+    __m128 inv_a_x4 = _mm_loadu_ps(inv_a);
     int j;
     for (j = 0; j < RKVI_CHUNK; j++) {
         __m128 weight_x4 = _mm_mul_ps(inv_a_x4, _mm_set1_ps(inv_b[j]));
-        __m128 cosine_x4 = _mm_mul_ps(_mm_loadu_ps(out + 4 * j), weight_x4);
-        _mm_storeu_ps(out + 4 * j, cosine_x4);
-        above[j] = (unsigned char)_mm_movemask_ps(_mm_cmpgt_ps(cosine_x4, threshold_x4));
+        _mm_storeu_ps(out + 4 * j, _mm_mul_ps(_mm_loadu_ps(out + 4 * j), weight_x4));
     }
 }
 
@@ -1335,8 +1326,7 @@ RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dots_2x3_avx2(const float *a, const float
 
 RKVI_TARGET_AVX2 static void rkvi_cosine_tile_avx2(const float *a, const float *inv_a,
                                                    const float *b, size_t b_stride,
-                                                   const float *inv_b, size_t dim, float threshold,
-                                                   float *out, unsigned char *above)
+                                                   const float *inv_b, size_t dim, float *out)
 {
     int j;
     for (j = 0; j < RKVI_CHUNK; j += 3) {
@@ -1344,7 +1334,7 @@ RKVI_TARGET_AVX2 static void rkvi_cosine_tile_avx2(const float *a, const float *
         rkvi_dots_2x3_avx2(a, b_rows, b_stride, dim, out + 4 * j);
         rkvi_dots_2x3_avx2(a + 2 * dim, b_rows, b_stride, dim, out + 4 * j + 2);
     }
-    rkvi_scale_cosines_avx2(inv_a, inv_b, threshold, out, above);
+    rkvi_scale_cosines_avx2(inv_a, inv_b, out);
 }
 
 RKVI_TARGET_AVX2 static uint64_t rkvi_cosine_row_avx2(float *x, float inv, const float *inverse,
@@ -1586,9 +1576,7 @@ RKVI_TARGET_AVX512 RKVI_INLINE __m128 rkvi_reduce_four_avx512(__m512 d0, __m512 
 
 RKVI_TARGET_AVX512 static void rkvi_cosine_tile_avx512(const float *a, const float *inv_a,
                                                        const float *b, size_t b_stride,
-                                                       const float *inv_b, size_t dim,
-                                                       float threshold, float *out,
-                                                       unsigned char *above)
+                                                       const float *inv_b, size_t dim, float *out)
 {
     int j0, j, r;
     for (j0 = 0; j0 < RKVI_CHUNK; j0 += 6) { /* four rows a x six rows b: 24 accumulators */
@@ -1618,7 +1606,7 @@ RKVI_TARGET_AVX512 static void rkvi_cosine_tile_avx512(const float *a, const flo
                           rkvi_reduce_four_avx512(dot_x16[j][0], dot_x16[j][1], dot_x16[j][2],
                                                   dot_x16[j][3]));
     }
-    rkvi_scale_cosines_avx2(inv_a, inv_b, threshold, out, above);
+    rkvi_scale_cosines_avx2(inv_a, inv_b, out);
 }
 
 RKVI_TARGET_AVX512 static uint64_t rkvi_cosine_row_avx512(float *x, float inv, const float *inverse,
@@ -1873,19 +1861,16 @@ RKVI_INLINE void rkvi_dots_2x3_neon(const float *a, const float *b, size_t b_str
     }
 }
 
-/* x[0..3] *= inv * inverse[0..3]; bit v of the result says x[v] > threshold. */
-RKVI_INLINE uint32_t rkvi_cosine4_neon(float *x, float inv, const float *inverse, float threshold)
+/* x[0..3] *= inv * inverse[0..3] */
+RKVI_INLINE float32x4_t rkvi_cosine4_neon(float *x, float inv, const float *inverse)
 {
-    const uint32_t bits[4] = { 1, 2, 4, 8 };
-    float32x4_t weight_x4 = vmulq_n_f32(vld1q_f32(inverse), inv);
-    float32x4_t cosine_x4 = vmulq_f32(vld1q_f32(x), weight_x4);
+    float32x4_t cosine_x4 = vmulq_f32(vld1q_f32(x), vmulq_n_f32(vld1q_f32(inverse), inv));
     vst1q_f32(x, cosine_x4);
-    return vaddvq_u32(vandq_u32(vcgtq_f32(cosine_x4, vdupq_n_f32(threshold)), vld1q_u32(bits)));
+    return cosine_x4;
 }
 
 static void rkvi_cosine_tile_neon(const float *a, const float *inv_a, const float *b,
-                                  size_t b_stride, const float *inv_b, size_t dim, float threshold,
-                                  float *out, unsigned char *above)
+                                  size_t b_stride, const float *inv_b, size_t dim, float *out)
 {
     int j;
     for (j = 0; j < RKVI_CHUNK; j += 3) {
@@ -1893,17 +1878,22 @@ static void rkvi_cosine_tile_neon(const float *a, const float *inv_a, const floa
         rkvi_dots_2x3_neon(a, b_rows, b_stride, dim, out + 4 * j);
         rkvi_dots_2x3_neon(a + 2 * dim, b_rows, b_stride, dim, out + 4 * j + 2);
     }
-    for (j = 0; j < RKVI_CHUNK; j++)
-        above[j] = (unsigned char)rkvi_cosine4_neon(out + 4 * j, inv_b[j], inv_a, threshold);
+    for (j = 0; j < RKVI_CHUNK; j++) (void)rkvi_cosine4_neon(out + 4 * j, inv_b[j], inv_a);
 }
 
 static uint64_t rkvi_cosine_row_neon(float *x, float inv, const float *inverse, int n,
                                      float threshold)
 {
+    const uint32_t bits[4] = { 1, 2, 4, 8 };
+    uint32x4_t bit_x4 = vld1q_u32(bits);
+    float32x4_t threshold_x4 = vdupq_n_f32(threshold);
     uint64_t above = 0;
     int v;
-    for (v = 0; v < n; v += 4)
-        above |= (uint64_t)rkvi_cosine4_neon(x + v, inv, inverse + v, threshold) << v;
+    for (v = 0; v < n; v += 4) {
+        float32x4_t cosine_x4 = rkvi_cosine4_neon(x + v, inv, inverse + v);
+        uint32x4_t above_x4 = vandq_u32(vcgtq_f32(cosine_x4, threshold_x4), bit_x4);
+        above |= (uint64_t)vaddvq_u32(above_x4) << v;
+    }
     return above;
 }
 
@@ -2744,10 +2734,11 @@ static int rkvi_is_decided(const rkvi_head *h, float cosine)
 }
 
 /* The rows [first, end) of a chunk and the two newest columns of the span, cosines[4 * row + 1] and
- * [4 * row + 2]; *above as cosine_tile gives it. */
+ * [4 * row + 2]. */
 static void rkvi_search_newest(const rkvi_head *h, rkvi_scratch *s, int first, int end,
-                               const float *cosines, const unsigned char *above)
+                               const float *cosines)
 {
+    const float threshold = h->config->threshold;
     const int span = h->n_span;
     rkvi_packed newest;
     int r, decided = 1;
@@ -2758,9 +2749,9 @@ static void rkvi_search_newest(const rkvi_head *h, rkvi_scratch *s, int first, i
         rkvi_search_chunk(h, s, first, end, &newest, RKVI_ROWS_SEARCH);
         return;
     }
-    for (r = 0; r < end - first; r++) {
-        if (above[r] & 2) rkvi_found(h, s, first + r, span - 1, cosines[4 * r + 1]);
-        if (above[r] & 4 && span > 1) rkvi_found(h, s, first + r, span - 2, cosines[4 * r + 2]);
+    for (r = 0; r < end - first; r++, cosines += 4) {
+        if (cosines[1] > threshold) rkvi_found(h, s, first + r, span - 1, cosines[1]);
+        if (cosines[2] > threshold && span > 1) rkvi_found(h, s, first + r, span - 2, cosines[2]);
     }
 }
 
@@ -2770,7 +2761,6 @@ static void rkvi_read_columns(const rkvi_head *h, rkvi_scratch *s)
 {
     const int span = h->n_span, token[4] = { -1, span - 1, span - 2, 0 };
     float inverse[4], cosines[4 * RKVI_CHUNK];
-    unsigned char above[RKVI_CHUNK];
     int first, end, r, v;
     memcpy(s->four, s->sum, h->dim * sizeof *s->four);
     inverse[0] = 1.0f;
@@ -2781,13 +2771,13 @@ static void rkvi_read_columns(const rkvi_head *h, rkvi_scratch *s)
     for (first = 0; first < span; first = end) {
         rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
         h->kernels->cosine_tile(s->four, inverse, rows.data, rows.stride, s->inverse + first,
-                                h->dim, h->config->threshold, cosines, above);
+                                h->dim, cosines);
         end = rkvi_min(first + RKVI_CHUNK, span);
         for (r = 0; r < end - first; r++) {
             s->column[first + r] = cosines[4 * r];
             s->first[first + r] = cosines[4 * r + 3];
         }
-        rkvi_search_newest(h, s, first, end, cosines, above);
+        rkvi_search_newest(h, s, first, end, cosines);
     }
 }
 

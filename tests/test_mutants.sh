@@ -93,8 +93,6 @@ fault scalar-lanes any '/^static float rkvi_dot_scalar/,/^}/s/lanes\[l\]/lanes[l
 # Not "any": AArch64 has the instruction and does not compile this.
 fault scalar-fma avx2 '/^RKVI_INLINE float rkvi_fma/,/^}/s/inexact = lost .*/inexact = 0;/'
 fault scalar-at-threshold any \
-    '/^static void rkvi_cosine_tile_scalar/,/^}/s/out\[i\] > threshold/out[i] >= threshold/'
-fault scalar-row-at-threshold any \
     '/^static uint64_t rkvi_cosine_row_scalar/,/^}/s/x\[v\] > threshold/x[v] >= threshold/'
 fault avx2-reduction avx2 \
     '/rkvi_reduce8_avx2(__m256 sums_x8)/,/^}/s/_mm_movehl_ps(x4, x4)/_mm_shuffle_ps(x4, x4, 0xb1)/' \
@@ -147,7 +145,7 @@ fault waiting-again any \
 fault waiting-lost any \
     '/^static void rkvi_search_all/,/^}/s/if (end > 0) rkvi_wait(.*//'
 fault second-newest any \
-    '/^static void rkvi_search_newest/,/^}/s/span - 2, cosines\[4 \* r + 2\]/span - 2, cosines[4 * r + 1]/'
+    '/^static void rkvi_search_newest/,/^}/s/span - 2, cosines\[2\]/span - 2, cosines[1]/'
 
 # ---- selection, compaction, sharing --------------------------------------------------------------------
 fault tie-to-the-older any \
