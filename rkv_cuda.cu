@@ -660,11 +660,12 @@ static __device__ __forceinline__ float rkvi_lanes_sum(float *lanes)
 }
 
 /* Whether two keys look alike, rkv.h decides by one chain of FMAs over the dims; so does a thread
- * here, `sum` being the chain so far. By 16 bytes, as far as those go, and the rest one by one. */
+ * here. Aligned to 16 bytes, it loads by these as far as they go, and the rest one by one. */
 template <typename T>
-static __device__ __forceinline__ float rkvi_chain_dot(float sum, const T *a, const T *b, int dims,
+static __device__ __forceinline__ float rkvi_chain_dot(const T *a, const T *b, int dims,
                                                        bool aligned)
 {
+    float sum = 0.0f;
     const int step = 16 / static_cast<int>(sizeof(T)), whole = aligned ? dims / step * step : 0;
     for (int i = 0; i < whole; i += step) {
         float x[step], y[step];
@@ -680,8 +681,8 @@ static __device__ __forceinline__ float rkvi_chain_dot(float sum, const T *a, co
 template <typename T>
 static __device__ float rkvi_chain_dot_global(const char *a, const char *b, int head_dim, int load)
 {
-    return rkvi_chain_dot(0.0f, reinterpret_cast<const T *>(a), reinterpret_cast<const T *>(b),
-                          head_dim, load == 16);
+    return rkvi_chain_dot(reinterpret_cast<const T *>(a), reinterpret_cast<const T *>(b), head_dim,
+                          load == 16);
 }
 
 /* ==== 5. Attention ==========================================================================
@@ -1035,7 +1036,7 @@ static __device__ float rkvi_exact_cosine(const rkvi_job &job, const rkvi_tiles 
 {
     float dot;
     if (rkvi_chunks<T>(job.head_dim) == 1)
-        dot = rkvi_chain_dot(0.0f, reinterpret_cast<const T *>(s.a + r * RKVI_PITCH),
+        dot = rkvi_chain_dot(reinterpret_cast<const T *>(s.a + r * RKVI_PITCH),
                              reinterpret_cast<const T *>(s.b + c * RKVI_PITCH),
                              rkvi_padded(job.head_dim), true);
     else
