@@ -4030,36 +4030,54 @@ static rkvi_spans rkvi_spans_of_layer(const rkv_config *config, const rkv_layer 
     return spans;
 }
 
-static int rkvi_layers_meet(const rkvi_spans *a, const rkvi_spans *b)
+/* Does anything of `mine` meet one of the `n` layers of `others`? `hulls` are stretches around all
+ * spans of a kind in `others`, or more: where `mine` lies outside, no layer need be looked at. */
+static int rkvi_meets_any(const rkvi_spans *mine, const rkvi_spans *others, int n,
+                          const rkvi_spans *hulls)
 {
-    int i, j;
-    for (i = 0; i < RKVI_SPANS; i++)
-        for (j = 0; a->of[i].bytes && j < RKVI_SPANS; j++)
-            if ((i != RKVI_SPAN_QUERIES || j != RKVI_SPAN_QUERIES) &&
-                rkvi_spans_meet(a->of[i], b->of[j]))
-                return 1;
+    int i, j, m;
+    for (i = 0; i < RKVI_SPANS; i++) {
+        for (j = 0; mine->of[i].bytes && j < RKVI_SPANS; j++) {
+            if (i == RKVI_SPAN_QUERIES && j == RKVI_SPAN_QUERIES) continue;
+            if (!rkvi_spans_meet(mine->of[i], hulls->of[j])) continue;
+            for (m = 0; m < n; m++)
+                if (rkvi_spans_meet(mine->of[i], others[m].of[j])) return 1;
+        }
+    }
     return 0;
+}
+
+static void rkvi_widen(rkvi_span *hull, const rkvi_span *by)
+{
+    uintptr_t begin = hull->begin, end = begin + hull->bytes;
+    if (!by->bytes) return;
+    if (!hull->bytes || by->begin < begin) begin = by->begin;
+    if (by->begin + by->bytes > end) end = by->begin + by->bytes;
+    hull->begin = begin;
+    hull->bytes = end - begin;
 }
 
 #define RKVI_NEIGHBOURS 64
 
-/* Every layer against itself and the 63 before it: all of one sequence's, at a cost that grows
- * with the number of layers only. */
+/* Every layer against itself and the 64 before it: all of one sequence's, at a cost that grows
+ * with the number of layers only. Caches that lie in memory in the order of the layers, as most do,
+ * are outside of the hulls of those before. */
 static const char *rkvi_check_overlap(const rkv_config *config, const rkv_layer *layers,
                                       int n_layers)
 {
-    rkvi_spans recent[RKVI_NEIGHBOURS];
-    int l, m, i, j, owner = 0;
+    rkvi_spans recent[RKVI_NEIGHBOURS], hulls, mine;
+    int l, i, j, owner = 0;
+    memset(&hulls, 0, sizeof hulls);
     for (l = 0; l < n_layers; l++) {
-        rkvi_spans *mine = &recent[l % RKVI_NEIGHBOURS];
         owner = rkvi_owner(config, layers, l, owner);
-        *mine = rkvi_spans_of_layer(config, &layers[l], owner == l);
+        mine = rkvi_spans_of_layer(config, &layers[l], owner == l);
         for (i = 0; i < RKVI_SPANS; i++)
-            for (j = 0; j < i; j++)
-                if (rkvi_spans_meet(mine->of[i], mine->of[j])) return "layer: its buffers overlap";
-        for (m = 0; m < rkvi_min(l, RKVI_NEIGHBOURS); m++)
-            if (m != l % RKVI_NEIGHBOURS && rkvi_layers_meet(mine, &recent[m]))
-                return "layers: buffers of two layers overlap";
+            for (j = 0; mine.of[i].bytes && j < i; j++)
+                if (rkvi_spans_meet(mine.of[i], mine.of[j])) return "layer: its buffers overlap";
+        if (rkvi_meets_any(&mine, recent, rkvi_min(l, RKVI_NEIGHBOURS), &hulls))
+            return "layers: buffers of two layers overlap";
+        recent[l % RKVI_NEIGHBOURS] = mine;
+        for (i = 0; i < RKVI_SPANS; i++) rkvi_widen(&hulls.of[i], &mine.of[i]);
     }
     return NULL;
 }

@@ -519,6 +519,98 @@ static void test_workspace_overlap(const rkv_backend *backend)
     scene_free(&sc);
 }
 
+/* ---- buffers of many layers ---- */
+enum {
+    BUFFERS = 7,
+    BUFFER_QUERIES = 6,
+    MANY = 90,
+    WITHIN = 64,
+    SLOT = 256,
+    ARENA = MANY * BUFFERS
+};
+
+/* Byte offsets of every buffer of every layer, and how long each is. */
+typedef struct placing {
+    int at[MANY][BUFFERS], bytes[BUFFERS], n;
+} placing;
+
+/* Byte by byte: is any of them in two buffers? Queries are only read and may be the same. */
+static int shares_a_byte(const placing *p)
+{
+    static int owner[(ARENA + 2) * SLOT];
+    int l, i, b;
+    memset(owner, 0, sizeof owner);
+    for (l = 0; l < p->n; l++)
+        for (i = 0; i < BUFFERS; i++)
+            for (b = p->at[l][i]; b < p->at[l][i] + p->bytes[i]; b++) {
+                int mine = i == BUFFER_QUERIES ? -1 : 1;
+                if (owner[b] && owner[b] + mine != -2) return 1;
+                owner[b] = mine;
+            }
+    return 0;
+}
+
+static rkv_layer layer_at(char *arena, const int at[BUFFERS], int heads)
+{
+    rkv_layer l = RKV_INIT;
+    l.n_tokens = 6;
+    l.keys = rkv_tensor_make(arena + at[0], RKV_F32, heads, 6, 2);
+    l.values = rkv_tensor_make(arena + at[1], RKV_BF16, heads, 6, 3);
+    l.kept = (int32_t *)(void *)(arena + at[2]);
+    l.positions = (int32_t *)(void *)(arena + at[3]);
+    l.scores = (float *)(void *)(arena + at[4]);
+    l.shared_scores = (float *)(void *)(arena + at[5]);
+    l.queries = rkv_tensor_make(arena + at[BUFFER_QUERIES], RKV_F32, 2 * heads, 2, 2);
+    return l;
+}
+
+/* Up to 90 layers in memory in order, backwards or anyhow; then one buffer moves to where it
+ * touches another, or lies on it, at most 64 layers away. */
+static void test_many_layers(void)
+{
+    static char arena[(ARENA + 2) * SLOT];
+    rkv_config config = rkv_config_default(4);
+    rng r = rng_seed(77);
+    int trial, l, i, found[2] = { 0, 0 };
+    config.window = 2;
+    case_begin("buffers of many layers that meet, or not");
+    for (trial = 0; trial < 3000; trial++) {
+        static int slots[ARENA];
+        static rkv_layer layers[MANY];
+        static placing p;
+        int heads = 1 + rng_below(&r, 2), a, b, ka, kb, shared;
+        const int bytes[BUFFERS] = { heads * 48, heads * 36, heads * 16, heads * 24,
+                                     heads * 16, 16,         heads * 32 };
+        p.n = 2 + rng_below(&r, MANY - 1);
+        memcpy(p.bytes, bytes, sizeof bytes);
+        for (i = 0; i < ARENA; i++) slots[i] = trial % 3 == 1 ? ARENA - 1 - i : i;
+        for (i = ARENA - 1; trial % 3 == 2 && i > 0; i--) {
+            int j = rng_below(&r, i + 1), t = slots[i];
+            slots[i] = slots[j];
+            slots[j] = t;
+        }
+        for (l = 0; l < p.n; l++)
+            for (i = 0; i < BUFFERS; i++) p.at[l][i] = SLOT * (1 + slots[l * BUFFERS + i]);
+        a = rng_below(&r, p.n);
+        b = a - WITHIN > 0 ? a - WITHIN : 0;
+        b += rng_below(&r, (a + WITHIN < p.n ? a + WITHIN + 1 : p.n) - b);
+        ka = rng_below(&r, BUFFERS);
+        kb = rng_below(&r, BUFFERS);
+        if (trial % 5 && (a != b || ka != kb)) /* from touching in front to touching behind */
+            p.at[a][ka] =
+                p.at[b][kb] - bytes[ka] + 4 * rng_below(&r, (bytes[ka] + bytes[kb]) / 4 + 1);
+        for (l = 0; l < p.n; l++) layers[l] = layer_at(arena, p.at[l], heads);
+        shared = shares_a_byte(&p);
+        found[shared]++;
+        if (!expect_status("rkv_check", rkv_check(&config, layers, p.n, NULL),
+                           shared ? RKV_ERROR_ARGUMENT : RKV_OK)) {
+            case_fail("trial %d: buffer %d of layer %d and %d of %d", trial, ka, a, kb, b);
+            break;
+        }
+    }
+    if (trial == 3000) expect_true("both kinds came up", found[0] > 500 && found[1] > 500);
+}
+
 /* ---- numbers that are none ---- */
 typedef struct poison {
     const char *name;
@@ -624,5 +716,6 @@ int main(void)
         test_query_blocks(backends[i]);
         test_unread_queries(backends[i]);
     }
+    test_many_layers();
     return close_tests();
 }
