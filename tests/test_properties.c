@@ -220,6 +220,81 @@ static void test_half_codes(const rkv_backend *backend, rkv_dtype dtype)
     job_free(&full);
 }
 
+/* Is the pair at rows i < j of a head among the exempt? Its score in j says so: with the pair, and
+ * without it, the oracle gives two values far apart. -1 where it is neither. */
+static int pair_is_exempt(const rkv_backend *backend, rkv_config config, const float *keys, int n,
+                          int dim, int j)
+{
+    rng r = rng_seed(19);
+    shape s = plain_shape(1, 1, dim, n);
+    double away[2], tolerance[2];
+    int exempt, is = -1;
+    job one;
+    job_make(&one, &r, &config, &s);
+    view_store(&one.keys, keys, n);
+    run(rkv_score, backend, &config, &one, 1);
+    for (exempt = 0; exempt < 2; exempt++) {
+        oracle_head head;
+        config.threshold = exempt ? 0.4999f : 0.5001f;
+        oracle_score(&head, &config, keys, one.queries_f32, n, dim, 1, 0, 0);
+        away[exempt] = fabs((double)job_scores(&one)[j] - head.score[j]);
+        tolerance[exempt] = oracle_tolerance(&head, &config);
+        oracle_free(&head);
+    }
+    for (exempt = 0; exempt < 2; exempt++)
+        if (away[exempt] <= tolerance[exempt] && away[!exempt] > 4 * tolerance[!exempt])
+            is = exempt;
+    job_free(&one);
+    return is;
+}
+
+/* Two keys are look-alikes or not, wherever they lie: in the newest columns, which the second pass
+ * over K meets, and further back, among keys that resemble none, even where their cosine is the
+ * threshold up to rounding. */
+static void test_place_of_a_pair(const rkv_backend *backend)
+{
+    enum { N = 72, W = 8, PLACES = 5, PAIRS = 25, MOST = 100 };
+    static const int dims[] = { 48, 67, MOST };
+    static const int places[PLACES][2] = {
+        { 1, N - W - 1 }, { 30, N - W - 1 }, { 30, N - W - 2 }, { 30, N - W - 3 }, { 5, 40 },
+    };
+    rng r = rng_seed(18);
+    int d, trial, place, seen[2] = { 0, 0 };
+    case_begin("%s: a pair at the threshold, in several places", backend->name);
+    for (d = 0; d < 3; d++)
+        for (trial = 0; trial < PAIRS; trial++) {
+            static float pair[2 * MOST], keys[N * MOST];
+            rkv_config config = rkv_config_default(40);
+            const int dim = dims[d];
+            const size_t row = (size_t)dim * sizeof *keys;
+            double dot = 0, square[2] = { 0, 0 };
+            int i, first = -1;
+            config.lambda = 0;
+            config.span = RKV_SPAN_CANDIDATES;
+            make_keys(&r, KEYS_HALF, 0, pair, 1, 2, dim);
+            make_keys(&r, KEYS_ISOTROPIC, 0, keys, 1, N, dim);
+            for (i = 0; i < dim; i++) {
+                dot += (double)pair[i] * (double)pair[dim + i];
+                square[0] += (double)pair[i] * (double)pair[i];
+                square[1] += (double)pair[dim + i] * (double)pair[dim + i];
+            }
+            if (fabs(dot / sqrt(square[0] * square[1]) - 0.5) > 1e-5) continue; /* the same */
+            for (place = 0; place < PLACES; place++) {
+                int exempt, at[2] = { places[place][0], places[place][1] };
+                static float placed[N * MOST];
+                memcpy(placed, keys, (size_t)N * row);
+                memcpy(placed + at[0] * dim, pair, row);
+                memcpy(placed + at[1] * dim, pair + dim, row);
+                exempt = pair_is_exempt(backend, config, placed, N, dim, at[1]);
+                expect_true("one or the other", exempt >= 0);
+                if (place == 0) first = exempt;
+                expect_int("as in the first place", place, exempt, first);
+                if (exempt >= 0) seen[exempt]++;
+            }
+        }
+    expect_true("both came up", seen[0] > 20 && seen[1] > 20);
+}
+
 /* ---- ties and no-ops ---- */
 /* All scores equal: the pinned rows and the newest stay. */
 static void test_ties(const rkv_backend *backend, float lambda, rkv_scope scope, int pinned)
@@ -620,6 +695,7 @@ static void test_all(const rkv_backend *backend)
     test_round_once(backend);
     test_query_order(backend);
     test_independence(backend);
+    test_place_of_a_pair(backend);
     test_half_codes(backend, RKV_F16);
     test_half_codes(backend, RKV_BF16);
     for (pinned = 0; pinned <= 5; pinned += 5) {
