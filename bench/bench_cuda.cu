@@ -1,5 +1,5 @@
 /* One table of rkv_cuda.cu's times beside the time that the bytes alone would take on this card.
- *     make bench-cuda        (one case: build/cuda/bench_cuda --only NAME; --stages yes: the three
+ *     make bench-cuda        (one case: build/cuda/bench_cuda --only NAME; --stages: the three
  *                             stages as well, one by one, to see where the time goes)
  *
  * Floor: bytes that must move over the bandwidth of a device copy measured in this run. The bytes
@@ -441,8 +441,45 @@ static double peer_time(const char *path, const char *name)
 }
 
 struct bench_options {
-    const char *csv, *only, *peer, *commit, *date, *stages;
+    const char *csv, *only, *peer, *commit, *date;
+    bool stages;
 };
+
+/* One line on stderr and false where the words are none that the program knows. */
+static bool read_options(bench_options *options, int argc, char **argv)
+{
+    const struct {
+        const char *name, **value;
+    } list[] = {
+        { "--csv", &options->csv },   { "--only", &options->only },
+        { "--peer", &options->peer }, { "--commit", &options->commit },
+        { "--date", &options->date },
+    };
+    for (int i = 1; i < argc; i++) {
+        const char **value = NULL;
+        if (strcmp(argv[i], "--stages") == 0) {
+            options->stages = true;
+            continue;
+        }
+        for (const auto &option : list)
+            if (strcmp(argv[i], option.name) == 0) value = option.value;
+        if (!value || i + 1 == argc) {
+            fprintf(stderr, "bench_cuda: %s %s\n", argv[i],
+                    value ? "needs a value"
+                          : "is no option: --stages, or --csv, --only, --peer, --commit or --date "
+                            "and a value");
+            return false;
+        }
+        *value = argv[++i];
+    }
+    bool known = !options->only;
+    for (int i = 0; i < N_CASES; i++) known = known || strcmp(options->only, cases[i].name) == 0;
+    if (!known) {
+        fprintf(stderr, "bench_cuda: there is no case \"%s\"; there are:\n", options->only);
+        for (int i = 0; i < N_CASES; i++) fprintf(stderr, "  \"%s\"\n", cases[i].name);
+    }
+    return known;
+}
 
 static bool run_case(const bench_case &c, const bench_options &options, size_t l2_bytes,
                      double bandwidth, FILE *csv)
@@ -491,17 +528,10 @@ static void print_head(FILE *out, const bench_options &options, const cudaDevice
 
 int main(int argc, char **argv)
 {
-    bench_options options = { NULL, NULL, NULL, "-", "-", NULL };
+    bench_options options = { NULL, NULL, NULL, "-", "-", false };
     cudaDeviceProp device;
     int failed = 0, n_devices = 0;
-    for (int i = 1; i + 1 < argc; i += 2) {
-        if (strcmp(argv[i], "--csv") == 0) options.csv = argv[i + 1];
-        if (strcmp(argv[i], "--only") == 0) options.only = argv[i + 1];
-        if (strcmp(argv[i], "--peer") == 0) options.peer = argv[i + 1];
-        if (strcmp(argv[i], "--commit") == 0) options.commit = argv[i + 1];
-        if (strcmp(argv[i], "--date") == 0) options.date = argv[i + 1];
-        if (strcmp(argv[i], "--stages") == 0) options.stages = argv[i + 1];
-    }
+    if (!read_options(&options, argc, argv)) return 1;
     if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices < 1) {
         printf("skip  bench_cuda: no CUDA device\n");
         return 0;
@@ -509,6 +539,10 @@ int main(int argc, char **argv)
     must(cudaGetDeviceProperties(&device, 0), "device");
     const double bandwidth = copy_bandwidth();
     FILE *csv = options.csv ? fopen(options.csv, "w") : NULL;
+    if (options.csv && !csv) {
+        fprintf(stderr, "bench_cuda: cannot write %s\n", options.csv);
+        return 1;
+    }
     print_head(stdout, options, device, bandwidth);
     printf("# graph, stream: one rkv_compress call for all layers, replayed or launched; x floor: "
            "graph over floor;\n# differ: tokens of the first layer that only the GPU keeps; torch: "
