@@ -66,6 +66,9 @@
  * RKV_NO_CACHE        leaves the managed cache out, and with it malloc and free. All files.
  * RKV_PTHREADS        adds a small thread pool on POSIX threads, for those who have none
  *                     (rkv_threads). All files; link with -pthread.
+ * No compiler flag is needed, and none that gives up IEEE arithmetic is allowed for the
+ * implementing file: -ffast-math and -ffinite-math-only are refused where they show;
+ * -funsafe-math-optimizations does not, and costs the bit-identity.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -97,8 +100,8 @@ typedef enum rkv_status {
     RKV_OK = 0,
     RKV_ERROR_ARGUMENT,    /* a field is out of range or inconsistent; rkv_check tells which   */
     RKV_ERROR_WORKSPACE,   /* the workspace is NULL or smaller than rkv_workspace_size asks    */
-    RKV_ERROR_NONFINITE,   /* a key or query is NaN, infinite or of a norm above 1e18;
-                              rkv_config.fault names the place                                 */
+    RKV_ERROR_NONFINITE,   /* a key or query is NaN, infinite or of a norm above 1e18, or a
+                              score given to rkv_select is NaN; rkv_config.fault: the place    */
     RKV_ERROR_UNSUPPORTED, /* this backend does not have this option                           */
     RKV_ERROR_MEMORY,      /* an allocation failed (rkv_cache, rkv_threads)                    */
     RKV_ERROR_DEVICE       /* the device refused a launch or a copy                            */
@@ -148,15 +151,18 @@ typedef enum rkv_order {
                             code leaves its cache. Later rounds then see another "most recent" */
 } rkv_order;
 
-/* Where a key or query that is not finite was found; -1 = not known. On a GPU backend this lies
- * in memory that the device can write, and is read after the stream has been synchronised. */
+/* What was found wrong with the data, and where; -1 = not known. A call that scores writes it once
+ * it has looked at them, RKV_OK where nothing is wrong; rkv_select and rkv_compact write what they
+ * find. Errors in the description, which rkv_check explains, leave it alone. On a GPU backend it
+ * lies in memory that the device can write, and is read after the stream has been synchronised. */
 typedef struct rkv_fault {
-    int32_t status; /* RKV_OK, or RKV_ERROR_NONFINITE; on a device also RKV_ERROR_ARGUMENT,
-                       a block table or kept list that is not sound                        */
-    int32_t layer;  /* index into the call's layers                                           */
-    int32_t head;   /* kv head; for a query, the query head                                   */
-    int32_t token;  /* row of the key; for a query, its row in the queries view               */
-    int32_t query;  /* 1 = the fault is in a query, 0 = in a key                              */
+    int32_t status; /* RKV_OK; RKV_ERROR_NONFINITE; or RKV_ERROR_ARGUMENT, a block table or kept
+                       list that is not sound                                                  */
+    int32_t layer;  /* index into the call's layers                                            */
+    int32_t head;   /* kv head or, for a query, query head; set of a kept list; 0 for a table  */
+    int32_t token;  /* row of the key or score; row in the queries view; entry of a kept list;
+                       first row of a block                                                    */
+    int32_t query;  /* 1 = the number is in a query, 0 = elsewhere                             */
 } rkv_fault;
 
 /* Runs task(arg, i) once for every i in [0, n_tasks), on any threads, in any order, and returns
@@ -175,7 +181,8 @@ typedef struct rkv_config {
     int recent;      /* beta: most recent look-alikes exempted; 0 means 1                      */
     int pinned;      /* first tokens, always kept, neither moved nor written                   */
     float lambda;    /* weight of importance, in [0, 1]; 0 is redundancy alone                 */
-    float threshold; /* T: cosine above which two keys are look-alikes, in [-1, 1]             */
+    float threshold; /* T: cosine above which two keys are look-alikes, in [-1, 1]. Below 0 a
+                        key is its own; at 1 rounding decides whether equal keys are           */
     rkv_scope scope;
     rkv_pooling pooling;
     rkv_grouping grouping;
@@ -183,10 +190,11 @@ typedef struct rkv_config {
     rkv_span span;
     rkv_column0 column0;
     rkv_order order;
-    int n_threads;                 /* tasks at a time to give to parallel_for; 0 means 1       */
+    int n_threads;                 /* the most tasks to give to parallel_for; 0 means 1, which
+                                      does without it                                          */
     rkv_parallel_for parallel_for; /* the caller's threads; NULL means none                    */
     void *pool_handle;             /* handed to parallel_for                                   */
-    rkv_fault *fault;              /* out, optional; written by every scoring call             */
+    rkv_fault *fault;              /* out, optional: see rkv_fault                             */
 } rkv_config;
 
 /* A strided view of a cache, never owned. Element [head][token][i] lies at
@@ -210,8 +218,10 @@ typedef struct rkv_tensor {
     int tokens;        /* rows the view can hold, >= n_tokens; the window for queries          */
     int dim;           /* head dim, in elements                                                */
     int64_t head_stride, token_stride, dim_stride;
-    const int32_t *block_table; /* optional; block of the view's first, second, ... tokens;
-                                   every block once                                            */
+    const int32_t *block_table; /* optional; block of the view's first, second, ... tokens,
+                                   each once. Read up to row n_tokens. That no other view has
+                                   a block that will be written (not all pinned) is for the
+                                   caller to see to                                            */
     int block_tokens;
     int64_t block_stride;
 } rkv_tensor;
@@ -222,12 +232,13 @@ typedef struct rkv_tensor {
  * positions and shared_scores are then given in the first of them only, NULL in the others. */
 typedef struct rkv_layer {
     rkv_tensor keys;      /* in/out [kv_heads][tokens][head_dim], rotary embedding applied      */
-    rkv_tensor values;    /* in/out [kv_heads][tokens][any]; data NULL: the caller moves them   */
+    rkv_tensor values;    /* in/out [kv_heads][tokens][any]; data NULL: the caller moves them,
+                            or they lie within the keys (MLA) and move with those              */
     rkv_tensor queries;   /* in [kv_heads * group][window][head_dim], rotary embedding applied;
                             query head h * group + g reads kv head h. Not read when nothing is
                             to be chosen or lambda is 0                                        */
     int n_tokens;         /* in/out: rows in use, the physical length; n_kept after compaction  */
-    int sequence;         /* RKV_PER_SEQUENCE: which layers belong together                     */
+    int sequence;         /* RKV_PER_SEQUENCE: which layers, all adjacent, belong together      */
     float scale;          /* logit scale; 0 means 1 / sqrt(head_dim)                            */
     float softcap;        /* > 0: logits become softcap * tanh(logit / softcap)                 */
     int32_t *kept;        /* out [sets][budget]: rows kept, ascending (unless RKV_BY_SCORE);
@@ -283,7 +294,8 @@ RKV_API const char *rkv_status_string(rkv_status status); /* static text, never 
  *   paper        the paper's equations: Eq. 4 pooling, own form, candidates only, one set per
  *                layer (Algorithm 1); beta and threshold, which it leaves open, as default
  *   snapkv       attention alone (lambda 1), window and pooling as default
- *   h2o          attention alone, of the newest token, unpooled (window 1)
+ *   h2o          attention alone, of the newest token, unpooled (window 1): one step's share of
+ *                what H2O adds up over all steps
  *   streaming    the first 4 tokens and the newest budget - 4; no scores, no queries needed  */
 RKV_API rkv_config rkv_config_default(int budget);
 RKV_API rkv_config rkv_config_paper(int budget);
@@ -296,8 +308,9 @@ RKV_API rkv_tensor rkv_tensor_make(void *data, rkv_dtype dtype, int heads, int t
 
 /* rkv_backend_find: a function table by name: "scalar", "avx2", "avx512", "neon", or a registered
  * one ("cuda"). NULL asks for the best CPU path of this machine. Returns NULL when there is none
- * of that name, when it is compiled out, or when this CPU or OS cannot run it. It asks the CPU
- * every time: keep the result where microseconds count, instead of passing NULL.
+ * of that name, when it is compiled out, or when this CPU or OS cannot run it. Look at what it
+ * returns: handed on, a NULL means the CPU, which device memory is not for. It asks the CPU every
+ * time: keep the result where microseconds count, instead of passing NULL.
  * rkv_backend_at: the index-th usable table, NULL behind the last.
  * rkv_backend_register: adds a table, which must outlive its use; one of the same name is
  * replaced. Not thread-safe: call it at start-up. RKV_ERROR_ARGUMENT: a nameless or built-in
@@ -308,17 +321,19 @@ RKV_API const rkv_backend *rkv_backend_find(const char *name);
 RKV_API const rkv_backend *rkv_backend_at(int index);
 RKV_API rkv_status rkv_backend_register(const rkv_backend *backend);
 
-/* rkv_check: what every call checks before it reads a byte of the layers' buffers. *why (may be
- * NULL) gets a static text that names the field and the rule, NULL when all is well. The other
- * functions return the same status without the text; they also check what needs those bytes:
- * block tables, kept lists, finiteness. */
+/* rkv_check: what every call checks before it reads a byte of the layers' buffers. *why gets a
+ * static text that names the field and the rule, NULL when all is well; *layer the index of the
+ * layer at fault, -1 when it is the config or nothing. Both may be NULL. The other functions return
+ * the same status without the text; they also check what needs those bytes: block tables, kept
+ * lists, finiteness (rkv_config.fault says where). */
 RKV_API rkv_status rkv_check(const rkv_config *config, const rkv_layer *layers, int n_layers,
-                             const char **why);
+                             const char **why, int *layer);
 
 /* rkv_workspace_size: bytes that rkv_compress and each of its stages need for these layers.
  * Data pointers may still be NULL.
  * Never shrinks when n_tokens, n_layers or n_threads grows: size once for the largest round.
- * Linear in n_tokens: 4 bytes per token and kv head, and a scratch per worker for one kv head.
+ * Linear in n_tokens: 4 bytes per token and kv head, 4 per row of every kept set, and a scratch for
+ * each worker, as large as one kv head needs.
  * backend NULL means rkv_backend_find(NULL), here and below. */
 RKV_API rkv_status rkv_workspace_size(const rkv_backend *backend, const rkv_config *config,
                                       const rkv_layer *layers, int n_layers, size_t *bytes);
@@ -344,13 +359,14 @@ RKV_API rkv_status rkv_compress(const rkv_backend *backend, const rkv_config *co
 
 /* The same in three steps, for engines that reduce, select or move by themselves.
  *   rkv_score    reads keys and queries; writes scores or, with a shared scope, shared_scores
- *                (required), and then scores too where given. Layers with n_tokens <= budget get
- *                none.
+ *                (required), and then scores too where given. Layers in which nothing is to be
+ *                chosen (n_tokens <= budget, or window + pinned = budget) get none.
  *   rkv_select   reads scores or shared_scores; writes kept (required), n_kept, n_evicted.
  *   rkv_compact  reads kept (n_kept entries per set); moves rows of keys, values and positions,
- *                sets n_tokens to n_kept. A list that is not unique and in range, or not
- *                ascending when the order is RKV_BY_POSITION, that drops a pinned row or lists
- *                it elsewhere than in its place: RKV_ERROR_ARGUMENT.
+ *                sets n_tokens to n_kept. The list may be one of your own, of 1 to budget rows. One
+ *                that is not unique and in range, or not ascending when the order is
+ *                RKV_BY_POSITION, that drops a pinned row or lists it elsewhere than in its place:
+ *                RKV_ERROR_ARGUMENT.
  * Each is all or nothing. Errors as rkv_compress. */
 RKV_API rkv_status rkv_score(const rkv_backend *backend, const rkv_config *config,
                              rkv_layer *layers, int n_layers, void *workspace, size_t bytes);
@@ -360,8 +376,9 @@ RKV_API rkv_status rkv_compact(const rkv_backend *backend, const rkv_config *con
                                rkv_layer *layers, int n_layers, void *workspace, size_t bytes);
 
 /* For engines with copy kernels of their own: the moves that a kept list (ascending, host memory)
- * stands for, as runs of adjacent rows; dst <= src, to be carried out in order. Rows that stay in
- * place are not listed. Returns the number of runs; writes at most max_moves of them. */
+ * stands for, as runs of adjacent rows; dst < src, to be carried out in order. A run's source and
+ * destination may overlap: memmove, or row by row ascending. Rows that stay in place are not
+ * listed. Returns the number of runs; writes at most max_moves of them. */
 typedef struct rkv_move {
     int32_t dst, src, count;
 } rkv_move;
@@ -437,10 +454,11 @@ RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
  * after a prompt longer than the budget.
  * Layers that have not been appended to equally: RKV_ERROR_ARGUMENT. A round needs the queries of
  * all of the last `window` tokens. After rkv_cache_truncate some are missing until as many tokens
- * as it took have been appended again; until then compress returns RKV_ERROR_ARGUMENT and step
- * puts the round off (for which there is always room). Other errors as rkv_compress; on any error
- * the cache is as it was. A backend that finds a fault later than it returns (see rkv_compress)
- * leaves the oldest `budget` rows: reset the cache, or load it. */
+ * as it took have been appended again; until then compress returns RKV_ERROR_ARGUMENT, and step
+ * does nothing and returns RKV_OK: there is always room for the tokens that are still to come.
+ * Other errors as rkv_compress; on any error the cache is as it was. Only a device backend, which
+ * returns before it finds a fault in the data, leaves a cache of the oldest `budget` rows then:
+ * reset it, or load a snapshot. */
 RKV_API rkv_status rkv_cache_step(rkv_cache *cache, int *n_evicted);
 RKV_API rkv_status rkv_cache_compress(rkv_cache *cache, int *n_evicted);
 
@@ -497,7 +515,8 @@ RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t b
 
 /* ==== 6. Portability ========================================================================
  * The only room in which a compiler, a CPU or an OS is named. */
-#ifdef __FAST_MATH__
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+    defined(_M_FP_FAST) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error "rkv.h needs IEEE arithmetic: compile the implementing file without -ffast-math"
 #endif
 
@@ -1066,6 +1085,7 @@ static void rkvi_max_into_scalar(float *dst, const float *src, size_t n)
  * The same kernels, in the same order. Those that AVX-512 would not make faster serve both. */
 #ifdef RKVI_X86
 
+#ifndef RKV_NO_AVX2
 RKVI_TARGET_AVX2 static void rkvi_load_f16_avx2(float *dst, const unsigned char *src, size_t n)
 {
     size_t i;
@@ -1088,6 +1108,7 @@ RKVI_TARGET_AVX2 static void rkvi_load_bf16_avx2(float *dst, const unsigned char
     _mm256_zeroupper(); /* gcc 12 forgets it before a tail call, and SSE code then crawls */
     rkvi_load_bf16_scalar(dst + i, src + 2 * i, n - i);
 }
+#endif
 
 /* The last three levels of the tree, of eight sums. */
 RKVI_TARGET_AVX2 RKVI_INLINE float rkvi_reduce8_avx2(__m256 sums_x8)
@@ -2253,6 +2274,16 @@ static void rkvi_carve_layer(rkvi_arena *arena, const rkv_config *config, const 
     plan->sets = sets;
 }
 
+/* Threads that find something to do: no more than there are kv heads. */
+static int rkvi_workers(const rkv_config *config, const rkv_layer *layers, int n_layers)
+{
+    size_t heads = 0;
+    int l;
+    for (l = 0; l < n_layers; l++) heads += (size_t)layers[l].keys.heads;
+    if (heads < 1) return 1;
+    return heads < (size_t)config->n_threads ? (int)heads : config->n_threads;
+}
+
 /* Lays a whole call out in arena; job is NULL when only measuring. */
 static void rkvi_carve(rkvi_arena *arena, const rkv_config *config, const rkv_layer *layers,
                        int n_layers, rkvi_job *job)
@@ -2261,8 +2292,8 @@ static void rkvi_carve(rkvi_arena *arena, const rkv_config *config, const rkv_la
     size_t n_plans = (size_t)n_layers;
     rkvi_plan *plans = (rkvi_plan *)rkvi_take(arena, n_plans, sizeof *plans);
     rkvi_scratch unused, *scratches;
-    int l, w, owner = 0;
-    scratches = (rkvi_scratch *)rkvi_take(arena, (size_t)config->n_threads, sizeof *scratches);
+    int l, w, owner = 0, n_workers = rkvi_workers(config, layers, n_layers);
+    scratches = (rkvi_scratch *)rkvi_take(arena, (size_t)n_workers, sizeof *scratches);
     for (l = 0; l < n_layers && !arena->overflow; l++) {
         int sets;
         owner = rkvi_owner(config, layers, l, owner);
@@ -2273,11 +2304,12 @@ static void rkvi_carve(rkvi_arena *arena, const rkv_config *config, const rkv_la
         }
         rkvi_carve_layer(arena, config, &layers[l], sets, job ? &plans[l] : NULL);
     }
-    for (w = 0; w < config->n_threads && !arena->overflow; w++)
+    for (w = 0; w < n_workers && !arena->overflow; w++)
         rkvi_carve_scratch(arena, config, &needs, job ? &scratches[w] : &unused);
     if (!job) return;
     job->plans = plans;
     job->scratches = scratches;
+    job->n_workers = n_workers;
 }
 
 /* ==== 13. Scoring ===========================================================================
@@ -3348,52 +3380,66 @@ static void rkvi_keep_all(const rkvi_job *job)
     }
 }
 
-/* The blocks that a view uses: in range and each of them once. An open-addressed set of 2 n. */
-static int rkvi_blocks_are_sound(const rkv_tensor *tensor, int n_tokens, int32_t *set)
+static rkv_status rkvi_refuse(const rkvi_job *job, rkv_status status, int layer, int head,
+                              int token)
+{
+    rkv_fault fault = { 0, -1, -1, -1, 0 };
+    fault.status = (int32_t)status;
+    fault.layer = layer;
+    fault.head = head;
+    fault.token = token;
+    if (job->config->fault) *job->config->fault = fault;
+    return status;
+}
+
+/* The blocks that a view uses are in range and each of them once: -1, else the first row of the
+ * first that is not. An open-addressed set of 2 n. */
+static int rkvi_bad_block(const rkv_tensor *tensor, int n_tokens, int32_t *set)
 {
     size_t n = rkvi_n_blocks(tensor, n_tokens), i, slot;
     for (i = 0; i < 2 * n; i++) set[i] = -1;
     for (i = 0; i < n; i++) {
         int32_t block = tensor->block_table[i];
-        if (block < 0) return 0;
+        int row = (int)i * tensor->block_tokens;
+        if (block < 0) return row;
         slot = (size_t)((uint32_t)block * 2654435761u) % (2 * n);
         for (; set[slot] >= 0; slot = slot + 1 < 2 * n ? slot + 1 : 0)
-            if (set[slot] == block) return 0;
+            if (set[slot] == block) return row;
         set[slot] = block;
     }
-    return 1;
+    return -1;
 }
 
 static rkv_status rkvi_check_blocks(const rkvi_job *job)
 {
-    int l;
+    int l, bad;
     for (l = 0; l < job->n_layers; l++) {
         const rkv_layer *layer = &job->layers[l];
         int n_tokens = job->plans[l].n_tokens;
         int32_t *set = job->scratches[0].blocks;
         if (n_tokens == job->plans[l].n_kept) continue;
-        if (!rkvi_blocks_are_sound(&layer->keys, n_tokens, set)) return RKV_ERROR_ARGUMENT;
-        if (layer->values.data && !rkvi_blocks_are_sound(&layer->values, n_tokens, set))
-            return RKV_ERROR_ARGUMENT;
-        if (job->plans[l].scored && rkvi_reads_queries(job->config) &&
-            !rkvi_blocks_are_sound(&layer->queries, job->config->window, set))
-            return RKV_ERROR_ARGUMENT;
+        bad = rkvi_bad_block(&layer->keys, n_tokens, set);
+        if (bad < 0 && layer->values.data) bad = rkvi_bad_block(&layer->values, n_tokens, set);
+        if (bad < 0 && job->plans[l].scored && rkvi_reads_queries(job->config))
+            bad = rkvi_bad_block(&layer->queries, job->config->window, set);
+        if (bad >= 0) return rkvi_refuse(job, RKV_ERROR_ARGUMENT, l, 0, bad);
     }
     return RKV_OK;
 }
 
-static int rkvi_list_is_sound(const rkv_config *config, const int32_t *kept, int n_kept,
-                              int n_tokens, int32_t *seen)
+/* -1 where a kept list holds to what rkv_compact asks, else its first entry that does not. */
+static int rkvi_bad_entry(const rkv_config *config, const int32_t *kept, int n_kept, int n_tokens,
+                          int32_t *seen)
 {
     int i, by_position = config->order == RKV_BY_POSITION;
     for (i = 0; i < n_tokens; i++) seen[i] = 0;
     for (i = 0; i < n_kept; i++) {
-        if (kept[i] < 0 || kept[i] >= n_tokens || seen[kept[i]]) return 0;
-        if (i < config->pinned && kept[i] != i) return 0;
-        if (by_position && i > 0 && kept[i] < kept[i - 1]) return 0;
+        if (kept[i] < 0 || kept[i] >= n_tokens || seen[kept[i]]) return i;
+        if (i < config->pinned && kept[i] != i) return i;
+        if (by_position && i > 0 && kept[i] < kept[i - 1]) return i;
         seen[kept[i]] = 1;
     }
-    return 1;
+    return -1;
 }
 
 /* Lists given to rkv_compact: of n_kept rows, which need not be what rkv_select chose. */
@@ -3403,14 +3449,14 @@ static rkv_status rkvi_check_lists(const rkvi_job *job)
     int l, set;
     for (l = 0; l < job->n_layers; l++) {
         rkvi_plan *plan = &job->plans[l];
-        int n_kept = job->layers[plan->owner].n_kept;
         if (plan->n_tokens == plan->n_kept) continue;
-        if (n_kept < config->pinned || n_kept > plan->n_kept) return RKV_ERROR_ARGUMENT;
-        plan->n_kept = n_kept;
-        for (set = 0; set < plan->sets; set++)
-            if (!rkvi_list_is_sound(config, plan->kept + (size_t)set * (size_t)config->budget,
-                                    n_kept, plan->n_tokens, job->scratches[0].slots))
-                return RKV_ERROR_ARGUMENT;
+        plan->n_kept = job->layers[plan->owner].n_kept;
+        for (set = 0; set < plan->sets; set++) {
+            const int32_t *kept = plan->kept + (size_t)set * (size_t)config->budget;
+            int bad =
+                rkvi_bad_entry(config, kept, plan->n_kept, plan->n_tokens, job->scratches[0].slots);
+            if (bad >= 0) return rkvi_refuse(job, RKV_ERROR_ARGUMENT, l, set, bad);
+        }
     }
     return RKV_OK;
 }
@@ -3428,7 +3474,8 @@ static rkv_status rkvi_take_scores(const rkvi_job *job)
         for (set = 0; plan->scored && set < plan->sets; set++, from += n) {
             float *to = shared ? plan->shared : plan->scores + (size_t)set * plan->score_stride;
             for (i = 0; i < n; i++)
-                if (from[i] != from[i]) return RKV_ERROR_NONFINITE;
+                if (from[i] != from[i])
+                    return rkvi_refuse(job, RKV_ERROR_NONFINITE, l, set, (int)i);
             memcpy(to, from, n * sizeof *to);
         }
     }
@@ -3486,7 +3533,6 @@ static rkv_status rkvi_open_job(rkvi_job *job, const rkv_backend *self, const rk
     job->config = config;
     job->layers = layers;
     job->n_layers = n_layers;
-    job->n_workers = config->n_threads;
     rkvi_carve(&arena, config, layers, n_layers, job);
     for (w = 0; w < job->n_workers; w++) job->scratches[w].fault = rkvi_no_fault;
     return RKV_OK;
@@ -4063,12 +4109,13 @@ static void rkvi_widen(rkvi_span *hull, const rkvi_span *by)
  * with the number of layers only. Caches that lie in memory in the order of the layers, as most do,
  * are outside of the hulls of those before. */
 static const char *rkvi_check_overlap(const rkv_config *config, const rkv_layer *layers,
-                                      int n_layers)
+                                      int n_layers, int *layer)
 {
     rkvi_spans recent[RKVI_NEIGHBOURS], hulls, mine;
     int l, i, j, owner = 0;
     memset(&hulls, 0, sizeof hulls);
     for (l = 0; l < n_layers; l++) {
+        *layer = l;
         owner = rkvi_owner(config, layers, l, owner);
         mine = rkvi_spans_of_layer(config, &layers[l], owner == l);
         for (i = 0; i < RKVI_SPANS; i++)
@@ -4083,23 +4130,42 @@ static const char *rkvi_check_overlap(const rkv_config *config, const rkv_layer 
 }
 
 /* What sizing the workspace does not need. */
-static const char *rkvi_check_data(const rkv_config *config, const rkv_layer *layers, int n_layers)
+static const char *rkvi_check_data(const rkv_config *config, const rkv_layer *layers, int n_layers,
+                                   int *layer)
 {
     int l;
     for (l = 0; l < n_layers; l++) {
+        *layer = l;
         if (!layers[l].keys.data) return "layer.keys: data is NULL";
         if (rkvi_needs_queries(config, &layers[l]) && !layers[l].queries.data)
             return "layer.queries: data is NULL";
     }
-    return rkvi_check_overlap(config, layers, n_layers);
+    return rkvi_check_overlap(config, layers, n_layers, layer);
 }
 
+/* Layers of one sequence lie side by side: l, which opens a set, must not take up an older number
+ * again. `highest` of the numbers so far spares those in ascending order the look back. */
+static int rkvi_reopens(const rkv_config *config, const rkv_layer *layers, int l, int *highest)
+{
+    int i, sequence = layers[l].sequence;
+    if (config->scope != RKV_PER_SEQUENCE) return 0;
+    if (l == 0 || sequence > *highest) {
+        *highest = sequence;
+        return 0;
+    }
+    for (i = 0; i < l; i++)
+        if (layers[i].sequence == sequence) return 1;
+    return 0;
+}
+
+/* NULL, or what is wrong; *layer gets the layer that it is wrong with, -1 for none. */
 static const char *rkvi_why(const rkv_config *given, const rkv_layer *layers, int n_layers,
-                            int with_data)
+                            int with_data, int *layer)
 {
     const char *why;
     rkv_config config;
-    int l, owner = 0;
+    int l, owner = 0, highest = 0;
+    *layer = -1;
     if (!given) return "config: is NULL";
     if (n_layers < 0) return "n_layers: must not be negative";
     if (n_layers > 0 && !layers) return "layers: is NULL";
@@ -4107,20 +4173,25 @@ static const char *rkvi_why(const rkv_config *given, const rkv_layer *layers, in
     if (why) return why;
     config = rkvi_resolve(given);
     for (l = 0; l < n_layers; l++) {
+        *layer = l;
         owner = rkvi_owner(&config, layers, l, owner);
         why = rkvi_check_layer(&config, &layers[l], owner == l);
         if (why) return why;
         if (layers[l].n_tokens != layers[owner].n_tokens)
             return "layer.n_tokens: differs within a sequence";
+        if (owner == l && rkvi_reopens(&config, layers, l, &highest))
+            return "layer.sequence: the layers of a sequence must be adjacent";
     }
-    return with_data ? rkvi_check_data(&config, layers, n_layers) : NULL;
+    return with_data ? rkvi_check_data(&config, layers, n_layers, layer) : NULL;
 }
 
 RKV_API rkv_status rkv_check(const rkv_config *config, const rkv_layer *layers, int n_layers,
-                             const char **why)
+                             const char **why, int *layer)
 {
-    const char *found = rkvi_why(config, layers, n_layers, 1);
+    int at;
+    const char *found = rkvi_why(config, layers, n_layers, 1, &at);
     if (why) *why = found;
+    if (layer) *layer = found ? at : -1;
     return found ? RKV_ERROR_ARGUMENT : RKV_OK;
 }
 
@@ -4128,7 +4199,8 @@ RKV_API rkv_status rkv_workspace_size(const rkv_backend *backend, const rkv_conf
                                       const rkv_layer *layers, int n_layers, size_t *bytes)
 {
     rkv_config resolved;
-    if (!bytes || rkvi_why(config, layers, n_layers, 0)) return RKV_ERROR_ARGUMENT;
+    int layer;
+    if (!bytes || rkvi_why(config, layers, n_layers, 0, &layer)) return RKV_ERROR_ARGUMENT;
     if (!backend) backend = rkv_backend_find(NULL);
     if (!rkvi_is_complete(backend)) return RKV_ERROR_ARGUMENT;
     resolved = rkvi_resolve(config);
@@ -4168,6 +4240,20 @@ static int rkvi_workspace_is_apart(const rkv_config *config, const rkv_layer *la
     return 1;
 }
 
+/* A list given to rkv_compact may be shorter than rkv_select's, but an empty one was forgotten. */
+static int rkvi_lists_have_lengths(const rkv_config *config, const rkv_layer *layers, int n_layers)
+{
+    int l, owner = 0;
+    for (l = 0; l < n_layers; l++) {
+        owner = rkvi_owner(config, layers, l, owner);
+        if (owner != l || layers[l].n_tokens <= config->budget) continue;
+        if (layers[l].n_kept < 1 || layers[l].n_kept < config->pinned ||
+            layers[l].n_kept > config->budget)
+            return 0;
+    }
+    return 1;
+}
+
 typedef enum rkvi_stage_name {
     RKVI_SCORE,
     RKVI_SELECT,
@@ -4181,7 +4267,8 @@ static rkv_status rkvi_run_stage(rkvi_stage_name name, const rkv_backend *backen
 {
     rkv_config resolved;
     rkv_stage stage;
-    if (rkvi_why(config, layers, n_layers, 1)) return RKV_ERROR_ARGUMENT;
+    int layer;
+    if (rkvi_why(config, layers, n_layers, 1, &layer)) return RKV_ERROR_ARGUMENT;
     if (!backend) backend = rkv_backend_find(NULL);
     if (!rkvi_is_complete(backend)) return RKV_ERROR_ARGUMENT;
     resolved = rkvi_resolve(config);
@@ -4191,6 +4278,7 @@ static rkv_status rkvi_run_stage(rkvi_stage_name name, const rkv_backend *backen
                                    : backend->compress;
     if (!rkvi_has_buffers(&resolved, layers, n_layers, name == RKVI_SCORE || name == RKVI_SELECT,
                           name == RKVI_SELECT || name == RKVI_COMPACT) ||
+        (name == RKVI_COMPACT && !rkvi_lists_have_lengths(&resolved, layers, n_layers)) ||
         !rkvi_workspace_is_apart(&resolved, layers, n_layers, workspace, bytes))
         return RKV_ERROR_ARGUMENT;
     return stage(backend, &resolved, layers, n_layers, workspace, bytes);
@@ -4450,7 +4538,7 @@ static rkv_status rkvi_cache_reserve(rkv_cache *cache)
         rkvi_cache_describe_layer(cache, l);
         cache->layers[l].n_tokens = config->capacity; /* the largest round, to be sized for */
     }
-    status = rkv_check(&config->compress, cache->layers, config->n_layers, NULL);
+    status = rkv_check(&config->compress, cache->layers, config->n_layers, NULL, NULL);
     if (status == RKV_OK)
         status = rkv_workspace_size(backend, &config->compress, cache->layers, config->n_layers,
                                     &cache->workspace_bytes);

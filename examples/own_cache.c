@@ -64,7 +64,7 @@ own_cache *own_cache_create(const model_shape *s, const policy *p, int max_token
         c->layers[l].n_tokens = c->capacity;
     }
     if (ok && !full) {
-        ok = rkv_check(&c->policy.config, c->layers, s->n_layers, why) == RKV_OK &&
+        ok = rkv_check(&c->policy.config, c->layers, s->n_layers, why, NULL) == RKV_OK &&
              rkv_workspace_size(c->backend, &c->policy.config, c->layers, s->n_layers,
                                 &c->workspace_bytes) == RKV_OK &&
              (c->workspace = malloc(c->workspace_bytes)) != NULL;

@@ -347,7 +347,7 @@ static void run_all(input *in, round *r, const rkv_backend *backend)
 {
     const char *why = "";
     size_t bytes = 0;
-    const rkv_status checked = rkv_check(&r->config, r->layers, r->n_layers, &why);
+    const rkv_status checked = rkv_check(&r->config, r->layers, r->n_layers, &why, NULL);
     const rkv_status sized =
         rkv_workspace_size(backend, &r->config, r->layers, r->n_layers, &bytes);
     require((checked == RKV_OK) == (why == NULL), "rkv_check: a text, or none, without a reason");

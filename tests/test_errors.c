@@ -76,16 +76,26 @@ static void refuse(const char *at, stage_function call, const rkv_backend *backe
     expect_scene_unchanged(at, sc);
 }
 
+static void expect_fault(const rkv_fault *fault, rkv_status status, int layer, int head, int token)
+{
+    expect_int("fault.status", 0, fault->status, status);
+    expect_int("fault.layer", 0, fault->layer, layer);
+    expect_int("fault.head", 0, fault->head, head);
+    expect_int("fault.token", 0, fault->token, token);
+}
+
 /* As refuse, for rkv_compress and rkv_check, whose text must hold `word`. */
-static void refuse_argument(const rkv_backend *backend, scene *sc, const char *word)
+static void refuse_argument(const rkv_backend *backend, scene *sc, const char *word, int at)
 {
     rkv_layer layers[N_LAYERS];
     const char *why = "untouched";
-    int i;
+    int i, layer = -7;
     refuse("rkv_compress", rkv_compress, backend, sc, RKV_ERROR_ARGUMENT);
     for (i = 0; i < N_LAYERS; i++) layers[i] = sc->jobs[i].layer;
-    expect_status("rkv_check", rkv_check(&sc->config, layers, N_LAYERS, &why), RKV_ERROR_ARGUMENT);
-    expect_status("rkv_check without why", rkv_check(&sc->config, layers, N_LAYERS, NULL),
+    expect_status("rkv_check", rkv_check(&sc->config, layers, N_LAYERS, &why, &layer),
+                  RKV_ERROR_ARGUMENT);
+    expect_int("layer", 0, layer, at);
+    expect_status("rkv_check without why", rkv_check(&sc->config, layers, N_LAYERS, NULL, NULL),
                   RKV_ERROR_ARGUMENT);
     if (!expect_true("a reason", why != NULL)) return;
     if (!expect_true(word, strstr(why, word) != NULL)) expect_true(why, 0);
@@ -222,7 +232,7 @@ static void test_arguments(const rkv_backend *backend, int kind)
         if (what) {
             case_begin("%s refuses %s", backend->name, what);
             copy_word(word, what);
-            refuse_argument(backend, &sc, word);
+            refuse_argument(backend, &sc, word, kind == SPOIL_CONFIG ? -1 : 1);
         }
         scene_free(&sc);
         if (!what) break;
@@ -246,6 +256,9 @@ static const char *spoil_table(int which, rkv_tensor *t, int32_t *table)
 }
 /* clang-format on */
 
+/* The entry that the fault of each of these names. */
+static const int spoiled_block[] = { -1, -1, -1, -1, 7, 0, 9 };
+
 static void test_tables(const rkv_backend *backend)
 {
     int which, i;
@@ -264,10 +277,12 @@ static void test_tables(const rkv_backend *backend)
         case_begin("%s, %s", backend->name, what ? what : "block table in order");
         if (what && strncmp(what, "keys", 4) == 0) {
             copy_word(word, what);
-            refuse_argument(backend, &sc, word);
+            refuse_argument(backend, &sc, word, 1);
         } else if (what) {
             refuse("rkv_compress", rkv_compress, backend, &sc, RKV_ERROR_ARGUMENT);
+            sc.config.fault = &sc.fault;
             refuse("rkv_score", rkv_score, backend, &sc, RKV_ERROR_ARGUMENT);
+            expect_fault(&sc.fault, RKV_ERROR_ARGUMENT, 1, 0, 4 * spoiled_block[which]);
         } else if (which < 0) {
             expect_status("in order",
                           call_with(rkv_compress, backend, &sc.config, sc.jobs, N_LAYERS,
@@ -377,7 +392,9 @@ static void test_given_scores(const rkv_backend *backend)
     scores[TOKENS - WINDOW - 1] = NAN;
     block_remember(&sc.jobs[0].scores);
     block_remember(&sc.jobs[1].scores);
+    sc.config.fault = &sc.fault;
     refuse("rkv_select", rkv_select, backend, &sc, RKV_ERROR_NONFINITE);
+    expect_fault(&sc.fault, RKV_ERROR_NONFINITE, 1, 1, TOKENS - WINDOW - 1);
     scores[TOKENS - WINDOW - 1] = -INFINITY;
     scores[2] = INFINITY;
     expect_status("infinities", call_stage(rkv_select, backend, &sc.config, sc.jobs, N_LAYERS),
@@ -411,7 +428,7 @@ static void test_sequences(const rkv_backend *backend)
         if (what) {
             case_begin("%s refuses %s", backend->name, what);
             copy_word(word, what);
-            refuse_argument(backend, &sc, word);
+            refuse_argument(backend, &sc, word, 1);
         }
         scene_free(&sc);
         if (!what) break;
@@ -420,21 +437,26 @@ static void test_sequences(const rkv_backend *backend)
 
 /* ---- kept lists that rkv_compact must not carry out ---- */
 /* clang-format off */
-static const char *spoil_kept(int which, int32_t *kept, rkv_config *c, rkv_layer *l)
+static const char *spoil_kept(int which, int32_t *kept, rkv_config *c, rkv_layer *l, int *entry)
 {
     int32_t swapped = kept[1];
+    *entry = -1; /* the one that the fault names */
     switch (which) {
-    case 0: kept[5] = kept[6]; return "a row twice";
-    case 1: kept[0] = -1; return "a negative row";
-    case 2: kept[BUDGET - 1] = TOKENS; return "a row behind the last";
-    case 3: kept[1] = kept[2]; kept[2] = swapped; return "rows not ascending";
-    case 4: c->pinned = 2; kept[1] = 2; kept[2] = 3; kept[3] = 4; return "a pinned row dropped";
-    case 5: c->pinned = 2; c->order = RKV_BY_SCORE; kept[0] = 1; kept[1] = 0;
+    case 0: kept[5] = kept[6]; *entry = 6; return "a row twice";
+    case 1: kept[0] = -1; *entry = 0; return "a negative row";
+    case 2: kept[BUDGET - 1] = TOKENS; *entry = BUDGET - 1; return "a row behind the last";
+    case 3: kept[1] = kept[2]; kept[2] = swapped; *entry = 2; return "rows not ascending";
+    case 4: c->pinned = 2; kept[1] = 2; kept[2] = 3; kept[3] = 4; *entry = 1;
+            return "a pinned row dropped";
+    case 5: c->pinned = 2; c->order = RKV_BY_SCORE; kept[0] = 1; kept[1] = 0; *entry = 0;
             return "a pinned row out of its place";
-    case 6: c->order = RKV_BY_SCORE; kept[9] = kept[3]; return "a row twice, by score";
-    case 7: l->n_kept = -1; return "n_kept negative";
-    case 8: l->n_kept = BUDGET + 1; return "n_kept above the budget";
-    case 9: kept[BUDGET - 1] = INT32_MAX; return "a row far away";
+    case 6: c->order = RKV_BY_SCORE; kept[9] = kept[3]; *entry = 9;
+            return "a row twice, by score";
+    case 7: kept[BUDGET - 1] = INT32_MAX; *entry = BUDGET - 1; return "a row far away";
+    case 8: l->n_kept = -1; return "n_kept negative";
+    case 9: l->n_kept = BUDGET + 1; return "n_kept above the budget";
+    case 10: l->n_kept = 0; return "n_kept 0: a list that nobody chose";
+    case 11: c->pinned = 3; l->n_kept = 2; return "n_kept below pinned";
     default: return NULL;
     }
 }
@@ -442,7 +464,7 @@ static const char *spoil_kept(int which, int32_t *kept, rkv_config *c, rkv_layer
 
 static void test_kept_lists(const rkv_backend *backend)
 {
-    int which, i;
+    int which, i, entry = -1;
     for (which = -1;; which++) {
         scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
         const char *what = NULL;
@@ -456,12 +478,18 @@ static void test_kept_lists(const rkv_backend *backend)
             sc.jobs[i].layer.n_evicted = TOKENS - BUDGET;
         }
         if (which >= 0)
-            what = spoil_kept(which, sc.jobs[1].layer.kept + BUDGET, &sc.config, &sc.jobs[1].layer);
+            what = spoil_kept(which, sc.jobs[1].layer.kept + BUDGET, &sc.config, &sc.jobs[1].layer,
+                              &entry);
         for (i = 0; i < N_LAYERS; i++) block_remember(&sc.jobs[i].kept);
         case_begin("%s, rkv_compact of %s", backend->name, what ? what : "a list in order");
-        if (what)
-            refuse(what, rkv_compact, backend, &sc, RKV_ERROR_ARGUMENT);
-        else if (which < 0)
+        sc.fault.status = -7;
+        sc.config.fault = &sc.fault;
+        if (what) refuse(what, rkv_compact, backend, &sc, RKV_ERROR_ARGUMENT);
+        if (entry >= 0)
+            expect_fault(&sc.fault, RKV_ERROR_ARGUMENT, 1, 1, entry);
+        else
+            expect_int("no fault", 0, sc.fault.status, -7);
+        if (which < 0)
             expect_status("in order",
                           call_with(rkv_compact, backend, &sc.config, sc.jobs, N_LAYERS,
                                     sc.workspace.data, sc.workspace.bytes),
@@ -469,6 +497,53 @@ static void test_kept_lists(const rkv_backend *backend)
         scene_free(&sc);
         if (!what && which >= 0) break;
     }
+}
+
+/* The layers of a sequence are adjacent: a number does not come back behind another one. */
+static void test_sequence_order(void)
+{
+    static const struct {
+        int sequence[4], bad;
+    } list[] = { { { 0, 0, 1, 2 }, -1 }, { { 9, 5, 5, -3 }, -1 }, { { 1, 0, 1, 1 }, 2 },
+                 { { 4, 4, 7, 4 }, 3 },  { { 2, 3, 1, 3 }, 3 },   { { 6, -1, -2, -1 }, 3 } };
+    static float rows[4][TOKENS * DIM], queries[WINDOW * DIM];
+    rkv_config config = rkv_config_default(BUDGET);
+    size_t i;
+    int l, at;
+    case_begin("sequence numbers in order and out of it");
+    config.scope = RKV_PER_SEQUENCE;
+    for (i = 0; i < sizeof list / sizeof *list; i++) {
+        rkv_layer layers[4];
+        const char *why = NULL;
+        for (l = 0; l < 4; l++) {
+            rkv_layer layer = RKV_INIT;
+            layer.keys = rkv_tensor_make(rows[l], RKV_F32, 1, TOKENS, DIM);
+            layer.queries = rkv_tensor_make(queries, RKV_F32, 1, WINDOW, DIM);
+            layer.n_tokens = TOKENS;
+            layer.sequence = list[i].sequence[l];
+            layers[l] = layer;
+        }
+        expect_status("rkv_check", rkv_check(&config, layers, 4, &why, &at),
+                      list[i].bad < 0 ? RKV_OK : RKV_ERROR_ARGUMENT);
+        expect_int("layer", (int)i, at, list[i].bad);
+        expect_true("a word on it", list[i].bad < 0 || (why && strstr(why, "sequence")));
+    }
+}
+
+/* Threads that could find no work are given no scratch. */
+static void test_idle_threads(const rkv_backend *backend)
+{
+    scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+    size_t bytes[2] = { 0, 1 };
+    int i;
+    case_begin("%s: more threads than heads", backend->name);
+    sc.config.parallel_for = reversed_for;
+    for (i = 0; i < 2; i++) {
+        sc.config.n_threads = i ? 1000 : HEADS;
+        rkv_workspace_size(backend, &sc.config, &sc.jobs[0].layer, 1, &bytes[i]);
+    }
+    expect_int("bytes", 0, (int64_t)bytes[1], (int64_t)bytes[0]);
+    scene_free(&sc);
 }
 
 /* ---- workspace ---- */
@@ -602,7 +677,7 @@ static void test_many_layers(void)
         for (l = 0; l < p.n; l++) layers[l] = layer_at(arena, p.at[l], heads);
         shared = shares_a_byte(&p);
         found[shared]++;
-        if (!expect_status("rkv_check", rkv_check(&config, layers, p.n, NULL),
+        if (!expect_status("rkv_check", rkv_check(&config, layers, p.n, NULL, NULL),
                            shared ? RKV_ERROR_ARGUMENT : RKV_OK)) {
             case_fail("trial %d: buffer %d of layer %d and %d of %d", trial, ka, a, kb, b);
             break;
@@ -630,10 +705,7 @@ static void test_poison(const rkv_backend *backend, const poison *p, rkv_dtype d
     sc.fault.status = -7;
     sc.config.fault = &sc.fault;
     refuse("call", call, backend, &sc, RKV_ERROR_NONFINITE);
-    expect_int("fault.status", 0, sc.fault.status, RKV_ERROR_NONFINITE);
-    expect_int("fault.layer", 0, sc.fault.layer, p->layer);
-    expect_int("fault.head", 0, sc.fault.head, p->head);
-    expect_int("fault.token", 0, sc.fault.token, p->token);
+    expect_fault(&sc.fault, RKV_ERROR_NONFINITE, p->layer, p->head, p->token);
     expect_int("fault.query", 0, sc.fault.query, p->query);
     sc.config.fault = NULL;
     refuse("call without fault", call, backend, &sc, RKV_ERROR_NONFINITE);
@@ -709,6 +781,7 @@ int main(void)
         test_sequences(backends[i]);
         test_kept_lists(backends[i]);
         test_workspace(backends[i]);
+        test_idle_threads(backends[i]);
         test_workspace_overlap(backends[i]);
         test_nonfinite(backends[i]);
         test_fault_after_success(backends[i]);
@@ -716,6 +789,7 @@ int main(void)
         test_query_blocks(backends[i]);
         test_unread_queries(backends[i]);
     }
+    test_sequence_order();
     test_many_layers();
     return close_tests();
 }
