@@ -549,14 +549,6 @@ RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t b
 #define RKVI_UNROLL
 #endif
 
-/* Brings a cache line close; a hint only. */
-#if defined(__GNUC__)
-#define RKVI_PREFETCH(address) __builtin_prefetch(address, 0, 2)
-#elif defined(_MSC_VER) && defined(_M_X64)
-#define RKVI_PREFETCH(address) _mm_prefetch((const char *)(address), _MM_HINT_T1)
-#else
-#define RKVI_PREFETCH(address) (void)(address)
-#endif
 #define RKVI_CACHE_LINE 64
 
 /* The number of the highest bit that is set; bits is not 0. */
@@ -576,6 +568,15 @@ RKVI_INLINE int rkvi_top_bit(uint64_t bits)
 #if !defined(RKV_NO_AVX2) || !defined(RKV_NO_AVX512)
 #define RKVI_X86
 #include <immintrin.h>
+#if defined(_MSC_VER) && defined(__clang__)
+/* Leaves out of immintrin.h what the command line does not ask for. */
+#include <smmintrin.h>
+#include <avxintrin.h>
+#include <avx2intrin.h>
+#include <f16cintrin.h>
+#include <fmaintrin.h>
+#include <avx512fintrin.h>
+#endif
 #ifdef _MSC_VER
 #include <intrin.h>
 #else
@@ -587,6 +588,15 @@ RKVI_INLINE int rkvi_top_bit(uint64_t bits)
 #define RKVI_NEON
 #include <arm_neon.h>
 #endif
+#endif
+
+/* Brings a cache line close; a hint only. */
+#if defined(__GNUC__)
+#define RKVI_PREFETCH(address) __builtin_prefetch(address, 0, 2)
+#elif defined(_MSC_VER) && defined(RKVI_X86)
+#define RKVI_PREFETCH(address) _mm_prefetch((const char *)(address), _MM_HINT_T1)
+#else
+#define RKVI_PREFETCH(address) (void)(address)
 #endif
 
 #ifdef RKVI_X86
@@ -901,7 +911,7 @@ typedef struct rkvi_kernels {
     void (*softcap)(float *x, size_t n, float ratio, float cap);
     /* x[i] = exp(x[i] - max), for x[i] <= max; returns their sum, in lanes. */
     float (*exp_sum)(float *x, size_t n, float max);
-    float (*max)(const float *x, size_t n);
+    float (*maximum)(const float *x, size_t n);
     /* dst[i] = max(dst[i], src[i]), ascending; src may be dst + something. */
     void (*max_into)(float *dst, const float *src, size_t n);
 } rkvi_kernels;
@@ -1067,7 +1077,7 @@ static float rkvi_exp_sum_scalar(float *x, size_t n, float max)
     return rkvi_reduce_scalar(lanes);
 }
 
-static float rkvi_max_scalar(const float *x, size_t n)
+static float rkvi_maximum_scalar(const float *x, size_t n)
 {
     float max = x[0];
     size_t i;
@@ -1425,14 +1435,14 @@ RKVI_TARGET_AVX2 static float rkvi_exp_sum_avx2(float *x, size_t n, float max)
     return rkvi_reduce8_avx2(_mm256_add_ps(low_x8, high_x8));
 }
 
-RKVI_TARGET_AVX2 static float rkvi_max_avx2(const float *x, size_t n)
+RKVI_TARGET_AVX2 static float rkvi_maximum_avx2(const float *x, size_t n)
 {
     __m256 max_x8 = _mm256_loadu_ps(x);
     float lanes[8];
     size_t i;
     for (i = 8; i < n; i += 8) max_x8 = _mm256_max_ps(_mm256_loadu_ps(x + i), max_x8);
     _mm256_storeu_ps(lanes, max_x8);
-    return rkvi_max_scalar(lanes, 8);
+    return rkvi_maximum_scalar(lanes, 8);
 }
 #endif /* RKV_NO_AVX2 */
 #endif /* RKVI_X86 */
@@ -1695,14 +1705,14 @@ RKVI_TARGET_AVX512 static float rkvi_exp_sum_avx512(float *x, size_t n, float ma
     return rkvi_reduce16_avx512(sum_x16);
 }
 
-RKVI_TARGET_AVX512 static float rkvi_max_avx512(const float *x, size_t n)
+RKVI_TARGET_AVX512 static float rkvi_maximum_avx512(const float *x, size_t n)
 {
     __m512 max_x16 = _mm512_loadu_ps(x);
     float lanes[16];
     size_t i;
     for (i = 16; i < n; i += 16) max_x16 = _mm512_max_ps(_mm512_loadu_ps(x + i), max_x16);
     _mm512_storeu_ps(lanes, max_x16);
-    return rkvi_max_scalar(lanes, 16);
+    return rkvi_maximum_scalar(lanes, 16);
 }
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
@@ -1995,7 +2005,7 @@ static float rkvi_exp_sum_neon(float *x, size_t n, float max)
     return rkvi_reduce16_neon(sum_x4[0], sum_x4[1], sum_x4[2], sum_x4[3]);
 }
 
-static float rkvi_max_neon(const float *x, size_t n)
+static float rkvi_maximum_neon(const float *x, size_t n)
 {
     float32x4_t max_x4 = vld1q_f32(x);
     size_t i;
@@ -2017,7 +2027,7 @@ static void rkvi_max_into_neon(float *dst, const float *src, size_t n)
         rkvi_usable_##isa, rkvi_load_f16_##isa, rkvi_load_bf16_##isa, rkvi_sum_squares_##isa, \
             rkvi_normalise_##isa, rkvi_add_rows_##isa, rkvi_dot_tile_##isa,                   \
             rkvi_cosine_tile_##isa, rkvi_cosine_row_##isa, rkvi_fold_group_##isa,             \
-            rkvi_softcap_##isa, rkvi_exp_sum_##isa, rkvi_max_##isa, rkvi_max_into_##isa       \
+            rkvi_softcap_##isa, rkvi_exp_sum_##isa, rkvi_maximum_##isa, rkvi_max_into_##isa   \
     }
 static const rkvi_kernels rkvi_kernels_scalar = RKVI_KERNELS(scalar);
 #ifdef RKVI_NEON
@@ -2432,6 +2442,7 @@ static rkv_status rkvi_pack_queries(const rkvi_head *h, rkvi_scratch *s)
     const size_t dim = (size_t)h->queries->dim;
     float *row = s->rows, square;
     int q;
+    if (h->n_queries == 0) return RKV_OK; /* the view may then say anything */
     rkvi_clear_panel(s->panel, h->n_queries, h->dim);
     memset(row + dim, 0, (h->dim - dim) * sizeof *row);
     for (q = 0; q < h->n_queries; q++) {
@@ -2550,7 +2561,7 @@ static float rkvi_exponentials(const rkvi_head *h, float *x, int n)
     size_t padded = rkvi_round_up((size_t)n, RKVI_LANES), i;
     float max;
     for (i = (size_t)n; i < padded; i++) x[i] = -FLT_MAX;
-    max = h->kernels->max(x, padded);
+    max = h->kernels->maximum(x, padded);
     return max <= FLT_MAX ? h->kernels->exp_sum(x, padded, max) : max - max;
 }
 
@@ -2579,7 +2590,7 @@ static rkv_status rkvi_importance(const rkvi_head *h, rkvi_scratch *s, size_t lo
  * and look-alikes are searched from the newest token back, which on real keys ends within a few
  * steps. Exempted cosines are summed as 64-bit integers, so the order of finding them is free. */
 
-#define RKVI_EXEMPT_UNIT 4294967296.0 /* 2^32 per 1.0: sums stay exact for 2^31 tokens */
+#define RKVI_EXEMPT_UNIT 4294967296.0 /* 2^32 per 1.0: sums of 2^30 cosines are exact */
 
 static int rkvi_wants_column0(const rkv_config *config)
 {
@@ -3956,7 +3967,7 @@ static const char *rkvi_check_keys(const rkv_layer *layer)
 {
     const rkv_tensor *keys = &layer->keys;
     if (layer->n_tokens < 0) return "layer.n_tokens: must not be negative";
-    if (layer->n_tokens > INT_MAX - RKVI_CHUNK) return "layer.n_tokens: more than 2^31 - 49";
+    if (layer->n_tokens > INT_MAX / 2) return "layer.n_tokens: 2^30 or more";
     if (!rkvi_tensor_is_sound(keys)) return "layer.keys: a field is out of range or overflows";
     if (!rkvi_is_readable(keys)) return "layer.keys: dim must be contiguous, elements the dtype's";
     if (layer->n_tokens > keys->tokens) return "layer.n_tokens: more than keys.tokens";
@@ -4010,90 +4021,121 @@ static const char *rkvi_check_layer(const rkv_config *config, const rkv_layer *l
     return NULL;
 }
 
-/* A stretch of memory that a call reads or writes; a view also has the widest of its axes. */
-typedef struct rkvi_span {
+/* A stretch of memory that a call reads or writes, and the view that spans it, if one does. */
+typedef struct rkvi_stretch {
     uintptr_t begin;
-    size_t bytes, period, inner; /* every `period` bytes, `inner` of them; 0: all */
-} rkvi_span;
+    size_t bytes;
+    const rkv_tensor *view;
+} rkvi_stretch;
 
-static rkvi_span rkvi_span_of(const void *data, size_t bytes)
+static rkvi_stretch rkvi_stretch_of(const void *data, size_t bytes)
 {
-    rkvi_span span;
-    span.begin = (uintptr_t)data;
-    span.bytes = data ? bytes : 0;
-    span.period = span.inner = 0;
-    return span;
+    rkvi_stretch stretch;
+    stretch.begin = (uintptr_t)data;
+    stretch.bytes = data ? bytes : 0;
+    stretch.view = NULL;
+    return stretch;
 }
 
-/* Where a paged view ends is known to its table alone: an empty span, which meets nothing. */
-static rkvi_span rkvi_span_of_view(const rkv_tensor *t)
+/* Where a paged view ends is known to its table alone: an empty stretch, which meets nothing. */
+static rkvi_stretch rkvi_stretch_of_view(const rkv_tensor *t)
 {
-    rkvi_view view = rkvi_view_in_elements(t);
-    rkvi_span span = rkvi_span_of(t->block_table ? NULL : t->data, rkvi_extent(t));
+    rkvi_stretch stretch = rkvi_stretch_of(t->block_table ? NULL : t->data, rkvi_extent(t));
+    stretch.view = t;
+    return stretch;
+}
+
+/* The bytes of a view: from `begin` on n steps along each axis, strides in bytes, widest last. */
+typedef struct rkvi_grid {
+    uintptr_t begin;
+    size_t bytes; /* from the first to behind the last */
+    int n_axes;
     rkvi_axis axes[RKVI_AXES];
-    int n = rkvi_axes_of(t, &view, axes);
-    if (n == 0) return span;
-    span.period = axes[n - 1].stride * view.element;
-    span.inner = span.bytes - (axes[n - 1].n - 1) * span.period;
-    return span;
+} rkvi_grid;
+
+static rkvi_grid rkvi_grid_of(const rkvi_stretch *stretch)
+{
+    rkvi_view view = rkvi_view_in_elements(stretch->view);
+    rkvi_grid grid;
+    int i;
+    grid.begin = stretch->begin;
+    grid.bytes = stretch->bytes;
+    grid.n_axes = rkvi_axes_of(stretch->view, &view, grid.axes);
+    for (i = 0; i < grid.n_axes; i++) grid.axes[i].stride *= view.element;
+    return grid;
 }
 
 /* Two views that interleave, K and V of one buffer, say, overlap as stretches without sharing a
- * byte: then they have the same period, and lie apart within it. */
-static int rkvi_spans_meet(rkvi_span a, rkvi_span b)
+ * byte. Where their widest strides are equal it is enough to look at one step of b and the two
+ * steps of a next to it, which b lies `apart` behind and `stride - apart` in front of. */
+static int rkvi_grids_meet(rkvi_grid a, rkvi_grid b)
 {
-    size_t apart;
-    if (!a.bytes || !b.bytes) return 0;
+    size_t apart, stride;
     if (a.begin + a.bytes <= b.begin || b.begin + b.bytes <= a.begin) return 0;
-    if (!a.period || a.period != b.period) return 1;
-    apart = b.begin >= a.begin ? (b.begin - a.begin) % a.period
-                               : (a.period - (a.begin - b.begin) % a.period) % a.period;
-    return apart < a.inner || apart + b.inner > a.period;
+    if (!a.n_axes || !b.n_axes) return 1;
+    stride = a.axes[--a.n_axes].stride;
+    if (stride != b.axes[--b.n_axes].stride) return 1;
+    a.bytes -= (a.axes[a.n_axes].n - 1) * stride;
+    b.bytes -= (b.axes[b.n_axes].n - 1) * stride;
+    if (a.bytes > stride || b.bytes > stride) return 1; /* queries may lie over each other */
+    apart = b.begin >= a.begin ? (b.begin - a.begin) % stride
+                               : (stride - (a.begin - b.begin) % stride) % stride;
+    a.begin = stride;
+    b.begin = stride + apart;
+    if (rkvi_grids_meet(a, b)) return 1;
+    b.begin = apart;
+    return rkvi_grids_meet(a, b);
+}
+
+static int rkvi_stretches_meet(const rkvi_stretch *a, const rkvi_stretch *b)
+{
+    if (!a->bytes || !b->bytes) return 0;
+    if (a->begin + a->bytes <= b->begin || b->begin + b->bytes <= a->begin) return 0;
+    return !a->view || !b->view || rkvi_grids_meet(rkvi_grid_of(a), rkvi_grid_of(b));
 }
 
 /* keys, values, kept, positions, scores, shared scores; queries, which are only read */
-enum { RKVI_SPANS = 7, RKVI_SPAN_QUERIES = 6 };
-typedef struct rkvi_spans {
-    rkvi_span of[RKVI_SPANS];
-} rkvi_spans;
+enum { RKVI_BUFFERS = 7, RKVI_BUFFER_QUERIES = 6 };
+typedef struct rkvi_buffers {
+    rkvi_stretch of[RKVI_BUFFERS];
+} rkvi_buffers;
 
-static rkvi_spans rkvi_spans_of_layer(const rkv_config *config, const rkv_layer *layer,
-                                      int is_owner)
+static rkvi_buffers rkvi_buffers_of(const rkv_config *config, const rkv_layer *layer, int is_owner)
 {
     size_t sets = (size_t)rkvi_sets(config, layer, is_owner);
     size_t n = layer->n_tokens > config->window ? (size_t)(layer->n_tokens - config->window) : 0;
     size_t stride = (size_t)(layer->position_stride ? layer->position_stride : layer->keys.tokens);
-    rkvi_spans spans;
-    memset(&spans, 0, sizeof spans);
-    spans.of[0] = rkvi_span_of_view(&layer->keys);
-    if (layer->values.data) spans.of[1] = rkvi_span_of_view(&layer->values);
-    spans.of[2] = rkvi_span_of(layer->kept, sets * (size_t)config->budget * sizeof(int32_t));
-    spans.of[3] = rkvi_span_of(layer->positions, sets * stride * sizeof(int32_t));
-    spans.of[4] = rkvi_span_of(layer->scores, (size_t)layer->keys.heads * n * sizeof(float));
-    spans.of[5] = rkvi_span_of(layer->shared_scores, n * sizeof(float));
+    rkvi_buffers buffers;
+    memset(&buffers, 0, sizeof buffers);
+    buffers.of[0] = rkvi_stretch_of_view(&layer->keys);
+    if (layer->values.data) buffers.of[1] = rkvi_stretch_of_view(&layer->values);
+    buffers.of[2] = rkvi_stretch_of(layer->kept, sets * (size_t)config->budget * sizeof(int32_t));
+    buffers.of[3] = rkvi_stretch_of(layer->positions, sets * stride * sizeof(int32_t));
+    buffers.of[4] = rkvi_stretch_of(layer->scores, (size_t)layer->keys.heads * n * sizeof(float));
+    buffers.of[5] = rkvi_stretch_of(layer->shared_scores, n * sizeof(float));
     if (rkvi_needs_queries(config, layer))
-        spans.of[RKVI_SPAN_QUERIES] = rkvi_span_of_view(&layer->queries);
-    return spans;
+        buffers.of[RKVI_BUFFER_QUERIES] = rkvi_stretch_of_view(&layer->queries);
+    return buffers;
 }
 
 /* Does anything of `mine` meet one of the `n` layers of `others`? `hulls` are stretches around all
- * spans of a kind in `others`, or more: where `mine` lies outside, no layer need be looked at. */
-static int rkvi_meets_any(const rkvi_spans *mine, const rkvi_spans *others, int n,
-                          const rkvi_spans *hulls)
+ * buffers of a kind in `others`, or more: where `mine` lies outside, no layer need be looked at. */
+static int rkvi_meets_any(const rkvi_buffers *mine, const rkvi_buffers *others, int n,
+                          const rkvi_buffers *hulls)
 {
     int i, j, m;
-    for (i = 0; i < RKVI_SPANS; i++) {
-        for (j = 0; mine->of[i].bytes && j < RKVI_SPANS; j++) {
-            if (i == RKVI_SPAN_QUERIES && j == RKVI_SPAN_QUERIES) continue;
-            if (!rkvi_spans_meet(mine->of[i], hulls->of[j])) continue;
+    for (i = 0; i < RKVI_BUFFERS; i++) {
+        for (j = 0; mine->of[i].bytes && j < RKVI_BUFFERS; j++) {
+            if (i == RKVI_BUFFER_QUERIES && j == RKVI_BUFFER_QUERIES) continue;
+            if (!rkvi_stretches_meet(&mine->of[i], &hulls->of[j])) continue;
             for (m = 0; m < n; m++)
-                if (rkvi_spans_meet(mine->of[i], others[m].of[j])) return 1;
+                if (rkvi_stretches_meet(&mine->of[i], &others[m].of[j])) return 1;
         }
     }
     return 0;
 }
 
-static void rkvi_widen(rkvi_span *hull, const rkvi_span *by)
+static void rkvi_widen(rkvi_stretch *hull, const rkvi_stretch *by)
 {
     uintptr_t begin = hull->begin, end = begin + hull->bytes;
     if (!by->bytes) return;
@@ -4111,20 +4153,21 @@ static void rkvi_widen(rkvi_span *hull, const rkvi_span *by)
 static const char *rkvi_check_overlap(const rkv_config *config, const rkv_layer *layers,
                                       int n_layers, int *layer)
 {
-    rkvi_spans recent[RKVI_NEIGHBOURS], hulls, mine;
+    rkvi_buffers recent[RKVI_NEIGHBOURS], hulls, mine;
     int l, i, j, owner = 0;
     memset(&hulls, 0, sizeof hulls);
     for (l = 0; l < n_layers; l++) {
         *layer = l;
         owner = rkvi_owner(config, layers, l, owner);
-        mine = rkvi_spans_of_layer(config, &layers[l], owner == l);
-        for (i = 0; i < RKVI_SPANS; i++)
+        mine = rkvi_buffers_of(config, &layers[l], owner == l);
+        for (i = 0; i < RKVI_BUFFERS; i++)
             for (j = 0; mine.of[i].bytes && j < i; j++)
-                if (rkvi_spans_meet(mine.of[i], mine.of[j])) return "layer: its buffers overlap";
+                if (rkvi_stretches_meet(&mine.of[i], &mine.of[j]))
+                    return "layer: its buffers overlap";
         if (rkvi_meets_any(&mine, recent, rkvi_min(l, RKVI_NEIGHBOURS), &hulls))
             return "layers: buffers of two layers overlap";
         recent[l % RKVI_NEIGHBOURS] = mine;
-        for (i = 0; i < RKVI_SPANS; i++) rkvi_widen(&hulls.of[i], &mine.of[i]);
+        for (i = 0; i < RKVI_BUFFERS; i++) rkvi_widen(&hulls.of[i], &mine.of[i]);
     }
     return NULL;
 }
@@ -4229,13 +4272,14 @@ static int rkvi_has_buffers(const rkv_config *config, const rkv_layer *layers, i
 static int rkvi_workspace_is_apart(const rkv_config *config, const rkv_layer *layers, int n_layers,
                                    const void *workspace, size_t bytes)
 {
+    const rkvi_stretch taken = rkvi_stretch_of(workspace, bytes);
     int l, i, owner = 0;
     for (l = 0; l < n_layers; l++) {
-        rkvi_spans spans;
+        rkvi_buffers buffers;
         owner = rkvi_owner(config, layers, l, owner);
-        spans = rkvi_spans_of_layer(config, &layers[l], owner == l);
-        for (i = 0; i < RKVI_SPANS; i++)
-            if (rkvi_spans_meet(spans.of[i], rkvi_span_of(workspace, bytes))) return 0;
+        buffers = rkvi_buffers_of(config, &layers[l], owner == l);
+        for (i = 0; i < RKVI_BUFFERS; i++)
+            if (rkvi_stretches_meet(&buffers.of[i], &taken)) return 0;
     }
     return 1;
 }
@@ -4531,7 +4575,7 @@ static rkv_status rkvi_cache_reserve(rkv_cache *cache)
     const rkv_backend *backend = config->backend;
     rkv_status status;
     int l;
-    cache->memory = (unsigned char *)backend->alloc(backend, cache->plan.total);
+    cache->memory = (unsigned char *)(backend->alloc)(backend, cache->plan.total);
     if (cache->memory == NULL) return RKV_ERROR_MEMORY;
     cache->positions = (int32_t *)(void *)(cache->memory + cache->plan.positions);
     for (l = 0; l < config->n_layers; l++) {
@@ -4543,7 +4587,7 @@ static rkv_status rkvi_cache_reserve(rkv_cache *cache)
         status = rkv_workspace_size(backend, &config->compress, cache->layers, config->n_layers,
                                     &cache->workspace_bytes);
     if (status != RKV_OK) return status;
-    cache->workspace = backend->alloc(backend, cache->workspace_bytes);
+    cache->workspace = (backend->alloc)(backend, cache->workspace_bytes);
     if (cache->workspace == NULL) return RKV_ERROR_MEMORY;
     rkv_cache_reset(cache);
     return RKV_OK;
@@ -4559,7 +4603,7 @@ static rkv_cache *rkvi_cache_new_record(const rkv_cache_config *config, const rk
     if (!rkvi_mul_size(n_layers, sizeof(rkv_layer) + sizeof(int), &bytes) ||
         !rkvi_add_size(bytes, sizeof(rkv_cache), &bytes))
         return NULL;
-    cache = (rkv_cache *)config->alloc(config->user, bytes);
+    cache = (rkv_cache *)(config->alloc)(config->user, bytes);
     if (cache == NULL) return NULL;
     memset(cache, 0, bytes);
     cache->config = *config;
@@ -4598,9 +4642,9 @@ RKV_API void rkv_cache_destroy(rkv_cache *cache)
     const rkv_backend *backend;
     if (cache == NULL) return;
     backend = cache->config.backend;
-    if (cache->workspace != NULL) backend->free(backend, cache->workspace);
-    if (cache->memory != NULL) backend->free(backend, cache->memory);
-    cache->config.free(cache->config.user, cache);
+    if (cache->workspace != NULL) (backend->free)(backend, cache->workspace);
+    if (cache->memory != NULL) (backend->free)(backend, cache->memory);
+    (cache->config.free)(cache->config.user, cache);
 }
 
 RKV_API void rkv_cache_reset(rkv_cache *cache)

@@ -7,6 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* keys, values, kept, positions, scores, shared_scores, queries */
+enum { BUFFERS = 7, BUFFER_QUERIES = 6 };
+
 enum { N_LAYERS = 2, HEADS = 2, GROUP = 2, DIM = 16, WINDOW = 8, TOKENS = 40, BUDGET = 24 };
 
 static const rkv_backend *backends[MAX_BACKENDS];
@@ -294,7 +297,7 @@ static void test_tables(const rkv_backend *backend)
     }
 }
 
-/* Row numbers stay clear of the end of an int: loops step over whole chunks of them. */
+/* Row numbers and sums of cosines stay clear of the ends of their integers. */
 static void test_longest(const rkv_backend *backend)
 {
     scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
@@ -305,12 +308,12 @@ static void test_longest(const rkv_backend *backend)
     layer.values.dim = 0;
     layer.keys.head_stride = DIM;
     layer.keys.token_stride = HEADS * DIM;
-    layer.keys.tokens = layer.n_tokens = INT32_MAX - 64;
+    layer.keys.tokens = layer.n_tokens = INT32_MAX / 2;
     /* On a 32-bit machine that is more than there are addresses. */
-    expect_status("a chunk below", rkv_workspace_size(backend, &sc.config, &layer, 1, &bytes),
+    expect_status("2^30 - 1", rkv_workspace_size(backend, &sc.config, &layer, 1, &bytes),
                   sizeof(size_t) < 8 ? RKV_ERROR_ARGUMENT : RKV_OK);
-    layer.keys.tokens = layer.n_tokens = INT32_MAX;
-    expect_status("the last", rkv_workspace_size(backend, &sc.config, &layer, 1, &bytes),
+    layer.keys.tokens = layer.n_tokens = INT32_MAX / 2 + 1;
+    expect_status("2^30", rkv_workspace_size(backend, &sc.config, &layer, 1, &bytes),
                   RKV_ERROR_ARGUMENT);
     scene_free(&sc);
 }
@@ -581,28 +584,41 @@ static void test_workspace(const rkv_backend *backend)
     scene_free(&sc);
 }
 
-/* A workspace that lies on the rows it would spoil. */
+/* A workspace that lies in any of the buffers, at either end. It is looked at before its size. */
 static void test_workspace_overlap(const rkv_backend *backend)
 {
-    scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
-    case_begin("%s: workspace on keys", backend->name);
-    expect_status("rkv_compress",
-                  call_with(rkv_compress, backend, &sc.config, sc.jobs, N_LAYERS,
-                            (char *)sc.jobs[1].layer.keys.data + 8, (size_t)1 << 20),
-                  RKV_ERROR_ARGUMENT);
-    expect_scene_unchanged("all buffers", &sc);
-    scene_free(&sc);
+    int buffer, end;
+    for (buffer = 0; buffer < BUFFERS; buffer++)
+        for (end = 0; end < 2; end++) {
+            scene sc = scene_make(RKV_PER_LAYER, RKV_F32);
+            rkv_layer *l = &sc.jobs[1].layer;
+            const int rows = DIM * (TOKENS + 4);
+            const struct {
+                void *data;
+                int n;
+            } list[BUFFERS] = {
+                { l->keys.data, HEADS * rows },
+                { l->values.data, HEADS * rows },
+                { l->kept, BUDGET },
+                { l->positions, TOKENS + 4 },
+                { l->scores, HEADS * (TOKENS - WINDOW) },
+                { l->shared_scores, TOKENS - WINDOW },
+                { l->queries.data, HEADS * GROUP * WINDOW * DIM },
+            };
+            char *at = (char *)list[buffer].data + (end ? 4 * (list[buffer].n - 1) : 0);
+            case_begin("%s: workspace in buffer %d, at its %s", backend->name, buffer,
+                       end ? "end" : "start");
+            expect_true("there is such a buffer", list[buffer].data != NULL);
+            expect_status("rkv_compress",
+                          call_with(rkv_compress, backend, &sc.config, sc.jobs, N_LAYERS, at, 4),
+                          RKV_ERROR_ARGUMENT);
+            expect_scene_unchanged("all buffers", &sc);
+            scene_free(&sc);
+        }
 }
 
 /* ---- buffers of many layers ---- */
-enum {
-    BUFFERS = 7,
-    BUFFER_QUERIES = 6,
-    MANY = 90,
-    WITHIN = 64,
-    SLOT = 256,
-    ARENA = MANY * BUFFERS
-};
+enum { MANY = 90, WITHIN = 64, SLOT = 256, ARENA = MANY * BUFFERS };
 
 /* Byte offsets of every buffer of every layer, and how long each is. */
 typedef struct placing {
@@ -686,6 +702,72 @@ static void test_many_layers(void)
     if (trial == 3000) expect_true("both kinds came up", found[0] > 500 && found[1] > 500);
 }
 
+/* ---- keys and values in one buffer ---- */
+/* Marks the floats of a view of 2 heads and 10 tokens of 4; returns how many were marked before. */
+static int mark_floats(unsigned char *map, int at, int head_stride, int token_stride)
+{
+    int h, t, i, shared = 0;
+    for (h = 0; h < 2; h++)
+        for (t = 0; t < 10; t++)
+            for (i = 0; i < 4; i++) {
+                unsigned char *mark = &map[at + h * head_stride + t * token_stride + i];
+                shared += *mark;
+                *mark = 1;
+            }
+    return shared;
+}
+
+/* Rows of keys and values that take turns are refused where they share a float, and, as long as
+ * their strides are the same, only there. */
+static void test_interleaved(void)
+{
+    enum { ROOM = 1024, AT = 400 };
+    static float memory[ROOM], queries[2 * 2 * 4];
+    static const struct {
+        const char *name;
+        int head, token, value_head, value_token; /* strides */
+    } list[] = {
+        { "[token][k|v][head][dim]", 4, 16, 4, 16 },
+        { "[token][head][k|v][dim]", 8, 16, 8, 16 },
+        { "[head][token][k|v][dim]", 80, 8, 80, 8 },
+        { "[k|v][head][token][dim]", 40, 4, 40, 4 },
+        { "[head][k|v][token][dim]", 80, 4, 80, 4 },
+        { "with gaps", 9, 37, 9, 37 },
+        { "unlike tokens", 8, 16, 8, 20 },
+        { "unlike heads", 8, 16, 4, 16 },
+        { "transposed to each other", 80, 8, 4, 16 },
+    };
+    rkv_config config = rkv_config_default(4);
+    size_t i;
+    int off, found[2] = { 0, 0 };
+    config.window = 2;
+    for (i = 0; i < sizeof list / sizeof *list; i++) {
+        case_begin("keys and values in one buffer, %s", list[i].name);
+        for (off = -200; off <= 200; off++) {
+            unsigned char map[ROOM] = { 0 };
+            rkv_layer l = RKV_INIT;
+            rkv_status status;
+            int shared;
+            l.n_tokens = 10;
+            l.keys = rkv_tensor_make(memory + AT, RKV_F32, 2, 10, 4);
+            l.keys.head_stride = list[i].head;
+            l.keys.token_stride = list[i].token;
+            l.values = rkv_tensor_make(memory + AT + off, RKV_F32, 2, 10, 4);
+            l.values.head_stride = list[i].value_head;
+            l.values.token_stride = list[i].value_token;
+            l.queries = rkv_tensor_make(queries, RKV_F32, 2, 2, 4);
+            mark_floats(map, AT, list[i].head, list[i].token);
+            shared = mark_floats(map, AT + off, list[i].value_head, list[i].value_token) > 0;
+            found[shared]++;
+            status = rkv_check(&config, &l, 1, NULL, NULL);
+            if (!shared && list[i].token != list[i].value_token) continue;
+            if (!expect_status("rkv_check", status, shared ? RKV_ERROR_ARGUMENT : RKV_OK))
+                case_fail("values %d floats behind the keys", off);
+        }
+    }
+    expect_true("both kinds came up", found[0] > 200 && found[1] > 200);
+}
+
 /* ---- numbers that are none ---- */
 typedef struct poison {
     const char *name;
@@ -756,16 +838,21 @@ static void test_fault_after_success(const rkv_backend *backend)
     scene_free(&sc);
 }
 
-/* lambda 0 reads no query: what they hold is no matter. */
+/* lambda 0 reads no query: what they hold, or say of themselves, is no matter. */
 static void test_unread_queries(const rkv_backend *backend)
 {
-    scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
-    case_begin("%s: NaN in a query that is not read", backend->name);
-    view_store_one(&sc.jobs[1].queries, 0, 0, 0, NAN);
-    sc.config.lambda = 0;
-    expect_status("rkv_compress", call_stage(rkv_compress, backend, &sc.config, sc.jobs, N_LAYERS),
-                  RKV_OK);
-    scene_free(&sc);
+    static const int dims[] = { DIM, 100 * DIM, 0, -1 };
+    int i;
+    for (i = 0; i < 4; i++) {
+        scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+        case_begin("%s: NaN in a query that is not read, dim %d", backend->name, dims[i]);
+        view_store_one(&sc.jobs[1].queries, 0, 0, 0, NAN);
+        sc.jobs[1].layer.queries.dim = dims[i];
+        sc.config.lambda = 0;
+        expect_status("rkv_compress",
+                      call_stage(rkv_compress, backend, &sc.config, sc.jobs, N_LAYERS), RKV_OK);
+        scene_free(&sc);
+    }
 }
 
 int main(void)
@@ -791,5 +878,6 @@ int main(void)
     }
     test_sequence_order();
     test_many_layers();
+    test_interleaved();
     return close_tests();
 }
