@@ -302,6 +302,7 @@ static void read_prompt(const char *text, int room, problem *p)
         if (p->n_prompt >= room) die("the prompt is too long for the model");
         p->tokens[p->n_prompt++] = token;
     }
+    if (p->n_prompt == 1) die("the prompt is empty");
     p->n_tokens = p->n_prompt;
 }
 
@@ -314,6 +315,7 @@ int main(int argc, char **argv)
     gguf_error error;
     model *m;
     prng random = { o.seed };
+    check_writable(o.html);
     if (!model_load(&m, o.model, &error)) die("%s: %s", o.model, error.text);
     if (!solve_fits(m)) die("%s: not a model of these problems", o.model);
     const model_shape *s = model_get_shape(m);

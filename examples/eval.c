@@ -102,6 +102,19 @@ static const char columns[] =
     "model,task,split,seed,method,budget_percent,budget,buffer,lambda,recent,threshold,pool,scope,"
     "problems,right,accuracy,low95,high95,peak_rows,peak_kib,tokens_per_second,compress_percent\n";
 
+/* An existing file must be one of these tables: rows are added to it. */
+static void check_csv(const char *csv)
+{
+    char line[MAX_LINE];
+    FILE *f;
+    check_writable(csv);
+    f = fopen(csv, "r");
+    if (!f) return;
+    if (!fgets(line, sizeof line, f) || strcmp(line, columns) != 0)
+        die("%s is not a table of this program", csv);
+    fclose(f);
+}
+
 static const char *base_name(const char *path)
 {
     const char *slash = strrchr(path, '/');
@@ -349,6 +362,8 @@ int main(int argc, char **argv)
     static plan p;
     static problem sample;
     prng random = { o.seed };
+    check_csv(o.csv);
+    check_writable(o.svg);
     task_generate_full(o.task, SPLIT_TEST, &random, &sample);
     p.task = o.task;
     p.length = sample.n_tokens;

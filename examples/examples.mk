@@ -25,9 +25,10 @@ $(BUILD)/train: $(patsubst %,$(BUILD)/obj/examples/%.o,train model_put backprop 
 demo: $(BUILD)/demo
 	$< --model $(MODEL) --html $(BUILD)/demo.html $(DEMO)
 
-# Resumable; `make eval EVAL='--quick'` for a short one.
+# Resumable, from nothing where the model is a newer one; `make eval EVAL='--quick'` for a short one.
 eval: $(BUILD)/eval
-	$< --model $(MODEL) --csv bench/results/eval.csv --svg bench/results/eval.svg $(EVAL)
+	@if [ $(MODEL) -nt $(BUILD)/eval.csv ]; then rm -f $(BUILD)/eval.csv; fi
+	$< --model $(MODEL) --csv $(BUILD)/eval.csv --svg $(BUILD)/eval.svg $(EVAL)
 
 # Resumable: the same command goes on where it was stopped.
 train: $(BUILD)/train

@@ -24,6 +24,16 @@ void *allocate(size_t n, size_t size)
     return memory;
 }
 
+void check_writable(const char *path)
+{
+    FILE *f = fopen(path, "ab");
+    if (!f) die("cannot write %s", path);
+    fseek(f, 0, SEEK_END);
+    const int is_new = ftell(f) == 0;
+    fclose(f);
+    if (is_new) remove(path);
+}
+
 double option_number(const char *name, const char *text, double low, double high)
 {
     char *end;

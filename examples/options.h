@@ -17,6 +17,9 @@ void die(const char *format, ...);
 
 void *allocate(size_t n, size_t size); /* zeros; free() them; dies when there is no memory */
 
+/* Dies unless a file of that name can be written: told now, not after an hour's work. */
+void check_writable(const char *path);
+
 /* The value of option `name`; dies unless it is a number, and nothing else, within the limits. */
 double option_number(const char *name, const char *text, double low, double high);
 int64_t option_whole(const char *name, const char *text, int64_t low, int64_t high);

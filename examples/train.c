@@ -580,17 +580,6 @@ static options parse(int argc, char **argv)
     return o;
 }
 
-/* Found out now, not after an hour's work. */
-static void check_writable(const char *path)
-{
-    FILE *f = fopen(path, "ab");
-    if (!f) die("cannot write %s", path);
-    fseek(f, 0, SEEK_END);
-    const int is_new = ftell(f) == 0;
-    fclose(f);
-    if (is_new) remove(path);
-}
-
 int main(int argc, char **argv)
 {
     static trainer t;
@@ -602,9 +591,13 @@ int main(int argc, char **argv)
         t.opt.checkpoint = checkpoint;
     }
     if (t.opt.out) check_writable(t.opt.out);
+    if (!t.opt.check && !t.opt.write_only) check_writable(t.opt.checkpoint);
     create(&t);
     if (t.opt.check) return check_gradient(&t);
-    if (load_checkpoint(&t)) printf("resuming from %s\n", t.opt.checkpoint);
+    if (load_checkpoint(&t))
+        printf("resuming from %s\n", t.opt.checkpoint);
+    else if (t.opt.write_only)
+        die("there is no checkpoint %s to write a model from", t.opt.checkpoint);
     if (!t.opt.write_only) {
         train(&t);
         validate(&t, t.opt.n_validate);

@@ -146,12 +146,40 @@ static int names(const char *list, const char *name)
     return 0;
 }
 
+static const char *const cpu_paths[] = { "avx512", "avx2", "neon", "scalar" };
+
+/* A misspelt name would demand nothing. */
+static void check_expected(const char *list)
+{
+    while (list && *(list += strspn(list, " ,"))) {
+        size_t length = strcspn(list, " ,"), i, known = 0;
+        for (i = 0; i < sizeof cpu_paths / sizeof *cpu_paths; i++)
+            known |= strlen(cpu_paths[i]) == length && !strncmp(cpu_paths[i], list, length);
+        case_begin("EXPECT");
+        if (!known) case_fail("there is no CPU path %.*s", (int)length, list);
+        case_end();
+        list += length;
+    }
+}
+
+uint64_t wanted_cases(uint64_t usual)
+{
+    const char *text = getenv("RKV_TEST_CASES");
+    char *end;
+    uint64_t wanted;
+    if (!text || !*text) return usual;
+    wanted = strtoull(text, &end, 10);
+    if (*end == 0 && wanted > 0) return wanted;
+    printf("FAIL  RKV_TEST_CASES is no number of cases: %s\n", text);
+    exit(1);
+}
+
 int usable_backends(const rkv_backend *list[MAX_BACKENDS])
 {
-    static const char *const cpu_paths[] = { "avx512", "avx2", "neon", "scalar" };
     const char *expected = getenv("EXPECT");
     int n = 0;
     size_t i;
+    check_expected(expected);
     for (i = 0; i < sizeof cpu_paths / sizeof *cpu_paths; i++) {
         const rkv_backend *found = rkv_backend_find(cpu_paths[i]);
         if (found) {

@@ -31,6 +31,7 @@ int close_tests(void); /* prints the closing line; returns the exit status */
 /* Prints a skip for every CPU path that cannot run here, fails for those named in $EXPECT, and
  * lists the usable ones, the best first. */
 enum { MAX_BACKENDS = 8 };
+uint64_t wanted_cases(uint64_t usual); /* RKV_TEST_CASES, or else as usual */
 int usable_backends(const rkv_backend *list[MAX_BACKENDS]);
 
 /* ---- memory ---------------------------------------------------------------------------------

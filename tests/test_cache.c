@@ -51,6 +51,7 @@ typedef struct setup {
     rkv_order order;
     rkv_dtype dtype;
     int n_layers, kv_heads, query_heads, head_dim, value_dim;
+    float scale, softcap;
 } setup;
 
 static rkv_config redundancy_alone(int budget)
@@ -63,23 +64,23 @@ static rkv_config redundancy_alone(int budget)
 /* clang-format off */
 static const setup setups[] = {
     { "f32, per head", rkv_config_default, 32, 16, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_F32, 2, 2, 4, 16, 0 },
+      RKV_F32, 2, 2, 4, 16, 0, 0, 0 },
     { "f16, per head, pinned", rkv_config_default, 40, 8, 0, 4, 5, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_F16, 2, 2, 2, 20, 0 },
+      RKV_F16, 2, 2, 2, 20, 0, 0, 0 },
     { "bf16, per layer", rkv_config_paper, 32, 32, 0, 0, 0, RKV_PER_LAYER, RKV_BY_POSITION,
-      RKV_BF16, 3, 2, 6, 16, 24 },
+      RKV_BF16, 3, 2, 6, 16, 24, 0.4f, 0.5f },
     { "f32, per sequence", rkv_config_default, 24, 9, 0, 0, 2, RKV_PER_SEQUENCE, RKV_BY_POSITION,
-      RKV_F32, 3, 2, 4, 16, 8 },
+      RKV_F32, 3, 2, 4, 16, 8, 0.7f, 0 },
     { "f16, by score", rkv_config_default, 32, 16, 0, 0, 0, RKV_PER_HEAD, RKV_BY_SCORE, RKV_F16,
-      1, 3, 3, 16, 0 },
+      1, 3, 3, 16, 0, 0, 0 },
     { "bf16, streaming", rkv_config_streaming, 32, 16, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_BF16, 2, 1, 4, 16, 5 },
+      RKV_BF16, 2, 1, 4, 16, 5, 0, 0 },
     { "f32, h2o, one new row", rkv_config_h2o, 16, 1, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_F32, 1, 2, 4, 7, 0 },
+      RKV_F32, 1, 2, 4, 7, 0, 0, 0 },
     { "f32, redundancy alone", redundancy_alone, 24, 12, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_F32, 2, 2, 4, 16, 0 },
+      RKV_F32, 2, 2, 4, 16, 0, 0, 0 },
     { "f16, room for a long prompt", rkv_config_snapkv, 32, 16, 300, 5, 0, RKV_PER_HEAD,
-      RKV_BY_POSITION, RKV_F16, 2, 2, 4, 16, 0 },
+      RKV_BY_POSITION, RKV_F16, 2, 2, 4, 16, 0, 0, 0 },
 };
 /* clang-format on */
 enum { N_SETUPS = (int)(sizeof setups / sizeof *setups) };
@@ -117,6 +118,8 @@ static rkv_cache_config setup_config(const setup *s, const rkv_backend *backend)
     config.dtype = s->dtype;
     config.buffer = s->buffer;
     config.capacity = s->capacity;
+    config.scale = s->scale;
+    config.softcap = s->softcap;
     return config;
 }
 
@@ -321,6 +324,8 @@ static void plain_round(plain *p, const rkv_backend *backend, int text)
         layers[l].keys = plain_view(p, KEY, l);
         layers[l].values = plain_view(p, VALUE, l);
         layers[l].queries = plain_queries(p, l, text);
+        layers[l].scale = s->scale;
+        layers[l].softcap = s->softcap;
         layers[l].n_tokens = p->rows;
         layers[l].position_stride = setup_capacity(s);
         if (l == 0 || s->scope != RKV_PER_SEQUENCE) layers[l].positions = plain_positions(p, l, 0);
@@ -586,6 +591,16 @@ static void test_fork(const setup *s)
     rkv_cache_destroy(want);
 }
 
+static void expect_equal_positions(const char *at, const rkv_cache *got, const rkv_cache *want,
+                                   const setup *s)
+{
+    int l, h;
+    for (l = 0; l < s->n_layers; l++)
+        for (h = 0; h < s->kv_heads; h++)
+            expect_bytes(at, rkv_cache_positions(got, l, h), rkv_cache_positions(want, l, h),
+                         (size_t)rkv_cache_rows(want, l) * sizeof(int32_t));
+}
+
 static void test_fork_between_layers(const setup *s)
 {
     rkv_cache *cache = cache_of(s, NULL), *fork = NULL;
@@ -594,12 +609,17 @@ static void test_fork_between_layers(const setup *s)
     expect_status("append", feed_layer(s, cache, 0, 1, 1), RKV_OK);
     expect_status("fork", rkv_cache_fork(cache, &fork), RKV_OK);
     expect_equal_caches("fork", fork, cache);
+    expect_equal_positions("fork", fork, cache, s);
     for (l = 1; l < s->n_layers; l++) {
         expect_status("append", feed_layer(s, cache, l, 1, 1), RKV_OK);
         expect_status("append", feed_layer(s, fork, l, 1, 1), RKV_OK);
     }
     expect_int("step", 0, step(fork), step(cache));
     expect_equal_caches("fork, the token completed", fork, cache);
+    decode(s, cache, 2, 2 * s->buffer + 1);
+    decode(s, fork, 2, 2 * s->buffer + 1);
+    expect_equal_caches("fork, two rounds on", fork, cache);
+    expect_equal_positions("fork, two rounds on", fork, cache, s);
     rkv_cache_destroy(fork);
     expect_status("empty fork", rkv_cache_fork(NULL, &fork), RKV_ERROR_ARGUMENT);
     expect_true("no fork", fork == NULL);
@@ -635,7 +655,9 @@ static void test_stats(void)
                              3,
                              6,
                              16,
-                             24 };
+                             24,
+                             0,
+                             0 };
     rkv_cache *cache = cache_of(&s, NULL);
     rkv_cache_stats stats = rkv_cache_get_stats(cache);
     expect_int("held", 0, (int64_t)stats.bytes_held,
@@ -710,9 +732,23 @@ static void put_u32(unsigned char *at, uint32_t value)
     for (i = 0; i < 4; i++) at[i] = (unsigned char)(value >> (8 * i));
 }
 
-static const setup small = {
-    "", rkv_config_default, 6, 3, 0, 2, 1, RKV_PER_LAYER, RKV_BY_POSITION, RKV_F16, 2, 1, 1, 4, 3
-};
+static const setup small = { "",
+                             rkv_config_default,
+                             6,
+                             3,
+                             0,
+                             2,
+                             1,
+                             RKV_PER_LAYER,
+                             RKV_BY_POSITION,
+                             RKV_F16,
+                             2,
+                             1,
+                             1,
+                             4,
+                             3,
+                             0,
+                             0 };
 enum { SMALL_EVICTED = 6 }; /* after 14 tokens: 9 - 3, + 3 - 3, + 2 */
 
 static rkv_cache *small_cache(void)
@@ -772,7 +808,8 @@ static void test_forged_images(void)
         EVICTED = 68,
         ROWS = 76,
         N_QUERIES = 80,
-        POSITIONS = 76 + 2 * 8 /* [2 layers][4 rows]: budget 6, window 2 */
+        POSITIONS = 76 + 2 * 8, /* [2 layers][4 rows]: budget 6, window 2 */
+        ROW_BYTES = 2 * (4 + 3)
     };
     static const struct {
         const char *name;
@@ -787,7 +824,6 @@ static void test_forged_images(void)
         { "evicted beyond all positions", EVICTED, 0x7fffffff },
         { "negative evicted", EVICTED + 4, 0x80000000u },
         { "rows beyond the capacity", ROWS, 10 },
-        { "rows below the fixed ones", ROWS, 3 },
         { "another number of rows", ROWS, 7 },
         { "negative rows", ROWS, 0xfffffff8u },
         { "queries beyond the window", N_QUERIES, 3 },
@@ -810,6 +846,20 @@ static void test_forged_images(void)
         reseal(&forged);
         expect_refused(forgeries[i].name, other, &before, forged.bytes, forged.size);
     }
+    /* fewer rows in the first layer, in an image that is as long as it says: down to the fixed ones
+     * it is one of a token between two layers */
+    for (i = 8; i >= 2; i--) {
+        rkv_cache *scratch = small_cache();
+        memcpy(forged.bytes, saved.bytes, saved.size);
+        forged.size = saved.size - ROW_BYTES * (8 - i);
+        put_u32(forged.bytes + ROWS, (uint32_t)i);
+        reseal(&forged);
+        expect_status("fewer rows", rkv_cache_load(scratch, forged.bytes, forged.size),
+                      i < 4 ? RKV_ERROR_ARGUMENT : RKV_OK);
+        expect_int("rows", (int)i, rkv_cache_rows(scratch, 0), i < 4 ? 8 : (int)i);
+        rkv_cache_destroy(scratch);
+    }
+    forged.size = saved.size;
     /* resealing itself is right: an unchanged image still loads */
     memcpy(forged.bytes, saved.bytes, saved.size);
     reseal(&forged);

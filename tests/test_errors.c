@@ -170,6 +170,9 @@ static const char *spoil_views(int which, rkv_layer *l)
     case 25: l->keys.head_stride = 1; return "keys: heads that overlap";
     case 26: l->keys.token_stride = DIM - 1; return "keys: tokens that overlap";
     case 27: l->values.head_stride = DIM; return "values: heads that overlap";
+    case 28: l->scale = 100.5f; return "scale above 100";
+    case 29: l->softcap = 1.1e6f; return "softcap above 1e6";
+    case 30: l->scale = -0.1f; return "scale negative";
     default: return NULL;
     }
 }
@@ -405,6 +408,41 @@ static void test_given_scores(const rkv_backend *backend)
     expect_int("the best row is kept", 0, sc.jobs[1].layer.kept[BUDGET], 2);
     expect_int("the worst is not", 0, sc.jobs[1].layer.kept[2 * BUDGET - WINDOW - 1],
                TOKENS - WINDOW - 2);
+    scene_free(&sc);
+}
+
+/* Zeros are equal, whatever their sign: the newer of two is kept. */
+static void test_zeros(const rkv_backend *backend)
+{
+    scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+    const int n = TOKENS - WINDOW, n_keep = BUDGET - WINDOW;
+    int i, l;
+    case_begin("%s: rkv_select among zeros of both signs", backend->name);
+    for (l = 0; l < N_LAYERS; l++)
+        for (i = 0; i < HEADS * n; i++)
+            sc.jobs[l].layer.scores[i] = i % 3 && i % n > n / 2 ? -0.0f : 0.0f;
+    expect_status("rkv_select", call_stage(rkv_select, backend, &sc.config, sc.jobs, N_LAYERS),
+                  RKV_OK);
+    for (l = 0; l < N_LAYERS; l++)
+        for (i = 0; i < HEADS * n_keep; i++)
+            expect_int("kept", i, sc.jobs[l].layer.kept[i / n_keep * BUDGET + i % n_keep],
+                       n - n_keep + i % n_keep);
+    scene_free(&sc);
+}
+
+/* With a set per head nothing is shared: the buffer is neither wanted nor written. */
+static void test_unshared_scores(const rkv_backend *backend)
+{
+    scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+    float shared[TOKENS - WINDOW] = { 0 };
+    int i;
+    case_begin("%s: shared_scores with a set per head", backend->name);
+    shared[3] = 5;
+    sc.jobs[1].layer.shared_scores = shared;
+    expect_status("rkv_compress", call_stage(rkv_compress, backend, &sc.config, sc.jobs, N_LAYERS),
+                  RKV_OK);
+    for (i = 0; i < TOKENS - WINDOW; i++)
+        expect_near("shared", i, (double)shared[i], i == 3 ? 5 : 0, 0);
     scene_free(&sc);
 }
 
@@ -865,6 +903,8 @@ int main(void)
         test_null_arguments(backends[i]);
         test_stage_outputs(backends[i]);
         test_given_scores(backends[i]);
+        test_zeros(backends[i]);
+        test_unshared_scores(backends[i]);
         test_sequences(backends[i]);
         test_kept_lists(backends[i]);
         test_workspace(backends[i]);

@@ -165,8 +165,8 @@ fault shared-one-layer any 's/job->plans\[member\].owner == l; member++/member =
 # ---- checks ----------------------------------------------------------------------------------------
 fault nonfinite-keys any '/^static rkv_status rkvi_chunk_norms/,/^}/s/if (!(square\[r\] <= RKVI_MAX_SQUARE))/if (0)/'
 fault nonfinite-queries any '/^static rkv_status rkvi_pack_queries/,/^}/s/if (!(square <= RKVI_MAX_SQUARE))/if (0)/'
-fault list-twice any '/^static int rkvi_list_is_sound/,/^}/s/ || seen\[kept\[i\]\]//'
-fault block-twice any '/^static int rkvi_blocks_are_sound/,/^}/s/if (set\[slot\] == block) return 0;//'
+fault list-twice any '/^static int rkvi_bad_entry/,/^}/s/ || seen\[kept\[i\]\]//'
+fault block-twice any '/^static int rkvi_bad_block/,/^}/s/if (set\[slot\] == block) return row;//'
 fault hull-one-way any '/^static void rkvi_widen/,/^}/s/ || by->begin < begin//'
 fault grids-one-sided any 's/if (rkvi_grids_meet(a, b)) return 1;/(void)0;/'
 fault neighbours any 's/^#define RKVI_NEIGHBOURS 64/#define RKVI_NEIGHBOURS 63/'

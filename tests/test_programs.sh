@@ -75,6 +75,7 @@ fi
 refuses 'unknown option' demo --nonsense 1
 refuses 'out of range' demo --budget 200
 refuses 'no such task' demo --task chess
+refuses 'prompt is empty' demo --model $model --prompt ' '
 refuses 'does not know the word' demo --model $model --prompt 'how are you'
 refuses 'too long' demo --model $model --prompt "$(yes 'A c 4 ;' | head -n 300 | tr '\n' ' ')"
 refuses 'cannot write' demo --model $model --problems 0 --html "$dir/nowhere/page.html"
@@ -115,6 +116,8 @@ check 'eval: a run that was cut off is run again' $?
 refuses 'are needed' eval
 refuses 'out of range' eval --problems 0
 refuses 'no policy' eval --method lru
+refuses 'not a table' eval --model $model --csv README.md --svg "$dir/a.svg"
+refuses 'cannot write' eval --model $model --csv "$dir/a.csv" --svg "$dir/nowhere/a.svg"
 refuses missing.gguf eval --model "$dir/missing.gguf" --csv "$dir/a.csv" --svg "$dir/a.svg"
 
 # ---- the trainer ----
@@ -132,6 +135,8 @@ works 'the demo runs what the trainer wrote' demo --model "$dir/new.gguf" --prob
 head -c 5000 "$dir/1.ckpt" >"$dir/2.ckpt"
 refuses damaged train --checkpoint "$dir/2.ckpt"
 refuses 'unknown option' train --nonsense 1
+refuses 'no checkpoint' train --checkpoint "$dir/none.ckpt" --write-only
+refuses 'cannot write' train --checkpoint "$dir/nowhere/1.ckpt"
 refuses 'cannot write' train --checkpoint "$dir/1.ckpt" --validate 1 --out "$dir/nowhere/new.gguf"
 
 echo "$passed passed, $failed failed, $skipped skipped"

@@ -416,23 +416,25 @@ static void test_presets(const rkv_backend *backend)
     test_preset(backend, "h2o", rkv_config_h2o(64), known);
 }
 
-/* First 4 and newest budget - 4, from keys alone, without a query or a score. */
-static void test_streaming(const rkv_backend *backend)
+/* First 4 and newest budget - 4, from keys alone, without a query or a score; the newest alone
+ * where the budget is no more than 4. */
+static void test_streaming(const rkv_backend *backend, int budget)
 {
     rng r = rng_seed(20);
-    rkv_config config = rkv_config_streaming(24);
+    rkv_config config = rkv_config_streaming(budget);
+    const int first = budget > 4 ? 4 : 0;
     shape s = plain_shape(2, 2, 20, 60);
     job j;
     int h, k;
-    case_begin("%s: preset streaming", backend->name);
+    case_begin("%s: preset streaming, %d rows", backend->name, budget);
     job_make(&j, &r, &config, &s);
     memset(&j.layer.queries, 0, sizeof j.layer.queries);
     j.layer.scores = NULL;
     run(rkv_compress, backend, &config, &j, 1);
     for (h = 0; h < 2; h++)
-        for (k = 0; k < 24; k++)
-            expect_int("kept", k, job_kept(&j)[h * 24 + k], k < 4 ? k : 60 - 24 + k);
-    job_compacted("compaction", &j, job_kept(&j), 24, 24);
+        for (k = 0; k < budget; k++)
+            expect_int("kept", k, job_kept(&j)[h * budget + k], k < first ? k : 60 - budget + k);
+    job_compacted("compaction", &j, job_kept(&j), budget, budget);
     job_free(&j);
 }
 
@@ -710,7 +712,10 @@ static void test_all(const rkv_backend *backend)
     test_no_op(backend, 50);
     test_unused_rows(backend);
     test_presets(backend);
-    test_streaming(backend);
+    test_streaming(backend, 24);
+    test_streaming(backend, 5);
+    test_streaming(backend, 4);
+    test_streaming(backend, 1);
     test_pinned_pages(backend, RKV_BY_POSITION);
     test_pinned_pages(backend, RKV_BY_SCORE);
     test_fused_pool(backend, 0);

@@ -466,9 +466,8 @@ static void run_trial(uint64_t seed, const rkv_backend **backends, int n_backend
 int main(int argc, char **argv)
 {
     const rkv_backend *backends[MAX_BACKENDS];
-    const char *wanted = getenv("RKV_TEST_CASES");
     uint64_t first = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
-    uint64_t count = wanted ? strtoull(wanted, NULL, 10) : 2500, seed;
+    uint64_t count = wanted_cases(2500), seed;
     int n_backends = usable_backends(backends);
     if (n_backends == 0) return close_tests();
     if (argc > 1) count = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
