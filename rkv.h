@@ -51,9 +51,9 @@
  *  - Hand rotary embedding the true position of a new token, never its row number.
  *  - The queries must be those of the newest `window` tokens, all of them, rotary embedding
  *    applied, in any order of the tokens (a ring buffer is fine).
- *  - At tight budgets let the buffer (tokens between two compressions) be about as large as the
- *    budget: the published ports report 65 % on GSM8K with budget 128 and buffer 16, 90 % with
- *    buffer 256, 91 % for the full cache.
+ *  - At tight budgets try several buffers (tokens between two compressions): a published port
+ *    reports 65 % on GSM8K with budget 128 and buffer 16, 90 % with buffer 256, 91 % for the full
+ *    cache. On the model of this project the buffer makes little difference.
  *
  * What it does not do: it does not run attention, store quantised keys, re-rotate keys, or split
  * one kv head over several threads.

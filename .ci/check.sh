@@ -38,6 +38,11 @@ for source in "$out"/*.c; do
         "$($cc $flags -c "$source" -o "$out/readme.o" 2>&1)"
 done
 
+# shellcheck disable=SC2086
+report 'README.md: its engine runs' \
+    "$($cc $flags -O2 -DREADME_SNIPPETS="\"$out/snippets.c\"" tests/readme_engine.c \
+        -o "$out/readme_engine" -lm 2>&1 && "$out/readme_engine" || echo "status $?")"
+
 # The short program of the usage room: code up to the first gap of two blanks, the rest is prose.
 {
     printf '#include "rkv.h"\n#include <stdlib.h>\nint rkv_usage(void *, void *, void *);\n'
