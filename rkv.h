@@ -1092,7 +1092,7 @@ static void rkvi_max_into_scalar(float *dst, const float *src, size_t n)
 }
 
 /* ==== 9. AVX2 kernels =======================================================================
- * The same kernels, in the same order. Those that AVX-512 would not make faster serve both. */
+ * The same kernels. Those that AVX-512 would not make faster come first and serve both. */
 #ifdef RKVI_X86
 
 #ifndef RKV_NO_AVX2
@@ -2080,7 +2080,7 @@ typedef struct rkvi_scratch {
     float *column;         /* per token: sum of its cosines, itself included                   */
     float *first;          /* per token: its cosine with the first token                       */
     int64_t *exempt;       /* per token: sum of exempted cosines, in units of 2^-32            */
-    int *missing;          /* per token: look-alikes not found yet                             */
+    int *missing;          /* per token: look-alikes not found yet; -1: none can be            */
     int *open;             /* tokens with any missing, ascending                               */
     float *sum, *part;     /* [dim]: normalised sum of all keys, and of one chunk              */
     uint32_t *ranks;       /* selection: scores as integers                                    */
@@ -2768,12 +2768,11 @@ static void rkvi_search_chunk(const rkvi_head *h, rkvi_scratch *s, int first, in
 }
 
 /* A look-alike is decided by dot_tile's order of additions, everywhere. What cosine_tile finds, in
- * another order, counts where it is so far from the threshold that both must agree: each is off by
- * less than (dim + 8) * 2^-24, for the rounding of as many operations. */
-static int rkvi_is_decided(const rkvi_head *h, float cosine)
+ * another order, counts where it is further from the threshold than this, so that both must agree:
+ * each is off by less than (dim + 8) * 2^-24, for the rounding of as many operations. */
+static float rkvi_undecided(const rkvi_head *h)
 {
-    float both = 2.0f * (float)(h->dim + 8) / 16777216.0f;
-    return !(fabsf(cosine - h->config->threshold) <= both);
+    return 2.0f * (float)(h->dim + 8) / 16777216.0f;
 }
 
 /* The rows [first, end) of a chunk and the two newest columns of the span, cosines[4 * row + 1] and
@@ -2781,25 +2780,27 @@ static int rkvi_is_decided(const rkvi_head *h, float cosine)
 static void rkvi_search_newest(const rkvi_head *h, rkvi_scratch *s, int first, int end,
                                const float *cosines)
 {
-    const float threshold = h->config->threshold;
+    const float threshold = h->config->threshold, band = rkvi_undecided(h);
     const int span = h->n_span;
     rkvi_packed newest;
-    int r, decided = 1;
+    int r, undecided = 0;
     for (r = 0; r < end - first; r++)
-        decided &= rkvi_is_decided(h, cosines[4 * r + 1]) & rkvi_is_decided(h, cosines[4 * r + 2]);
-    if (!decided) {
+        undecided |= (fabsf(cosines[4 * r + 1] - threshold) <= band) |
+                     (fabsf(cosines[4 * r + 2] - threshold) <= band);
+    if (undecided) {
         rkvi_pack_columns(h, s, span > 1 ? span - 2 : 0, span, &newest);
         rkvi_search_chunk(h, s, first, end, &newest, RKVI_ROWS_SEARCH);
         return;
     }
     for (r = 0; r < end - first; r++, cosines += 4) {
         if (cosines[1] > threshold) rkvi_found(h, s, first + r, span - 1, cosines[1]);
-        if (cosines[2] > threshold && span > 1) rkvi_found(h, s, first + r, span - 2, cosines[2]);
+        if (cosines[2] > threshold && span > 1 && s->missing[first + r] > 0)
+            rkvi_found(h, s, first + r, span - 2, cosines[2]);
     }
 }
 
 /* The second pass over K: the sum of every column, and what takes no extra pass: the cosine with
- * the RKVI_NEWEST newest tokens of the span and with the first. */
+ * the two newest tokens of the span (RKVI_NEWEST) and with the first. */
 static void rkvi_read_columns(const rkvi_head *h, rkvi_scratch *s)
 {
     const int span = h->n_span, token[4] = { -1, span - 1, span - 2, 0 };
@@ -3495,6 +3496,11 @@ static rkv_status rkvi_take_scores(const rkvi_job *job)
 
 static const rkv_fault rkvi_no_fault = { RKV_OK, -1, -1, -1, 0 };
 
+static int rkvi_fault_kv_head(const rkvi_job *job, const rkv_fault *fault)
+{
+    return fault->query ? fault->head / job->plans[fault->layer].group : fault->head;
+}
+
 /* The earliest fault that any worker met. Every worker takes its items in ascending order, so it
  * is the same one for any number of threads. */
 static rkv_status rkvi_first_fault(const rkvi_job *job)
@@ -3503,14 +3509,10 @@ static rkv_status rkvi_first_fault(const rkvi_job *job)
     int w;
     for (w = 0; w < job->n_workers; w++) {
         const rkv_fault *fault = &job->scratches[w].fault;
-        int kv_head, best;
         if (fault->status == RKV_OK) continue;
-        kv_head = fault->query ? fault->head / job->plans[fault->layer].group : fault->head;
-        best = !first         ? 0
-               : first->query ? first->head / job->plans[first->layer].group
-                              : first->head;
         if (!first || fault->layer < first->layer ||
-            (fault->layer == first->layer && kv_head < best))
+            (fault->layer == first->layer &&
+             rkvi_fault_kv_head(job, fault) < rkvi_fault_kv_head(job, first)))
             first = fault;
     }
     if (job->config->fault) *job->config->fault = first ? *first : rkvi_no_fault;
@@ -3877,13 +3879,6 @@ typedef struct rkvi_axis {
     size_t n, stride;
 } rkvi_axis;
 
-/* Blocks that a paged view's table names; 1 for any other. */
-static size_t rkvi_table_length(const rkv_tensor *t)
-{
-    if (!t->block_table) return 1;
-    return ((size_t)t->tokens + (size_t)t->block_tokens - 1) / (size_t)t->block_tokens;
-}
-
 enum { RKVI_AXES = 4 };
 
 /* The axes of a view from the tightest to the widest, those of one step left out. */
@@ -3897,7 +3892,7 @@ static int rkvi_axes_of(const rkv_tensor *t, const rkvi_view *view, rkvi_axis ax
     all[1].stride = view->token_stride;
     all[2].n = (size_t)t->heads;
     all[2].stride = view->head_stride;
-    all[3].n = rkvi_table_length(t);
+    all[3].n = t->block_table ? rkvi_n_blocks(t, t->tokens) : 1;
     all[3].stride = view->block_stride;
     for (i = 0; i < RKVI_AXES; i++) {
         if (all[i].n < 2) continue;
@@ -4804,7 +4799,7 @@ RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
 {
     const rkv_backend *backend;
     const rkv_cache_config *config;
-    rkv_layer *job;
+    rkv_layer *held;
     rkv_status status;
     int row, fills;
     if (!rkvi_cache_has_layer(cache, layer) || n_tokens < 0) return RKV_ERROR_ARGUMENT;
@@ -4821,17 +4816,17 @@ RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
     /* Rows at and behind n_tokens are nobody's until the count moves; the ring goes last, as
      * its slots still belong to older tokens. */
     backend = config->backend;
-    job = &cache->layers[layer];
-    row = job->n_tokens;
+    held = &cache->layers[layer];
+    row = held->n_tokens;
     fills = config->compress.scope != RKV_PER_SEQUENCE ||
             row + n_tokens > rkvi_cache_most_rows(cache); /* else another layer has */
-    status = backend->copy_rows(backend, &job->keys, row, keys, 0, n_tokens);
+    status = backend->copy_rows(backend, &held->keys, row, keys, 0, n_tokens);
     if (status == RKV_OK)
-        status = backend->copy_rows(backend, &job->values, row, values, 0, n_tokens);
+        status = backend->copy_rows(backend, &held->values, row, values, 0, n_tokens);
     if (status == RKV_OK && fills) status = rkvi_cache_fill(cache, layer, row, n_tokens);
     if (status == RKV_OK && cache->plan.query_bytes > 0)
         status = rkvi_cache_push_queries(cache, layer, n_tokens, queries);
-    if (status == RKV_OK) job->n_tokens += n_tokens;
+    if (status == RKV_OK) held->n_tokens += n_tokens;
     return status;
 }
 

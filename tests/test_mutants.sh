@@ -146,7 +146,7 @@ fault waiting-lost any \
     '/^static void rkvi_search_all/,/^}/s/if (end > 0) rkvi_wait(.*//'
 fault second-newest any \
     '/^static void rkvi_search_newest/,/^}/s/span - 2, cosines\[2\]/span - 2, cosines[1]/'
-fault decided-anyway any '/^static int rkvi_is_decided/,/^}/s/both = 2.0f/both = 0.0f/'
+fault decided-anyway any '/^static float rkvi_undecided/,/^}/s/return 2.0f/return 0.0f/'
 
 # ---- selection, compaction, sharing --------------------------------------------------------------------
 fault tie-to-the-older any \
