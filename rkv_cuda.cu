@@ -31,8 +31,10 @@
  *  - Host fields (n_tokens, n_kept, n_evicted) are right when the call returns, before the device
  *    has seen the data. A fault in the data (NaN, infinity, an invalid kept list or block number)
  *    leaves every row, position, score and list as it was and shows in *config->fault once the
- *    stream has got there. After RKV_ERROR_NONFINITE from rkv_score, rkv_select and rkv_compact
- *    given the same `fault` do nothing, so the three can be queued without a look in between.
+ *    stream has got there. rkv_select and rkv_compact do nothing as long as any fault stands in
+ *    their *config->fault, so that all stages can be queued without a look in between. It stays
+ *    until rkv_score or rkv_compress is given the same `fault`; a caller that has scores of its
+ *    own, and calls neither, sets *fault to zeros itself, at first and after every fault.
  *  - The same bits in every run: sums whose order is open are made in integers.
  *  - Agreement with the CPU: look-alikes are decided in the CPU's own order of additions, so that
  *    both see the same ones; scores agree within 1e-5 of the largest.
@@ -1914,7 +1916,7 @@ static __global__ void __launch_bounds__(RKVI_UPLOAD_THREADS) rkvi_upload(const 
     rkv_fault *fault = head.args.config.fault;
     if (head.is_first && blockIdx.x == 0 && thread == 0) {
         const rkv_fault none = { RKV_OK, -1, -1, -1, 0 };
-        const bool earlier = fault && !head.args.scoring && fault->status == RKV_ERROR_NONFINITE;
+        const bool earlier = fault && !head.args.scoring && fault->status != RKV_OK;
         head.args.control->fault = RKVI_NO_FAULT;
         if (earlier) rkvi_fault_at(head.args.control, RKVI_EARLIER, 0, RKVI_KEY, RKVI_NO_ROW);
         if (fault && head.args.scoring) *fault = none;

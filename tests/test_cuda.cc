@@ -824,31 +824,54 @@ static void test_faults()
     }
 }
 
-/* A fault of rkv_score stops rkv_select and rkv_compact that were queued behind it. */
+/* A fault that one stage finds, of whatever kind, stops those that were queued behind it. */
 static void test_queued_stages()
 {
-    rkv_config config = rkv_config_default(50);
-    rkv_fault fault;
-    job j;
-    rng r = rng_seed(3);
-    const shape s = plain_shape(2, 4, 32, 100, RKV_F32);
-    case_begin("stages queued behind a fault");
-    memset(&fault, 0, sizeof fault);
-    config.fault = &fault;
-    job_make(&j, &r, &config, &s);
-    view_store_one(&j.keys, 1, 3, 0, NAN);
-    block_remember(&j.keys.memory);
-    stage_function stages[] = { rkv_score, rkv_select, rkv_compact };
-    for (int i = 0; i < 3; i++) {
-        j.layer.n_kept = i == 2 ? 50 : 0;
-        j.remembered = j.layer;
-        expect_status("stage", call_stage(stages[i], &mirrored, &config, &j, 1),
-                      RKV_ERROR_NONFINITE);
-        job_unchanged("stage", &j);
-        expect_int("the fault stays", i, fault.token, 3);
+    static const struct {
+        const char *name;
+        int first; /* stage that finds it */
+        rkv_status status;
+        int token;
+    } cases[] = {
+        { "a NaN among the keys", 0, RKV_ERROR_NONFINITE, 3 },
+        { "a query table with an entry twice", 0, RKV_ERROR_ARGUMENT, 5 },
+        { "a NaN among the caller's scores", 1, RKV_ERROR_NONFINITE, 7 },
+    };
+    static const stage_function stages[] = { rkv_score, rkv_select, rkv_compact };
+    for (int c = 0; c < 3; c++) {
+        rkv_config config = rkv_config_default(50);
+        rkv_fault fault;
+        job j;
+        rng r = rng_seed(3);
+        shape s = plain_shape(2, 4, 32, 100, RKV_F32);
+        case_begin("stages queued behind %s", cases[c].name);
+        memset(&fault, 0, sizeof fault);
+        config.fault = &fault;
+        if (c == 1) s.queries = LAYOUT_ROW_LIST;
+        job_make(&j, &r, &config, &s);
+        int32_t *kept = reinterpret_cast<int32_t *>(j.kept.data);
+        for (int i = 0; i < 100; i++) kept[i] = i % 50 * 2;
+        if (c == 0) view_store_one(&j.keys, 1, 3, 0, NAN);
+        if (c == 1) {
+            int32_t *table = reinterpret_cast<int32_t *>(j.queries.table.data);
+            table[5] = table[1];
+            block_remember(&j.queries.table);
+        }
+        if (c == 2) reinterpret_cast<float *>(j.scores.data)[7] = NAN;
+        block_remember(&j.keys.memory);
+        block_remember(&j.scores);
+        block_remember(&j.kept);
+        for (int i = cases[c].first; i < 3; i++) {
+            j.layer.n_kept = i == 2 ? 50 : 0;
+            j.remembered = j.layer;
+            expect_status("stage", call_stage(stages[i], &mirrored, &config, &j, 1),
+                          cases[c].status);
+            job_unchanged("stage", &j);
+            expect_int("the fault stays", i, fault.token, cases[c].token);
+        }
+        case_end();
+        job_free(&j);
     }
-    case_end();
-    job_free(&j);
 }
 
 static void test_bad_lists()
