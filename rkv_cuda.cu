@@ -1577,14 +1577,17 @@ static __device__ void rkvi_bad_index(const rkvi_args &args, int job_index, int 
     rkvi_fault_at(args.control, RKVI_BAD_INDEX, job_index, RKVI_KEY, row);
 }
 
-/* Every entry at least 0 and unlike all others: a hash table of twice their number. */
+/* Every entry at least 0 and unlike all others: a hash table, twice as large, of the first index of
+ * each. Of two equal entries the later index is told; what is told of three depends on who comes
+ * first, but their second is always among it, and none before it: it is the least. */
 static __device__ void rkvi_check_unique(const rkvi_args &args, const rkvi_job &job, int job_index,
                                          const int32_t *entries, int n, int row_step)
 {
     const uint32_t half = static_cast<uint32_t>(job.n_tokens);
+    const int32_t nobody = INT32_MAX;
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < half; i += RKVI_HEAD_THREADS)
-        job.open_rows[i] = job.open_need[i] = -1;
+        job.open_rows[i] = job.open_need[i] = nobody;
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < n; i += RKVI_HEAD_THREADS) {
         const int32_t entry = entries[i];
@@ -1595,9 +1598,13 @@ static __device__ void rkvi_check_unique(const rkvi_args &args, const rkvi_job &
         }
         for (;;) {
             int32_t *place = slot < half ? &job.open_rows[slot] : &job.open_need[slot - half];
-            const int32_t found = atomicCAS(place, -1, entry);
-            if (found == entry) rkvi_bad_index(args, job_index, i * row_step);
-            if (found == -1 || found == entry) break;
+            const int32_t found = atomicCAS(place, nobody, i);
+            if (found == nobody) break;
+            if (entries[found] == entry) { /* as it is of whoever else comes to be first */
+                const int32_t first = atomicMin(place, i);
+                rkvi_bad_index(args, job_index, (first > i ? first : i) * row_step);
+                break;
+            }
             slot = slot + 1 < 2 * half ? slot + 1 : 0;
         }
     }

@@ -931,6 +931,33 @@ static void test_bad_tables()
     }
 }
 
+/* Of several entries that are there already the first is told, in whatever order threads come. */
+static void test_first_bad_entry()
+{
+    for (int order = 0; order < 3; order++) {
+        rkv_config config = rkv_config_default(50);
+        rkv_fault fault;
+        job j;
+        rng r = rng_seed(17);
+        shape s = plain_shape(2, 1, 32, 100, RKV_F16);
+        s.keys = LAYOUT_ROW_LIST;
+        case_begin("the first of three bad entries, order %d", order);
+        memset(&fault, 0, sizeof fault);
+        config.fault = &fault;
+        job_make(&j, &r, &config, &s);
+        int32_t *table = reinterpret_cast<int32_t *>(j.keys.table.data);
+        table[90] = table[40] = table[20] = table[2];
+        block_remember(&j.keys.table);
+        shim_order_is(order);
+        expect_status("CUDA", call_stage(rkv_compress, &mirrored, &config, &j, 1),
+                      RKV_ERROR_ARGUMENT);
+        shim_order_is(0);
+        expect_int("fault.token", order, fault.token, 20);
+        case_end();
+        job_free(&j);
+    }
+}
+
 static void test_refusals()
 {
     rkv_config config = rkv_config_default(50);
@@ -1202,6 +1229,7 @@ static void test_chosen()
     test_queued_stages();
     test_bad_lists();
     test_bad_tables();
+    test_first_bad_entry();
     test_refusals();
     test_cache();
     test_graph();
