@@ -78,12 +78,15 @@ extern "C" rkv_status rkv_cuda_register(void *stream);
 #else
 #define RKVI_SM_THREADS 1536
 #endif
-/* Blocks that share an SM's memory with tiles of theirs (38 KB): 5 of Hopper's and Blackwell's
- * 228 KB, fewer elsewhere. Registers are dealt out accordingly. */
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+/* Blocks that share an SM's memory with tiles of theirs (38 KB): 5 of the 228 KB of Hopper's and
+ * Blackwell's for data centers, 4 of Ampere's 164 KB, 2 of the 100 KB that most others have.
+ * Registers are dealt out accordingly. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
 #define RKVI_TILE_BLOCKS 5
-#else
+#elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870)
 #define RKVI_TILE_BLOCKS 4
+#else
+#define RKVI_TILE_BLOCKS 2
 #endif
 /* Kernel parameters may take 4 KB, from CUDA 12.1 on (and its driver) 32764 bytes. */
 #ifndef RKV_CUDA_PARAMETER_BYTES
@@ -102,6 +105,7 @@ static __device__ __forceinline__ char *rkvi_shared_memory()
 #else
 #define RKVI_TENSOR_CORES        1
 #define RKVI_ASYNC_COPIES        1
+#define RKVI_TILE_BLOCKS         1
 #define RKV_CUDA_PARAMETER_BYTES 4096
 static char *rkvi_shared_memory()
 {
@@ -177,6 +181,7 @@ enum {
     RKVI_RADIX_BITS = 11,
     RKVI_BINS = 1 << RKVI_RADIX_BITS,
     RKVI_MOVE_THREADS = 256,
+    RKVI_FAR_BLOCKS = RKVI_TILE_BLOCKS < 4 ? RKVI_TILE_BLOCKS : 4, /* the far scan's registers  */
     RKVI_MOVE_UNROLL = 4, /* units that a thread holds while its block waits                  */
     RKVI_SLICE_UNITS = 8  /* units of a row that one block moves: 128 bytes at best           */
 };
@@ -1175,7 +1180,8 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
     rkvi_scan<T>(args, false);
 }
 template <typename T>
-static __global__ void __launch_bounds__(RKVI_TILE_THREADS, 4) rkvi_scan_far(const rkvi_args args)
+static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_FAR_BLOCKS)
+    rkvi_scan_far(const rkvi_args args)
 {
     rkvi_scan<T>(args, true);
 }
