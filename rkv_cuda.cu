@@ -113,6 +113,14 @@ static char *rkvi_shared_memory()
 }
 #endif
 
+/* An error that the status tells is not told again at the caller's next look. */
+static rkv_status rkvi_status_of(cudaError_t error)
+{
+    if (error == cudaSuccess) return RKV_OK;
+    (void)cudaGetLastError();
+    return RKV_ERROR_DEVICE;
+}
+
 template <typename P>
 static rkv_status rkvi_launch(void (*kernel)(P), int64_t n_items, int threads, size_t shared_bytes,
                               cudaStream_t stream, const P &parameters)
@@ -129,9 +137,7 @@ static rkv_status rkvi_launch(void (*kernel)(P), int64_t n_items, int threads, s
     const cudaError_t error =
         shim_launch(kernel, blocks, threads, shared_bytes, stream, parameters);
 #endif
-    if (error == cudaSuccess) return RKV_OK;
-    (void)cudaGetLastError(); /* said by the status: not again at the caller's next look */
-    return RKV_ERROR_DEVICE;
+    return rkvi_status_of(error);
 }
 
 /* ==== 3. Helpers ============================================================================
@@ -175,13 +181,13 @@ enum {
     RKVI_PITCH = RKVI_CHUNK_BYTES + 16, /* rows of a tile lie 4 banks apart                    */
     RKVI_DOTS_PITCH = RKVI_PITCH / 4,   /* floats: a tile's room for 64 x 64 dots; the accumulators
                                            of a warp then go to 32 banks                       */
+    RKVI_FAR_BLOCKS = RKVI_TILE_BLOCKS < 4 ? RKVI_TILE_BLOCKS : 4, /* the far scan's registers  */
     RKVI_NEAR_TILES = 4,     /* scan: newest columns that every row looks at in the first launch */
     RKVI_HEAD_THREADS = 512, /* kernels with one block per head                                 */
     RKVI_HEAD_WARPS = RKVI_HEAD_THREADS / 32,
     RKVI_RADIX_BITS = 11,
     RKVI_BINS = 1 << RKVI_RADIX_BITS,
     RKVI_MOVE_THREADS = 256,
-    RKVI_FAR_BLOCKS = RKVI_TILE_BLOCKS < 4 ? RKVI_TILE_BLOCKS : 4, /* the far scan's registers  */
     RKVI_MOVE_UNROLL = 4, /* units that a thread holds while its block waits                  */
     RKVI_SLICE_UNITS = 8  /* units of a row that one block moves: 128 bytes at best           */
 };
@@ -2389,25 +2395,23 @@ static void *rkvi_cuda_alloc(const rkv_backend *self, size_t bytes)
 {
     void *memory = NULL;
     (void)self;
-    if (cudaMalloc(&memory, bytes ? bytes : 1) == cudaSuccess) return memory;
-    (void)cudaGetLastError(); /* said by the NULL: not again at the caller's next look */
-    return NULL;
+    return rkvi_status_of(cudaMalloc(&memory, bytes ? bytes : 1)) == RKV_OK ? memory : NULL;
 }
 static void rkvi_cuda_free(const rkv_backend *self, void *memory)
 {
     (void)self;
-    (void)cudaFree(memory);
+    (void)rkvi_status_of(cudaFree(memory));
 }
 static rkv_status rkvi_cuda_synchronize(const rkv_backend *self)
 {
-    return cudaStreamSynchronize(rkvi_stream(self)) == cudaSuccess ? RKV_OK : RKV_ERROR_DEVICE;
+    return rkvi_status_of(cudaStreamSynchronize(rkvi_stream(self)));
 }
 static rkv_status rkvi_copy(const rkv_backend *self, void *dst, const void *src, size_t bytes,
                             cudaMemcpyKind kind)
 {
-    if (bytes && cudaMemcpyAsync(dst, src, bytes, kind, rkvi_stream(self)) != cudaSuccess)
-        return RKV_ERROR_DEVICE;
-    return rkvi_cuda_synchronize(self);
+    const rkv_status status =
+        bytes ? rkvi_status_of(cudaMemcpyAsync(dst, src, bytes, kind, rkvi_stream(self))) : RKV_OK;
+    return status == RKV_OK ? rkvi_cuda_synchronize(self) : status;
 }
 static rkv_status rkvi_cuda_copy_in(const rkv_backend *self, void *dst, const void *host_src,
                                     size_t bytes)
@@ -2515,36 +2519,39 @@ template <typename P> static const void *rkvi_kernel(void (*kernel)(P))
 
 /* Asking for the attributes of a kernel loads it, which the runtime otherwise does at its first
  * launch: too late in a capture, and too late to hear that there is no code for this device. */
+static rkv_status rkvi_load_kernel(const void *kernel)
+{
+    cudaFuncAttributes attributes;
+    return rkvi_status_of(cudaFuncGetAttributes(&attributes, kernel));
+}
+
 static rkv_status rkvi_load_kernels()
 {
-    const void *const kernels[] = {
-        rkvi_kernel(rkvi_upload),
-        rkvi_kernel(rkvi_check_tables),
-        rkvi_kernel(rkvi_check_lists),
-        rkvi_kernel(rkvi_check_scores),
-        rkvi_kernel(rkvi_attend<float>),
-        rkvi_kernel(rkvi_attend<rkvi_f16>),
-        rkvi_kernel(rkvi_attend<rkvi_bf16>),
-        rkvi_kernel(rkvi_scan_near<float>),
-        rkvi_kernel(rkvi_scan_near<rkvi_f16>),
-        rkvi_kernel(rkvi_scan_near<rkvi_bf16>),
-        rkvi_kernel(rkvi_scan_far<float>),
-        rkvi_kernel(rkvi_scan_far<rkvi_f16>),
+    const int all_shared = 100; /* percent of the L1: as many blocks with tiles as have room */
+    const void *const with_tiles[] = {
+        rkvi_kernel(rkvi_attend<float>),       rkvi_kernel(rkvi_attend<rkvi_f16>),
+        rkvi_kernel(rkvi_attend<rkvi_bf16>),   rkvi_kernel(rkvi_scan_near<float>),
+        rkvi_kernel(rkvi_scan_near<rkvi_f16>), rkvi_kernel(rkvi_scan_near<rkvi_bf16>),
+        rkvi_kernel(rkvi_scan_far<float>),     rkvi_kernel(rkvi_scan_far<rkvi_f16>),
         rkvi_kernel(rkvi_scan_far<rkvi_bf16>),
-        rkvi_kernel(rkvi_score),
-        rkvi_kernel(rkvi_share),
-        rkvi_kernel(rkvi_select),
-        rkvi_kernel(rkvi_compact),
-        rkvi_kernel(rkvi_copy_rows),
-        rkvi_kernel(rkvi_fill_positions),
     };
-    for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++) {
-        cudaFuncAttributes attributes;
-        if (cudaFuncGetAttributes(&attributes, kernels[i]) == cudaSuccess) continue;
-        (void)cudaGetLastError(); /* said by the status */
-        return RKV_ERROR_DEVICE;
+    const void *const others[] = {
+        rkvi_kernel(rkvi_upload),      rkvi_kernel(rkvi_check_tables),
+        rkvi_kernel(rkvi_check_lists), rkvi_kernel(rkvi_check_scores),
+        rkvi_kernel(rkvi_score),       rkvi_kernel(rkvi_share),
+        rkvi_kernel(rkvi_select),      rkvi_kernel(rkvi_compact),
+        rkvi_kernel(rkvi_copy_rows),   rkvi_kernel(rkvi_fill_positions),
+    };
+    rkv_status status = RKV_OK;
+    for (size_t i = 0; i < sizeof others / sizeof *others && status == RKV_OK; i++)
+        status = rkvi_load_kernel(others[i]);
+    for (size_t i = 0; i < sizeof with_tiles / sizeof *with_tiles && status == RKV_OK; i++) {
+        status = rkvi_load_kernel(with_tiles[i]);
+        if (status == RKV_OK)
+            status = rkvi_status_of(cudaFuncSetAttribute(
+                with_tiles[i], cudaFuncAttributePreferredSharedMemoryCarveout, all_shared));
     }
-    return RKV_OK;
+    return status;
 }
 
 extern "C" rkv_status rkv_cuda_backend(rkv_backend *out, void *stream)
@@ -2565,8 +2572,8 @@ extern "C" rkv_status rkv_cuda_backend(rkv_backend *out, void *stream)
                                 rkvi_cuda_synchronize };
     int n_devices = 0;
     if (!out) return RKV_ERROR_ARGUMENT;
-    if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices < 1) return RKV_ERROR_DEVICE;
-    const rkv_status status = rkvi_load_kernels();
+    rkv_status status = rkvi_status_of(cudaGetDeviceCount(&n_devices));
+    if (status == RKV_OK) status = n_devices < 1 ? RKV_ERROR_DEVICE : rkvi_load_kernels();
     if (status == RKV_OK) *out = table;
     return status;
 }

@@ -51,13 +51,40 @@ struct alignas(16) float4 {
 typedef struct shim_stream *cudaStream_t;
 enum cudaError_t {
     cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
     cudaErrorNoKernelImageForDevice = 209
 };
 struct cudaFuncAttributes {
     int binaryVersion;
 };
+enum cudaFuncAttribute { cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+
+/* Every call that fails leaves its error behind, until somebody asks. fail_next: so does the next
+ * call that looks here, whatever it is. */
+struct shim_errors {
+    cudaError_t last;
+    bool fail_next;
+};
+inline shim_errors &shim_error()
+{
+    static shim_errors errors;
+    return errors;
+}
+inline cudaError_t shim_result(cudaError_t error)
+{
+    if (shim_error().fail_next) error = cudaErrorInvalidValue;
+    shim_error().fail_next = false;
+    if (error != cudaSuccess) shim_error().last = error;
+    return error;
+}
+inline cudaError_t cudaGetLastError()
+{
+    const cudaError_t last = shim_error().last;
+    shim_error().last = cudaSuccess;
+    return last;
+}
 
 /* A graph holds launches with their parameters, copied at the time of capture. Whatever else is
  * called between begin and end of a capture is an error. */
@@ -153,14 +180,10 @@ inline cudaError_t cudaMalloc(void **out, size_t bytes)
     const size_t page = 4096, whole = (bytes / page + 1) * page;
     const shim_on_device device;
     *out = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (*out == MAP_FAILED) return cudaErrorMemoryAllocation;
+    if (*out == MAP_FAILED) return shim_result(cudaErrorMemoryAllocation);
     shim_memory()[*out] = whole;
     memset(*out, 0xa5, bytes);
     race_memory(*out, bytes);
-    return cudaSuccess;
-}
-inline cudaError_t cudaGetLastError()
-{
     return cudaSuccess;
 }
 inline cudaError_t cudaFree(void *memory)
@@ -179,17 +202,17 @@ inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cud
     if (kind != cudaMemcpyDeviceToHost) race_copy_in(dst, bytes);
     const shim_on_device device;
     memcpy(dst, src, bytes);
-    return cudaSuccess;
+    return shim_result(cudaSuccess);
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t)
 {
     shim_not_in_capture("cudaStreamSynchronize in a capture");
-    return cudaSuccess;
+    return shim_result(cudaSuccess);
 }
 inline cudaError_t cudaGetDeviceCount(int *count)
 {
     *count = 1;
-    return cudaSuccess;
+    return shim_result(cudaSuccess);
 }
 
 /* Kernels must be loaded, by asking about them, before they are launched: a real runtime would do
@@ -205,10 +228,14 @@ inline shim_code &shim_kernels()
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *kernel)
 {
-    if (shim_kernels().is_missing) return cudaErrorNoKernelImageForDevice;
+    if (shim_kernels().is_missing) return shim_result(cudaErrorNoKernelImageForDevice);
     attributes->binaryVersion = 0;
     shim_kernels().loaded.insert(kernel);
-    return cudaSuccess;
+    return shim_result(cudaSuccess);
+}
+inline cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int)
+{
+    return shim_result(cudaSuccess);
 }
 
 /* ---- The machine ---------------------------------------------------------------------------- */

@@ -996,6 +996,15 @@ static void test_refusals()
     expect_status("no code for this device", rkv_cuda_backend(&table, NULL), RKV_ERROR_DEVICE);
     expect_true("the table is as it was", table.context == &s);
     shim_kernels().is_missing = false;
+    shim_error().fail_next = true;
+    expect_status("no driver", rkv_cuda_backend(&table, NULL), RKV_ERROR_DEVICE);
+    shim_error().fail_next = true;
+    expect_status("a copy", cuda()->copy_in(cuda(), NULL, NULL, 0), RKV_ERROR_DEVICE);
+    void *memory = cuda()->alloc(cuda(), 4);
+    shim_error().fail_next = true;
+    expect_status("a copy", cuda()->copy_in(cuda(), memory, &more, 4), RKV_ERROR_DEVICE);
+    cuda()->free(cuda(), memory);
+    expect_true("no error is left behind", cudaGetLastError() == cudaSuccess);
 #endif
     for (int n = 60; n < 200; n += 20) { /* never shrinks */
         rkv_layer layer = RKV_INIT;
