@@ -381,20 +381,22 @@ static __device__ __forceinline__ void rkvi_copy_now(char *tile, const int *to,
         if (to[u] >= 0) *reinterpret_cast<V *>(tile + to[u]) = value[u];
 }
 #if RKVI_ASYNC_COPIES
-/* Starts a copy to shared memory. */
+/* Starts a copy to shared memory; zeros, and no look at `from`, unless that `is_there`. */
 template <typename V>
-static __device__ __forceinline__ void rkvi_start_copy(char *to, const char *from)
+static __device__ __forceinline__ void rkvi_start_copy(char *to, const char *from, bool is_there)
 {
 #ifndef RKV_CUDA_SHIM
     const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
     const size_t source = __cvta_generic_to_global(from);
+    const int bytes = is_there ? static_cast<int>(sizeof(V)) : 0; /* the rest becomes zeros */
     if (sizeof(V) == 16) /* this size alone may pass by the L1 */
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(source));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(source),
+                     "r"(bytes));
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(source),
-                     "n"(static_cast<int>(sizeof(V))));
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(source),
+                     "n"(static_cast<int>(sizeof(V))), "r"(bytes));
 #else
-    shim_start_copy<V>(to, from);
+    shim_start_copy<V>(to, from, is_there);
 #endif
 }
 static __device__ __forceinline__ void rkvi_copies_done()
@@ -411,20 +413,37 @@ static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *t
                                                         const char *const *from, V)
 {
 #pragma unroll
-    for (int u = 0; u < RKVI_LOAD_UNROLL; u++) {
-        if (to[u] < 0) continue;
-        if (from[u])
-            rkvi_start_copy<V>(tile + to[u], from[u]);
-        else
-            *reinterpret_cast<V *>(tile + to[u]) = V{};
-    }
+    for (int u = 0; u < RKVI_LOAD_UNROLL; u++)
+        if (to[u] >= 0) rkvi_start_copy<V>(tile + to[u], from[u], from[u] != NULL);
 }
 static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *to,
                                                         const char *const *from, uint16_t)
 {
     rkvi_copy_now<uint16_t>(tile, to, from); /* 4 bytes is the least that can go by itself */
 }
+/* The usual rows, a whole chunk and aligned to 16 bytes, with a quarter of the instructions: a
+ * thread has the same piece of every eighth row. */
+static __device__ __forceinline__ bool rkvi_load_whole(char *tile, const char *const *rows,
+                                                       int offset, int bytes, int load)
+{
+    const int width = 16, per_row = RKVI_CHUNK_BYTES / width, step = RKVI_TILE_THREADS / per_row;
+    const int row = static_cast<int>(threadIdx.x) / per_row;
+    const int piece = static_cast<int>(threadIdx.x) % per_row * width;
+    if (load != width || bytes != RKVI_CHUNK_BYTES) return false;
+    const char *from[RKVI_TILE / step]; /* all first: no load can pass a copy that has begun */
+#pragma unroll
+    for (int u = 0; u < RKVI_TILE / step; u++) from[u] = rows[row + u * step];
+#pragma unroll
+    for (int u = 0; u < RKVI_TILE / step; u++)
+        rkvi_start_copy<uint4>(tile + (row + u * step) * RKVI_PITCH + piece,
+                               from[u] + offset + piece, from[u] != NULL);
+    return true;
+}
 #else
+static __device__ __forceinline__ bool rkvi_load_whole(char *, const char *const *, int, int, int)
+{
+    return false;
+}
 static __device__ __forceinline__ void rkvi_copies_done()
 {
 }
@@ -476,6 +495,7 @@ static __device__ void rkvi_stage_begin(char *tile, const char *const *rows, int
     const int offset = chunk * RKVI_CHUNK_BYTES, bytes = dims * size;
     const int padded_bytes = rkvi_padded(dims) * size;
     __syncthreads();
+    if (rkvi_load_whole(tile, rows, offset, bytes, load)) return;
     if (load == 16)
         rkvi_load_tile<uint4>(tile, rows, offset, bytes, padded_bytes);
     else if (load == 8)

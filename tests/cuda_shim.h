@@ -587,12 +587,12 @@ template <typename T> T __ldg(const T *at)
 
 template <typename V> void shim_run_copy(char *to, const char *from)
 {
-    *reinterpret_cast<V *>(to) = __ldg(reinterpret_cast<const V *>(from));
+    *reinterpret_cast<V *>(to) = from ? __ldg(reinterpret_cast<const V *>(from)) : V{};
 }
-template <typename V> void shim_start_copy(char *to, const char *from)
+template <typename V> void shim_start_copy(char *to, const char *from, bool is_there)
 {
     shim_machine &m = shim();
-    const shim_copy copy = { shim_run_copy<V>, to, from };
+    const shim_copy copy = { shim_run_copy<V>, to, is_there ? from : NULL };
     if (reinterpret_cast<uintptr_t>(to) % sizeof(V) ||
         reinterpret_cast<uintptr_t>(from) % sizeof(V))
         shim_die("a copy that is not aligned");
