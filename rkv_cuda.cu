@@ -845,30 +845,51 @@ template <typename T> static __device__ void rkvi_sum_unit_keys(const rkvi_job &
     }
 }
 
-/* Folds the dots of 64 queries, dots[query][key], into the logits of their tokens. */
-static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &job, int job_index,
-                                       int n_queries, int first, int tile, const float *dots)
+/* The dots of one key and n queries become logits, capped. */
+static __device__ void rkvi_cap(float *dots, int n, float scale, float softcap)
 {
+#pragma unroll 1
+    for (; n > 0; n--, dots += RKVI_DOTS_PITCH) *dots = softcap * tanhf(*dots * scale / softcap);
+}
+/* The sum, for the mean, or the largest of the logits of one key and n queries. */
+static __device__ float rkvi_fold(const float *dots, int n, float scale, bool mean, float fold)
+{
+#pragma unroll 4
+    for (; n > 0; n--, dots += RKVI_DOTS_PITCH) {
+        const float x = *dots * scale;
+        fold = mean ? fold + x : fmaxf(fold, x);
+    }
+    return fold;
+}
+
+/* Folds the dots of 64 queries, dots[query][key], into the logits of their tokens. A thread has one
+ * key and every other token. What the loop needs of the job is looked up before: for all the
+ * compiler knows, every logit that is stored could change it. */
+static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                       int n_queries, int first, int tile, float *dots)
+{
+    const bool mean = args.config.grouping == RKV_GROUP_MEAN;
+    const int n_tokens = job.n_tokens, group = job.group;
+    const float softcap = job.softcap, scale = job.scale;
+    const int key = static_cast<int>(threadIdx.x) % RKVI_TILE, j = tile * RKVI_TILE + key;
     const int end = first + RKVI_TILE < n_queries ? first + RKVI_TILE : n_queries;
-    const int first_token = first / job.group, n_rows = (end - 1) / job.group - first_token + 1;
-    for (int i = static_cast<int>(threadIdx.x); i < n_rows * RKVI_TILE; i += RKVI_TILE_THREADS) {
-        const int token = first_token + i / RKVI_TILE, key = i % RKVI_TILE;
-        const int j = tile * RKVI_TILE + key, group_begin = token * job.group;
+    const int token = first / group + static_cast<int>(threadIdx.x) / RKVI_TILE;
+    int group_begin = token * group;
+    float *logit = job.logits + static_cast<int64_t>(token) * n_tokens + j;
+    const int step = RKVI_TILE_THREADS / RKVI_TILE; /* tokens */
+    if (j >= n_tokens - args.config.window) return;
+    for (; group_begin < end; group_begin += step * group) {
         const int begin = first > group_begin ? first : group_begin;
-        const int stop = end < group_begin + job.group ? end : group_begin + job.group;
-        float *logit = job.logits + static_cast<int64_t>(token) * job.n_tokens + j;
-        if (j >= job.n_tokens - args.config.window) continue;
-        const bool mean = args.config.grouping == RKV_GROUP_MEAN;
+        const int n = (end < group_begin + group ? end : group_begin + group) - begin;
+        float *own = dots + (begin - first) * RKVI_DOTS_PITCH + key;
         float fold = begin > group_begin ? *logit : mean ? 0.0f : -INFINITY;
-        for (int query = begin; query < stop; query++) {
-            float x = dots[(query - first) * RKVI_DOTS_PITCH + key] * job.scale;
-            if (job.softcap > 0) x = job.softcap * tanhf(x / job.softcap);
-            fold = mean ? fold + x : fmaxf(fold, x);
-        }
-        if (mean && stop == group_begin + job.group) fold /= static_cast<float>(job.group);
+        if (softcap > 0) rkvi_cap(own, n, scale, softcap);
+        fold = rkvi_fold(own, n, softcap > 0 ? 1.0f : scale, mean, fold);
+        if (mean && begin + n == group_begin + group) fold /= static_cast<float>(group);
         if (!(fabsf(fold) <= FLT_MAX)) /* a sum over the group can overflow */
             rkvi_fault_at(args.control, RKVI_NONFINITE, job_index, RKVI_KEY, RKVI_NO_ROW);
         *logit = fold;
+        logit += static_cast<int64_t>(step) * n_tokens;
     }
 }
 
@@ -1515,22 +1536,21 @@ static __device__ void rkvi_select_set(const rkvi_args &args, const rkvi_job &jo
                                        rkvi_head_memory &s)
 {
     const int begin = args.config.pinned, window = args.config.window;
-    const int n = job.n_tokens, wanted = job.n_keep - window - begin;
+    const int n = job.n_tokens, n_keep = job.n_keep, wanted = n_keep - window - begin;
     const int thread = static_cast<int>(threadIdx.x);
-    if (job.n_keep == n) {
-        for (int i = thread; i < n; i += RKVI_HEAD_THREADS) job.kept[i] = i;
-        return;
-    }
-    for (int i = thread; i < begin; i += RKVI_HEAD_THREADS) job.kept[i] = i;
+    const float *scores = job.set_scores; /* all looked up before the first store */
+    int32_t *kept = job.kept, *ranked = job.ranked;
+    const int n_first = n_keep == n ? n : begin;
+    for (int i = thread; i < n_first; i += RKVI_HEAD_THREADS) kept[i] = i;
+    if (n_keep == n) return;
     for (int i = thread; i < window; i += RKVI_HEAD_THREADS)
-        job.kept[job.n_keep - window + i] = n - window + i;
+        kept[n_keep - window + i] = n - window + i;
     if (wanted == 0) return;
     unsigned skip;
     const bool by_score = args.config.order == RKV_BY_SCORE;
-    const unsigned cut = rkvi_cut(job.set_scores, begin, n - window, wanted, s, &skip);
-    rkvi_emit_kept(job.set_scores, begin, n - window, cut, skip,
-                   by_score ? job.ranked : job.kept + begin, s);
-    if (by_score) rkvi_rank_kept(job.set_scores, job.ranked, wanted, job.kept + begin);
+    const unsigned cut = rkvi_cut(scores, begin, n - window, wanted, s, &skip);
+    rkvi_emit_kept(scores, begin, n - window, cut, skip, by_score ? ranked : kept + begin, s);
+    if (by_score) rkvi_rank_kept(scores, ranked, wanted, kept + begin);
 }
 
 /* rkv_config.fault: the least of all faults, so that it is the same one in every run. */
