@@ -183,6 +183,7 @@ enum {
                                            of a warp then go to 32 banks                       */
     RKVI_FAR_BLOCKS = RKVI_TILE_BLOCKS < 4 ? RKVI_TILE_BLOCKS : 4, /* the far scan's registers  */
     RKVI_NEAR_TILES = 4,     /* scan: newest columns that every row looks at in the first launch */
+    RKVI_SURE_DIMS = 256,    /* scan: of rows whose dots from tensor cores are taken as they are  */
     RKVI_HEAD_THREADS = 512, /* kernels with one block per head                                 */
     RKVI_HEAD_WARPS = RKVI_HEAD_THREADS / 32,
     RKVI_RADIX_BITS = 11,
@@ -337,6 +338,7 @@ static __device__ __forceinline__ float rkvi_cosine(float dot, float inv_a, floa
 struct rkvi_tiles {
     const char *a_rows[RKVI_TILE], *b_rows[RKVI_TILE]; /* NULL: no such row, reads as zeros     */
     unsigned long long candidates[RKVI_TILE];          /* scan: a bit per column                */
+    float first[RKVI_TILE]; /* scan: cosine of the first of them, or -INFINITY: unknown           */
     float a_inv[RKVI_TILE], b_inv[RKVI_TILE];
     int a_token[RKVI_TILE], need[RKVI_TILE];
     alignas(16) float sum[RKVI_CHUNK_BYTES / 2]; /* scan: chunk of the sum of unit keys   */
@@ -662,11 +664,12 @@ static __device__ __forceinline__ void rkvi_dots(float (*acc)[4], const char *a,
 }
 #endif
 
-/* What a cosine from rkvi_dots may be off by, generously: values this close below the threshold
- * are looked at again. Tensor cores truncate when they add. */
-static __device__ __forceinline__ float rkvi_band(int head_dim)
+/* What a cosine from rkvi_dots may be off by, generously: where that decides, it is looked at again.
+ * Tensor cores truncate when they add; FMA units add as the CPU does, in the order of the dims. */
+template <typename T> static __device__ __forceinline__ float rkvi_band(int head_dim)
 {
-    return 4e-6f * static_cast<float>(4 + head_dim / 16);
+    const bool truncates = RKVI_TENSOR_CORES && sizeof(T) == 2;
+    return truncates ? 4e-6f * static_cast<float>(4 + head_dim / 16) : 0.0f;
 }
 
 /* rkv.h sums squares in 16 lanes, element i in lane i % 16, with FMA. Here four threads, a quad,
@@ -1038,7 +1041,51 @@ static __device__ void rkvi_project(const rkvi_job &job, bool with_columns, rkvi
     }
 }
 
-/* Dots of the rows with 64 columns: a bit for every column that may be a look-alike. */
+/* Of dots with 64 columns, as rkvi_acc_column says: a bit for every column that may be a look-alike,
+ * and the cosine of the first of a row, for this lane's rows. */
+static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4],
+                                                            const rkvi_tiles &s, int first_row,
+                                                            float limit, unsigned long long *bits,
+                                                            float *first)
+{
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const float *b_inv = s.b_inv + rkvi_acc_column(lane, 0, 0);
+    float a_inv[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        a_inv[half] = s.a_inv[first_row + rkvi_acc_row(lane, 2 * half)];
+        bits[half] = 0; /* moved by rkvi_acc_column(lane, 0, 0) at the end */
+        first[half] = 0;
+    }
+#pragma unroll
+    for (int block = 7; block >= 0; block--) /* so that the first comes last */
+#pragma unroll
+        for (int k = 1; k >= 0; k--)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int column = rkvi_acc_column(0, block, k);
+                const float cosine =
+                    rkvi_cosine(acc[block][2 * half + k], a_inv[half], b_inv[column]);
+                if (!(cosine > limit)) continue;
+                bits[half] |= 1ull << column;
+                first[half] = cosine;
+            }
+    bits[0] <<= rkvi_acc_column(lane, 0, 0);
+    bits[1] <<= rkvi_acc_column(lane, 0, 0);
+}
+
+/* The columns of a tile that a row is compared with: those that there are, but for its own. */
+static __device__ __forceinline__ unsigned long long rkvi_wanted_columns(const rkvi_args &args,
+                                                                         const rkvi_tiles &s,
+                                                                         int row, int64_t newest)
+{
+    const unsigned long long all = newest < RKVI_TILE - 1 ? (2ull << newest) - 1 : ~0ull;
+    const int64_t own = newest - s.a_token[row];     /* here or elsewhere */
+    const bool diagonal = args.config.threshold < 0; /* it is 0, and so a look-alike */
+    return diagonal || own < 0 || own >= RKVI_TILE ? all : all & ~(1ull << own);
+}
+
+/* Dots of the rows with 64 columns, and the candidates among these. */
 template <typename T>
 static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_job &job, int n_span,
                                             int column_tile, bool rows_staged, bool columns_staged,
@@ -1047,10 +1094,8 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int64_t newest = n_span - 1 - static_cast<int64_t>(column_tile) * RKVI_TILE;
     const int n_chunks = rkvi_chunks<T>(job.head_dim);
-    const float limit = args.config.threshold - rkvi_band(job.head_dim);
-    const bool diagonal = args.config.threshold < 0; /* it is 0, and so a look-alike */
-    const int n_columns = newest < RKVI_TILE ? static_cast<int>(newest) + 1 : RKVI_TILE;
-    float acc[8][4] = { { 0 } };
+    float acc[8][4] = { { 0 } }, first[2];
+    unsigned long long bits[2];
     if (!columns_staged) rkvi_scan_columns(job, n_span, column_tile, s);
     for (int chunk = 0; chunk < n_chunks; chunk++) {
         if (!rows_staged) rkvi_stage_begin<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
@@ -1060,26 +1105,24 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
         }
         rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), 8, T{});
     }
+    rkvi_mark_candidates(acc, s, 16 * warp, args.config.threshold - rkvi_band<T>(job.head_dim),
+                         bits, first);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = 16 * warp + rkvi_acc_row(lane, 2 * half);
-        const int64_t own = newest - s.a_token[row]; /* the row's own column, here or elsewhere */
-        const int skipped = diagonal || own < 0 || own >= RKVI_TILE ? -1 : static_cast<int>(own);
-        unsigned long long bits = 0; /* moved by rkvi_acc_column(lane, 0, 0) at the end */
-#pragma unroll
-        for (int block = 0; block < 8; block++)
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
-                const int column = rkvi_acc_column(lane, block, k);
-                const float cosine =
-                    rkvi_cosine(acc[block][2 * half + k], s.a_inv[row], s.b_inv[column]);
-                if (cosine > limit && column < n_columns && column != skipped)
-                    bits |= 1ull << rkvi_acc_column(0, block, k);
-            }
-        bits <<= rkvi_acc_column(lane, 0, 0);
-        bits |= __shfl_xor_sync(0xffffffffu, bits, 1);
-        bits |= __shfl_xor_sync(0xffffffffu, bits, 2);
-        if (lane % 4 == 0) s.candidates[row] = s.need[row] > 0 ? bits : 0;
+        const unsigned long long wanted = rkvi_wanted_columns(args, s, row, newest);
+        const unsigned long long mine = bits[half], mine_first = mine & (0 - mine);
+        unsigned long long all = mine;
+        all |= __shfl_xor_sync(0xffffffffu, all, 1);
+        all |= __shfl_xor_sync(0xffffffffu, all, 2);
+        all &= wanted;
+        const int owner = (__ffsll(static_cast<long long>(all)) + 7) % 8 / 2; /* in the quad */
+        const float cosine = __shfl_sync(0xffffffffu, mine_first & wanted ? first[half] : -INFINITY,
+                                         lane / 4 * 4 + owner);
+        if (lane % 4 == 0) {
+            s.candidates[row] = s.need[row] > 0 ? all : 0;
+            s.first[row] = cosine;
+        }
     }
     __syncwarp();
 }
@@ -1118,6 +1161,15 @@ static __device__ void rkvi_exempt(const rkvi_job &job, bool adds, int token, fl
         rkvi_add_fixed(&job.exempt[token], mine);
 }
 
+/* Above this, a cosine from rkvi_dots will do: it is a look-alike's, and near enough to the CPU's.
+ * What is cut off piles up with the dims, and all rows may exempt one and the same token. */
+template <typename T>
+static __device__ __forceinline__ float rkvi_sure(const rkvi_args &args, int head_dim)
+{
+    const float band = rkvi_band<T>(head_dim);
+    return band > 0 && head_dim > RKVI_SURE_DIMS ? INFINITY : args.config.threshold + band;
+}
+
 /* Settles the candidates of this warp's 16 rows, newest first, a row by each of its first 16
  * threads. True where the thread's row wants more. */
 template <typename T>
@@ -1129,11 +1181,15 @@ static __device__ bool rkvi_settle(const rkvi_args &args, const rkvi_job &job, i
     const int row = 16 * warp + lane % 16;
     unsigned long long bits = lane < 16 ? s.candidates[row] : 0;
     int need = lane < 16 ? s.need[row] : 0;
+    float known = s.first[row]; /* from rkvi_dots */
+    const float sure = rkvi_sure<T>(args, job.head_dim);
     while (__any_sync(0xffffffffu, bits != 0)) {
         const int column = bits ? __ffsll(static_cast<long long>(bits)) - 1 : 0;
         const int token = static_cast<int>(newest - column);
         float cosine = 0; /* the diagonal's */
-        if (bits && token != s.a_token[row]) cosine = rkvi_exact_cosine<T>(job, s, row, column);
+        if (bits && token != s.a_token[row])
+            cosine = known > sure ? known : rkvi_exact_cosine<T>(job, s, row, column);
+        known = -INFINITY;
         const bool hit = bits && cosine > args.config.threshold;
         const bool of_column = args.config.redundancy == RKV_REDUNDANCY_ROW;
         rkvi_exempt(job, hit, of_column ? token : s.a_token[row], cosine);

@@ -525,6 +525,59 @@ static void test_near_threshold()
         }
 }
 
+/* The same for keys that every type can hold: rows differ by a power of two and by the signs of one
+ * element in eight, where all have the same sizes, so that the order of additions decides. */
+static void test_near_threshold_signs()
+{
+    static const int dims[] = { 48, 128, 144 };
+    for (int i = 0; i < 3; i++)
+        for (int type = RKV_F32; type <= RKV_BF16; type++) {
+            const int n = 330, dim = dims[i];
+            const shape s = plain_shape(1, 1, dim, n, static_cast<rkv_dtype>(type));
+            std::vector<float> keys, queries, sizes;
+            rng r = rng_seed(91), again = r;
+            trial t;
+            case_begin("signs, cosines of one half, d%d, type %d", dim, type);
+            memset(&t, 0, sizeof t);
+            t.config = rkv_config_default(64);
+            t.config.recent = 2;
+            for (int k = 0; k < dim; k += 8) sizes.push_back(static_cast<float>(rng_normal(&r)));
+            for (int row = 0; row < n; row++) {
+                const int against = rng_below(&r, 8);
+                const float length = static_cast<float>(1 << rng_below(&r, 3));
+                for (int k = 0; k < dim; k++)
+                    keys.push_back(sizes[static_cast<size_t>(k / 8)] *
+                                   (k % 8 == against ? -length : length));
+            }
+            for (int k = 0; k < 8 * dim; k++) queries.push_back(static_cast<float>(rng_normal(&r)));
+            t.n_jobs = 1;
+            job_make_from(&t.cpu[0], &r, &t.config, &s, keys.data(), queries.data());
+            job_make_from(&t.gpu[0], &again, &t.config, &s, keys.data(), queries.data());
+            run_trial(&t);
+            case_end();
+            free_trial(&t);
+        }
+}
+
+/* All rows exempt the same token: whatever its cosines are off by adds up in its score. */
+static void test_common_look_alike()
+{
+    static const int dims[] = { 128, 256, 272 };
+    for (int i = 0; i < 3; i++)
+        for (int type = RKV_F16; type <= RKV_BF16; type++)
+            for (int alike = 0; alike < 2; alike++) {
+                rkv_config config = rkv_config_default(64);
+                shape s = plain_shape(1, 1, dims[i], 270, static_cast<rkv_dtype>(type));
+                s.kind = alike ? KEYS_IDENTICAL : KEYS_SHARED;
+                s.strength = 0.9;
+                config.lambda = 0.0f;
+                case_begin("a look-alike of all, %s, d%d, type %d", key_kind_name(s.kind), dims[i],
+                           type);
+                run_one(config, s, 81 + static_cast<uint64_t>(i));
+                case_end();
+            }
+}
+
 /* Many layers, of many shapes, some with nothing to do: several uploads. And few launches. */
 static void test_many_layers()
 {
@@ -1232,6 +1285,8 @@ static void test_chosen()
     test_far_scan();
     test_at_threshold();
     test_near_threshold();
+    test_near_threshold_signs();
+    test_common_look_alike();
     test_many_layers();
     test_determinism();
     test_faults();
