@@ -2368,12 +2368,23 @@ static rkv_status rkvi_launch_items(const rkvi_call &call, void (*kernel)(rkvi_a
     return rkvi_launch(kernel, call.n_jobs * items, threads, shared_bytes, call.stream, args);
 }
 
+/* Blocks per job for the second scan, which has little to do as a rule, or nothing: as many in all
+ * as are at work at a time, and up to four times that where rows are so long that they may keep some
+ * of them much longer than others. */
+static int rkvi_far_items(int tiles, int64_t n_jobs)
+{
+    const int64_t at_work = 512, long_tiles = 64, most = 4;
+    const int64_t turns = tiles < long_tiles          ? 1
+                          : tiles / long_tiles < most ? tiles / long_tiles
+                                                      : most;
+    const int64_t items = at_work * turns / n_jobs;
+    return static_cast<int>(items < 1 ? 1 : items < tiles ? items : tiles);
+}
+
 template <typename T> static rkv_status rkvi_score_type(rkvi_call *call)
 {
     const int tiles = (call->most_scored - 1) / RKVI_TILE + 1;
     const int64_t all_tiles = tiles * call->n_jobs, plenty = 4096; /* blocks that fill any GPU */
-    const int64_t few = plenty / 2 / call->n_jobs; /* blocks per job that the second scan gets */
-    const int far_items = static_cast<int>(few < 1 ? 1 : few < tiles ? few : tiles);
     int per_item = static_cast<int>(all_tiles / plenty < 4 ? all_tiles / plenty : 4);
     if (!call->dtypes[rkvi_dtype_of<T>::value]) return RKV_OK;
     if (per_item < 1) per_item = 1;
@@ -2385,8 +2396,8 @@ template <typename T> static rkv_status rkvi_score_type(rkvi_call *call)
         status = rkvi_launch_items(*call, rkvi_scan_near<T>, tiles, RKVI_TILE_THREADS,
                                    sizeof(rkvi_tiles));
     if (status == RKV_OK && tiles > RKVI_NEAR_TILES)
-        status = rkvi_launch_items(*call, rkvi_scan_far<T>, far_items, RKVI_TILE_THREADS,
-                                   sizeof(rkvi_tiles));
+        status = rkvi_launch_items(*call, rkvi_scan_far<T>, rkvi_far_items(tiles, call->n_jobs),
+                                   RKVI_TILE_THREADS, sizeof(rkvi_tiles));
     return status;
 }
 
