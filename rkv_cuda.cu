@@ -97,16 +97,24 @@ extern "C" rkv_status rkv_cuda_register(void *stream);
 #endif
 #endif
 
+/* Parameters that are read where they lie, with no copy for each thread. */
+#if CUDART_VERSION >= 11070
+#define RKVI_GRID_CONSTANT __grid_constant__
+#else
+#define RKVI_GRID_CONSTANT
+#endif
+
 static __device__ __forceinline__ char *rkvi_shared_memory()
 {
     extern __shared__ __align__(16) char rkvi_shared_bytes[];
     return rkvi_shared_bytes;
 }
 #else
-#define RKVI_TENSOR_CORES        1
-#define RKVI_ASYNC_COPIES        1
-#define RKVI_TILE_BLOCKS         1
-#define RKV_CUDA_PARAMETER_BYTES 4096
+#define RKVI_TENSOR_CORES 1
+#define RKVI_ASYNC_COPIES 1
+#define RKVI_TILE_BLOCKS  1
+#define RKVI_GRID_CONSTANT
+#define RKV_CUDA_PARAMETER_BYTES 5120 /* little, so that the tests fill them */
 static char *rkvi_shared_memory()
 {
     return static_cast<char *>(shim_shared());
@@ -1925,17 +1933,24 @@ struct rkvi_upload_head {
     rkvi_shape shape;
     int n_entries, is_first;
 };
+static constexpr int rkvi_entries_in(int parameter_bytes)
+{
+    return (parameter_bytes - static_cast<int>(sizeof(rkvi_upload_head))) /
+           static_cast<int>(sizeof(rkvi_entry));
+}
 enum {
     RKVI_STAGE_BYTES = 3 * 16, /* per token: keys, values, positions                            */
-    RKVI_UPLOAD_ENTRIES = (RKV_CUDA_PARAMETER_BYTES - static_cast<int>(sizeof(rkvi_upload_head))) /
-                          static_cast<int>(sizeof(rkvi_entry)),
+    RKVI_UPLOAD_ENTRIES = rkvi_entries_in(RKV_CUDA_PARAMETER_BYTES),
+    RKVI_FEW_ENTRIES = rkvi_entries_in(4096), /* the layers of most models, in parameters that the
+                                                 driver has to copy for every launch            */
     RKVI_UPLOAD_THREADS = 128
 };
-struct rkvi_upload_args {
+template <int N> struct rkvi_upload_args {
     rkvi_upload_head head;
-    rkvi_entry entries[RKVI_UPLOAD_ENTRIES];
+    rkvi_entry entries[N];
 };
-static_assert(sizeof(rkvi_upload_args) <= RKV_CUDA_PARAMETER_BYTES, "too many kernel parameters");
+static_assert(sizeof(rkvi_upload_args<RKVI_UPLOAD_ENTRIES>) <= RKV_CUDA_PARAMETER_BYTES,
+              "too many kernel parameters");
 
 static __host__ __device__ rkvi_view rkvi_view_of(char *data, const int32_t *table,
                                                   const rkvi_strides &strides, int head)
@@ -2024,7 +2039,9 @@ static __device__ void rkvi_describe(const rkvi_upload_head &head, const rkvi_en
 }
 
 /* One block per layer: its jobs, and zeros for what they add up. */
-static __global__ void __launch_bounds__(RKVI_UPLOAD_THREADS) rkvi_upload(const rkvi_upload_args up)
+template <int N>
+static __global__ void __launch_bounds__(RKVI_UPLOAD_THREADS)
+    rkvi_upload(const RKVI_GRID_CONSTANT rkvi_upload_args<N> up)
 {
     const rkvi_upload_head &head = up.head;
     const int thread = static_cast<int>(threadIdx.x);
@@ -2287,11 +2304,22 @@ static rkvi_entry rkvi_entry_of(const rkvi_call &call, int l, int leader, const 
     return entry;
 }
 
-static rkv_status rkvi_send(const rkvi_call &call, rkvi_upload_args *up)
+template <int N>
+static rkv_status rkvi_send_entries(const rkvi_call &call, const rkvi_upload_args<N> &up)
 {
-    const int n = up->head.n_entries;
-    const rkv_status status =
-        rkvi_launch(rkvi_upload, n > 0 ? n : 1, RKVI_UPLOAD_THREADS, 0, call.stream, *up);
+    const int n = up.head.n_entries;
+    return rkvi_launch(rkvi_upload<N>, n > 0 ? n : 1, RKVI_UPLOAD_THREADS, 0, call.stream, up);
+}
+static rkv_status rkvi_send(const rkvi_call &call, rkvi_upload_args<RKVI_UPLOAD_ENTRIES> *up)
+{
+    rkvi_upload_args<RKVI_FEW_ENTRIES> few;
+    rkv_status status;
+    if (up->head.n_entries <= RKVI_FEW_ENTRIES) {
+        few.head = up->head;
+        memcpy(few.entries, up->entries, sizeof few.entries);
+        status = rkvi_send_entries(call, few);
+    } else
+        status = rkvi_send_entries(call, *up);
     up->head.n_entries = 0;
     up->head.is_first = 0;
     return status;
@@ -2300,7 +2328,7 @@ static rkv_status rkvi_send(const rkvi_call &call, rkvi_upload_args *up)
 /* Describes all layers to the device; a launch takes as many of one shape as it has room for. */
 static rkv_status rkvi_upload_layers(const rkvi_call &call, bool given_count)
 {
-    rkvi_upload_args up;
+    rkvi_upload_args<RKVI_UPLOAD_ENTRIES> up;
     rkvi_entry next;
     int leader = 0;
     rkv_status status = RKV_OK;
@@ -2643,11 +2671,17 @@ static rkv_status rkvi_load_kernels()
         rkvi_kernel(rkvi_scan_far<rkvi_bf16>),
     };
     const void *const others[] = {
-        rkvi_kernel(rkvi_upload),      rkvi_kernel(rkvi_check_tables),
-        rkvi_kernel(rkvi_check_lists), rkvi_kernel(rkvi_check_scores),
-        rkvi_kernel(rkvi_score),       rkvi_kernel(rkvi_share),
-        rkvi_kernel(rkvi_select),      rkvi_kernel(rkvi_compact),
-        rkvi_kernel(rkvi_copy_rows),   rkvi_kernel(rkvi_fill_positions),
+        rkvi_kernel(rkvi_upload<RKVI_FEW_ENTRIES>),
+        rkvi_kernel(rkvi_upload<RKVI_UPLOAD_ENTRIES>),
+        rkvi_kernel(rkvi_check_tables),
+        rkvi_kernel(rkvi_check_lists),
+        rkvi_kernel(rkvi_check_scores),
+        rkvi_kernel(rkvi_score),
+        rkvi_kernel(rkvi_share),
+        rkvi_kernel(rkvi_select),
+        rkvi_kernel(rkvi_compact),
+        rkvi_kernel(rkvi_copy_rows),
+        rkvi_kernel(rkvi_fill_positions),
     };
     rkv_status status = RKV_OK;
     for (size_t i = 0; i < sizeof others / sizeof *others && status == RKV_OK; i++)

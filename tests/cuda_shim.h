@@ -428,7 +428,7 @@ cudaError_t shim_launch(void (*kernel)(P), int blocks, int threads, size_t share
 {
     shim_machine &m = shim();
     if (threads > SHIM_MAX_THREADS || threads % 32 != 0 || shared_bytes > SHIM_SHARED_BYTES ||
-        sizeof(P) > 4096)
+        sizeof(P) > 32764)
         shim_die("a launch that a GPU would refuse");
     if (!shim_kernels().loaded.count(reinterpret_cast<const void *>(kernel)))
         shim_die("a kernel that was not loaded at registration");

@@ -598,7 +598,7 @@ static void test_many_layers()
     case_end();
     free_trial(&t);
 #ifdef RKV_CUDA_SHIM
-    case_begin("launches of one call, 28 layers");
+    case_begin("launches of one call");
     for (int l = 0; l < 28; l++) add_job(&t, &r, plain_shape(2, 2, 16, 80, RKV_F16), 0, 0);
     for (int scope = 0; scope < 3; scope++) {
         t.config.scope = static_cast<rkv_scope>(scope);
@@ -613,6 +613,12 @@ static void test_many_layers()
                       RKV_OK);
         expect_true("at most 8", shim().launches - before <= 8);
     }
+    case_end();
+    free_trial(&t);
+    case_begin("40 layers of one shape: an upload that is full, and another");
+    t.config.scope = RKV_PER_HEAD;
+    for (int l = 0; l < MAX_JOBS; l++) add_job(&t, &r, plain_shape(1, 1, 16, 80, RKV_F16), 0, 0);
+    run_trial(&t);
     case_end();
     free_trial(&t);
 #endif
