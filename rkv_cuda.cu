@@ -1313,43 +1313,75 @@ static __device__ __forceinline__ rkvi_softmax rkvi_merge(rkvi_softmax a, rkvi_s
               (b.sum > 0 ? b.sum * expf(b.largest - out.largest) : 0.0f);
     return out;
 }
+/* The largest first: the sums then need no more than one correction each. */
 static __device__ rkvi_softmax rkvi_merge_warp(rkvi_softmax s)
 {
-    for (int distance = 16; distance > 0; distance /= 2) {
-        rkvi_softmax other;
-        other.largest = __shfl_xor_sync(0xffffffffu, s.largest, distance);
-        other.sum = __shfl_xor_sync(0xffffffffu, s.sum, distance);
-        s = rkvi_merge(s, other);
-    }
-    return s;
+    rkvi_softmax out = { s.largest, 0.0f };
+    for (int distance = 16; distance > 0; distance /= 2)
+        out.largest = fmaxf(out.largest, __shfl_xor_sync(0xffffffffu, out.largest, distance));
+    if (s.sum > 0) out.sum = s.sum * expf(s.largest - out.largest);
+    for (int distance = 16; distance > 0; distance /= 2)
+        out.sum += __shfl_xor_sync(0xffffffffu, out.sum, distance);
+    return out;
 }
-/* values[begin], [begin + step], ...: the largest first, so that the sum needs no correction. */
+/* One of n values, some of which may be -INFINITY: nothing. */
+template <int N>
+static __device__ __forceinline__ rkvi_softmax rkvi_softmax_add(rkvi_softmax s, const float (&x)[N])
+{
+    rkvi_softmax out = s;
+#pragma unroll
+    for (int u = 0; u < N; u++) out.largest = fmaxf(out.largest, x[u]);
+    if (s.sum > 0) out.sum *= expf(s.largest - out.largest);
+#pragma unroll
+    for (int u = 0; u < N; u++)
+        if (x[u] > -INFINITY) out.sum += expf(x[u] - out.largest);
+    return out;
+}
+
+/* Heads are few and their passes short, so it is the latency of loads that counts: a thread takes
+ * some tokens at a time, and loads for all of them before it stores anything. The compiler would
+ * not move a load before a store. */
+enum { RKVI_AT_ONCE = 3, RKVI_WEIGHTS_AT_ONCE = 8 };
+template <int N>
+static __device__ __forceinline__ void rkvi_load_each(float (&x)[N], const float *values, int first,
+                                                      int end, int step, float otherwise)
+{
+#pragma unroll
+    for (int u = 0; u < N; u++)
+        x[u] = first + u * step < end ? values[first + u * step] : otherwise;
+}
+template <int N>
+static __device__ __forceinline__ void rkvi_store_each(float *values, int first, int end, int step,
+                                                       const float (&x)[N])
+{
+#pragma unroll
+    for (int u = 0; u < N; u++)
+        if (first + u * step < end) values[first + u * step] = x[u];
+}
+
+/* values[begin], [begin + step], ... */
 static __device__ rkvi_softmax rkvi_softmax_of(const float *values, int begin, int end, int step)
 {
     rkvi_softmax s = { -INFINITY, 0.0f };
-#pragma unroll 4
-    for (int i = begin; i < end; i += step) s.largest = fmaxf(s.largest, values[i]);
-#pragma unroll 4
-    for (int i = begin; i < end; i += step) s.sum += expf(values[i] - s.largest);
+    float x[RKVI_WEIGHTS_AT_ONCE];
+    for (int first = begin; first < end; first += RKVI_WEIGHTS_AT_ONCE * step) {
+        rkvi_load_each(x, values, first, end, step, -INFINITY);
+        s = rkvi_softmax_add(s, x);
+    }
     return s;
 }
 
-/* Each of these becomes its share of the sum. Four loads in flight: the compiler would not move
- * one before a store. */
+/* Each of these becomes its share of the sum. */
 static __device__ void rkvi_to_shares(float *values, int begin, int end, int step,
                                       rkvi_softmax whole)
 {
-    const int unroll = 4;
     const float share = 1.0f / whole.sum;
-    for (int first = begin; first < end; first += unroll * step) {
-        float x[unroll];
+    float x[RKVI_WEIGHTS_AT_ONCE];
+    for (int first = begin; first < end; first += RKVI_WEIGHTS_AT_ONCE * step) {
+        rkvi_load_each(x, values, first, end, step, 0.0f);
 #pragma unroll
-        for (int u = 0; u < unroll; u++)
-            x[u] = first + u * step < end ? values[first + u * step] : 0.0f;
-#pragma unroll
-        for (int u = 0; u < unroll; u++)
-            if (first + u * step < end)
-                values[first + u * step] = expf(x[u] - whole.largest) * share;
+        for (int u = 0; u < RKVI_WEIGHTS_AT_ONCE; u++) x[u] = expf(x[u] - whole.largest) * share;
+        rkvi_store_each(values, first, end, step, x);
     }
 }
 
@@ -1390,34 +1422,58 @@ static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_
 /* Mean over the window's rows, into the first of them (published code: before the pooling). */
 static __device__ void rkvi_mean_weights(const rkvi_args &args, const rkvi_job &job)
 {
-    for (int j = static_cast<int>(threadIdx.x); j < job.n_tokens - args.config.window;
-         j += RKVI_HEAD_THREADS) {
-        float sum = 0;
-        for (int row = 0; row < args.config.window; row++)
-            sum += job.logits[static_cast<int64_t>(row) * job.n_tokens + j];
-        job.logits[j] = sum / static_cast<float>(args.config.window);
+    const int n_tokens = job.n_tokens, n = n_tokens - args.config.window;
+    float *logits = job.logits;
+    for (int first = static_cast<int>(threadIdx.x); first < n;
+         first += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
+        float sum[RKVI_AT_ONCE] = { 0 }, x[RKVI_AT_ONCE];
+#pragma unroll 2
+        for (int row = 0; row < args.config.window; row++) {
+            const float *values = logits + static_cast<int64_t>(row) * n_tokens;
+            rkvi_load_each(x, values, first, n, RKVI_HEAD_THREADS, 0.0f);
+#pragma unroll
+            for (int u = 0; u < RKVI_AT_ONCE; u++) sum[u] += x[u];
+        }
+#pragma unroll
+        for (int u = 0; u < RKVI_AT_ONCE; u++) sum[u] /= static_cast<float>(args.config.window);
+        rkvi_store_each(logits, first, n, RKVI_HEAD_THREADS, sum);
     }
     __syncthreads();
 }
 
-static __device__ float rkvi_pool(const rkvi_args &args, const rkvi_job &job, const float *row,
-                                  int j)
+/* sum[u] += the largest of row around token first + u * RKVI_HEAD_THREADS. Of n tokens; those that
+ * lie outside are replaced by the outermost, which are in every such range. */
+static __device__ void rkvi_add_pooled(const rkvi_args &args, const float *row, int first, int n,
+                                       float *sum)
 {
-    const int64_t last = job.n_tokens - args.config.window - 1;
-    const int64_t wish = static_cast<int64_t>(j) + (args.config.pool - 1) / 2;
-    const int begin = j > args.config.pool / 2 ? j - args.config.pool / 2 : 0;
-    const int end = static_cast<int>(wish < last ? wish : last);
-    float largest = row[begin];
-    for (int i = begin + 1; i <= end; i++) largest = fmaxf(largest, row[i]);
-    return largest;
+    const int last = n - 1, below = args.config.pool / 2, above = (args.config.pool - 1) / 2;
+    float largest[RKVI_AT_ONCE];
+#pragma unroll
+    for (int u = 0; u < RKVI_AT_ONCE; u++) largest[u] = -INFINITY;
+#pragma unroll 2
+    for (int offset = below < last ? -below : -last; offset <= above && offset <= last; offset++) {
+#pragma unroll
+        for (int u = 0; u < RKVI_AT_ONCE; u++) {
+            const int j = first + u * RKVI_HEAD_THREADS;
+            const int at = offset > last - j ? last : offset < -j ? 0 : j + offset;
+            largest[u] = fmaxf(largest[u], row[at]);
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < RKVI_AT_ONCE; u++) sum[u] += largest[u];
 }
-static __device__ float rkvi_importance(const rkvi_args &args, const rkvi_job &job, int j)
+static __device__ void rkvi_importance(const rkvi_args &args, const float *logits, int n_tokens,
+                                       int first, float *importance)
 {
-    if (args.config.pooling == RKV_POOL_AFTER_MEAN) return rkvi_pool(args, job, job.logits, j);
-    float sum = 0;
-    for (int row = 0; row < args.config.window; row++)
-        sum += rkvi_pool(args, job, job.logits + static_cast<int64_t>(row) * job.n_tokens, j);
-    return sum / static_cast<float>(args.config.window);
+    const int n = n_tokens - args.config.window;
+    const bool mean_first = args.config.pooling == RKV_POOL_AFTER_MEAN;
+    const int n_rows = mean_first ? 1 : args.config.window;
+#pragma unroll
+    for (int u = 0; u < RKVI_AT_ONCE; u++) importance[u] = 0;
+    for (int row = 0; row < n_rows; row++)
+        rkvi_add_pooled(args, logits + static_cast<int64_t>(row) * n_tokens, first, n, importance);
+#pragma unroll
+    for (int u = 0; u < RKVI_AT_ONCE; u++) importance[u] /= static_cast<float>(n_rows);
 }
 
 /* redundancy: from dots with the sum of unit keys to the mean cosine; returns its softmax. */
@@ -1427,20 +1483,36 @@ static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rk
     const int n = rkvi_span(args, job);
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const double share = 1.0 / n;
-    const float *inv_norm = job.inv_norm; /* the store below could change these, for all that */
-    const long long *exempt = job.exempt; /* the compiler knows                               */
+    const float *inv_norm = job.inv_norm;
+    const long long *exempt = job.exempt;
     float *redundancy = job.redundancy;
-    for (int j = static_cast<int>(threadIdx.x); j < n; j += RKVI_HEAD_THREADS) {
-        /* The length of the unit key: norm / (norm + 1e-8), which is 0 for a key of zeros. */
-        const float length = 1.0f - 1e-8f * inv_norm[j];
-        const double others = static_cast<double>(redundancy[j]) - length * length;
-        redundancy[j] = static_cast<float>((others - rkvi_from_fixed(exempt[j])) * share);
+    rkvi_softmax mine = { -INFINITY, 0.0f };
+    for (int first = static_cast<int>(threadIdx.x); first < n;
+         first += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
+        float inv[RKVI_AT_ONCE], dot[RKVI_AT_ONCE], mean[RKVI_AT_ONCE];
+        long long fixed[RKVI_AT_ONCE];
+        rkvi_load_each(inv, inv_norm, first, n, RKVI_HEAD_THREADS, 0.0f);
+        rkvi_load_each(dot, redundancy, first, n, RKVI_HEAD_THREADS, 0.0f);
+#pragma unroll
+        for (int u = 0; u < RKVI_AT_ONCE; u++) {
+            const int j = first + u * RKVI_HEAD_THREADS;
+            fixed[u] = j < n ? exempt[j] : 0;
+        }
+#pragma unroll
+        for (int u = 0; u < RKVI_AT_ONCE; u++) {
+            /* The length of the unit key: norm / (norm + 1e-8), which is 0 for a key of zeros. */
+            const float length = 1.0f - 1e-8f * inv[u];
+            const double others = static_cast<double>(dot[u]) - length * length;
+            const bool is_there = first + u * RKVI_HEAD_THREADS < n;
+            mean[u] = is_there ? static_cast<float>((others - rkvi_from_fixed(fixed[u])) * share)
+                               : -INFINITY;
+        }
+        rkvi_store_each(redundancy, first, n, RKVI_HEAD_THREADS, mean);
+        mine = rkvi_softmax_add(mine, mean);
     }
-    rkvi_softmax whole = rkvi_merge_warp(
-        rkvi_softmax_of(redundancy, static_cast<int>(threadIdx.x), n, RKVI_HEAD_THREADS));
+    const rkvi_softmax whole = rkvi_merge_warp(mine), none = { -INFINITY, 0.0f };
     if (lane == 0) s.warp[warp] = whole;
     __syncthreads();
-    const rkvi_softmax none = { -INFINITY, 0.0f };
     return rkvi_merge_warp(lane < RKVI_HEAD_WARPS ? s.warp[lane] : none);
 }
 
@@ -1448,6 +1520,7 @@ static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &jo
                                        rkvi_head_memory &s)
 {
     const float lambda = args.config.lambda;
+    const int n_tokens = job.n_tokens, n = n_tokens - args.config.window;
     rkvi_softmax whole = { 0.0f, 1.0f };
     if (args.importance) {
         rkvi_attention_weights(args, job, s);
@@ -1455,12 +1528,19 @@ static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &jo
     }
     if (args.redundancy) whole = rkvi_mean_cosines(args, job, s);
     const float share = (1.0f - lambda) / whole.sum;
-    for (int j = static_cast<int>(threadIdx.x); j < job.n_tokens - args.config.window;
-         j += RKVI_HEAD_THREADS) {
-        float score = 0;
-        if (args.importance) score = lambda * rkvi_importance(args, job, j);
-        if (args.redundancy) score -= share * expf(job.redundancy[j] - whole.largest);
-        job.scores[j] = score;
+    const float *logits = job.logits, *redundancy = job.redundancy;
+    float *scores = job.scores;
+    for (int first = static_cast<int>(threadIdx.x); first < n;
+         first += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
+        float score[RKVI_AT_ONCE] = { 0 }, mean[RKVI_AT_ONCE];
+        if (args.importance) rkvi_importance(args, logits, n_tokens, first, score);
+        if (args.redundancy) rkvi_load_each(mean, redundancy, first, n, RKVI_HEAD_THREADS, 0.0f);
+#pragma unroll
+        for (int u = 0; u < RKVI_AT_ONCE; u++) {
+            if (args.importance) score[u] *= lambda;
+            if (args.redundancy) score[u] -= share * expf(mean[u] - whole.largest);
+        }
+        rkvi_store_each(scores, first, n, RKVI_HEAD_THREADS, score);
     }
     __syncthreads();
 }
@@ -1544,11 +1624,18 @@ static __device__ unsigned rkvi_cut(const float *scores, int begin, int end, int
         for (int i = static_cast<int>(threadIdx.x); i < RKVI_BINS; i += RKVI_HEAD_THREADS)
             s.bins[i] = 0;
         __syncthreads();
-        for (int64_t base = begin; base < end; base += RKVI_HEAD_THREADS) {
-            const int64_t j = base + threadIdx.x;
-            const unsigned key = j < end ? rkvi_order(scores[j]) : 0;
-            const bool counts = j < end && (above == 32 || key >> above == prefix);
-            rkvi_count_digit(s.bins, counts, key >> shift & ((1u << bits) - 1));
+        for (int base = begin; base < end; base += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
+            const int first = base + static_cast<int>(threadIdx.x);
+            float score[RKVI_AT_ONCE];
+            rkvi_load_each(score, scores, first, end, RKVI_HEAD_THREADS, 0.0f);
+#pragma unroll
+            for (int u = 0; u < RKVI_AT_ONCE; u++) {
+                if (base + u * RKVI_HEAD_THREADS >= end) continue; /* all of them */
+                const unsigned key = rkvi_order(score[u]);
+                const bool counts =
+                    first + u * RKVI_HEAD_THREADS < end && (above == 32 || key >> above == prefix);
+                rkvi_count_digit(s.bins, counts, key >> shift & ((1u << bits) - 1));
+            }
         }
         __syncthreads();
         rkvi_find_bin(left, s);
@@ -1579,17 +1666,19 @@ static __device__ void rkvi_emit_kept(const float *scores, int begin, int end, u
                                       unsigned skip, int32_t *kept, rkvi_head_memory &s)
 {
     unsigned n_better = 0, n_equal = 0; /* before this stretch */
-    for (int64_t base = begin; base < end; base += RKVI_HEAD_THREADS) {
-        const int64_t j = base + threadIdx.x;
-        const unsigned key = j < end ? rkvi_order(scores[j]) : 0;
+    float next[1];
+    rkvi_load_each(next, scores, begin + static_cast<int>(threadIdx.x), end, 0, 0.0f);
+    for (int base = begin; base < end; base += RKVI_HEAD_THREADS) {
+        const int j = base + static_cast<int>(threadIdx.x);
+        const unsigned key = rkvi_order(next[0]);
         const bool better = j < end && key > cut, equal = j < end && key == cut;
+        rkvi_load_each(next, scores, j + RKVI_HEAD_THREADS, end, 0, 0.0f); /* meanwhile */
         unsigned total;
         const unsigned before =
             rkvi_prefix((better ? 1u << 16 : 0u) | (equal ? 1u : 0u), s, &total);
         const unsigned equal_before = n_equal + (before & 0xffffu);
         const unsigned taken = equal_before > skip ? equal_before - skip : 0;
-        if (better || (equal && equal_before >= skip))
-            kept[n_better + (before >> 16) + taken] = static_cast<int32_t>(j);
+        if (better || (equal && equal_before >= skip)) kept[n_better + (before >> 16) + taken] = j;
         n_better += total >> 16;
         n_equal += total & 0xffffu;
     }
