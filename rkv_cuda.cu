@@ -59,8 +59,8 @@ extern "C" rkv_status rkv_cuda_register(void *stream);
 
 /* ==== 2. Portability ========================================================================
  * The kernels use little of CUDA, so that tests/cuda_shim.h can run them on a host: it defines
- * RKV_CUDA_SHIM, the built-ins used here, shim_launch, shim_shared, shim_mma, shim_start_copy and
- * shim_copies_done. */
+ * RKV_CUDA_SHIM, the built-ins used here, shim_launch, shim_shared, shim_load_matrices, shim_mma,
+ * shim_start_copy and shim_copies_done. */
 #ifndef RKV_CUDA_SHIM
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -572,7 +572,8 @@ static __device__ __forceinline__ int rkvi_acc_column(int lane, int block, int k
     return 8 * block + 2 * (lane % 4) + k % 2;
 }
 
-/* acc += dots of this warp's 16 rows of a with the first 8 * n_blocks rows of b, on FMA units. */
+/* acc += dots of this warp's 16 rows of a with the first 8 * n_blocks rows of b, on FMA units. What
+ * is in acc behind those is nobody's. */
 template <typename T>
 static __device__ void rkvi_dots_fma(float (*acc)[4], const char *a, const char *b, int padded,
                                      int n_blocks)
@@ -628,27 +629,38 @@ static __device__ __forceinline__ void rkvi_mma(float *acc, const uint32_t *a, c
 #endif
 }
 
-/* The same on tensor cores. */
-template <typename T>
-static __device__ void rkvi_dots_mma(float (*acc)[4], const char *a, const char *b, int padded,
-                                     int n_blocks)
+/* Four matrices of 8 x 8 halves from shared memory, as rkvi_mma wants them: lane i says where row
+ * i % 8 of matrix i / 8 begins, aligned to 16 bytes, and gets the two halves from column
+ * 2 * (i % 4) on of row i / 4 of each. */
+static __device__ __forceinline__ void rkvi_load_matrices(uint32_t *out, const char *row)
+{
+#ifndef RKV_CUDA_SHIM
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(at));
+#else
+    shim_load_matrices(out, row);
+#endif
+}
+
+/* The same on tensor cores, for 16 * N_PAIRS rows of b. */
+template <typename T, int N_PAIRS>
+static __device__ __forceinline__ void rkvi_dots_mma(float (*acc)[4], const char *a, const char *b,
+                                                     int padded)
 {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const char *a_row = a + (16 * warp + lane / 4) * RKVI_PITCH + 4 * (lane % 4);
-    const char *b_row = b + lane / 4 * RKVI_PITCH + 4 * (lane % 4);
+    const int row = lane % 8, matrix = lane / 8;
+    const char *a_row = a + (16 * warp + row + matrix % 2 * 8) * RKVI_PITCH + matrix / 2 * 16;
+    const char *b_row = b + (row + matrix / 2 * 8) * RKVI_PITCH + matrix % 2 * 16;
     for (int i = 0; i < 2 * padded; i += 32) {
-        uint32_t a_part[4], b_part[2];
+        uint32_t a_part[4], b_parts[4]; /* of two blocks */
+        rkvi_load_matrices(a_part, a_row + i);
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-            a_part[k] = *reinterpret_cast<const uint32_t *>(a_row + (k % 2) * 8 * RKVI_PITCH + i +
-                                                            k / 2 * 16);
-#pragma unroll
-        for (int block = 0; block < 8; block++) {
-            if (block >= n_blocks) continue;
-            b_part[0] = *reinterpret_cast<const uint32_t *>(b_row + 8 * block * RKVI_PITCH + i);
-            b_part[1] =
-                *reinterpret_cast<const uint32_t *>(b_row + 8 * block * RKVI_PITCH + i + 16);
-            rkvi_mma(acc[block], a_part, b_part, T{});
+        for (int pair = 0; pair < N_PAIRS; pair++) {
+            rkvi_load_matrices(b_parts, b_row + 16 * pair * RKVI_PITCH + i);
+            rkvi_mma(acc[2 * pair], a_part, b_parts, T{});
+            rkvi_mma(acc[2 * pair + 1], a_part, b_parts + 2, T{});
         }
     }
 }
@@ -656,7 +668,12 @@ template <typename T>
 static __device__ __forceinline__ void rkvi_dots(float (*acc)[4], const char *a, const char *b,
                                                  int padded, int n_blocks, T)
 {
-    rkvi_dots_mma<T>(acc, a, b, padded, n_blocks);
+    switch ((n_blocks + 1) / 2) {
+    case 1: rkvi_dots_mma<T, 1>(acc, a, b, padded); break;
+    case 2: rkvi_dots_mma<T, 2>(acc, a, b, padded); break;
+    case 3: rkvi_dots_mma<T, 3>(acc, a, b, padded); break;
+    default: rkvi_dots_mma<T, 4>(acc, a, b, padded); break;
+    }
 }
 static __device__ __forceinline__ void rkvi_dots(float (*acc)[4], const char *a, const char *b,
                                                  int padded, int n_blocks, float)

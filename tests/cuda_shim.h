@@ -537,6 +537,17 @@ inline float shim_mma_sum(float acc, const double *products)
     const float out = static_cast<float>(sum);
     return fabs(static_cast<double>(out)) > fabs(sum) ? nextafterf(out, 0.0f) : out;
 }
+/* ldmatrix.x4: each lane has the address of a row of 16 bytes, and gets a word of four of them. */
+inline void shim_load_matrices(uint32_t *out, const char *row)
+{
+    const uint64_t address = reinterpret_cast<uintptr_t>(row);
+    if (address % 16) shim_die("ldmatrix of a row that is not aligned");
+    const unsigned half = shim_post(&address, 1);
+    for (int matrix = 0; matrix < 4; matrix++) {
+        const uint64_t from = shim_mail(8 * matrix + shim_lane() / 4, half)[0];
+        out[matrix] = reinterpret_cast<const uint32_t *>(from)[shim_lane() % 4];
+    }
+}
 /* acc += a * b of a warp: 16 x 8 x 16, in the fragments of mma.sync.m16n8k16. */
 template <typename T>
 void shim_mma(float *acc, const uint32_t *a, const uint32_t *b, float (*to_float)(T))
