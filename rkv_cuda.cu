@@ -197,7 +197,8 @@ enum {
     RKVI_RADIX_BITS = 11,
     RKVI_BINS = 1 << RKVI_RADIX_BITS,
     RKVI_MOVE_THREADS = 256,
-    RKVI_MOVE_UNROLL = 4, /* units that a thread holds while its block waits                  */
+    RKVI_MOVE_UNROLL = 8, /* units that a thread holds while its block waits: an SM's two blocks
+                             then have more on the way than three, with 4 of them, could        */
     RKVI_SLICE_UNITS = 8  /* units of a row that one block moves: 128 bytes at best           */
 };
 
@@ -1975,7 +1976,7 @@ static __device__ void rkvi_move(const rkvi_args &args, const rkvi_job &job, int
 }
 
 /* An item is a slice of one head: of its keys first, then of its values, then the positions. */
-static __global__ void __launch_bounds__(RKVI_MOVE_THREADS, 3) rkvi_compact(const rkvi_args args)
+static __global__ void __launch_bounds__(RKVI_MOVE_THREADS, 2) rkvi_compact(const rkvi_args args)
 {
     const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
     rkvi_report(args);
