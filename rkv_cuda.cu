@@ -273,12 +273,11 @@ struct rkvi_args {
     rkvi_control *control;
     int *open_count; /* [n_jobs] */
     int n_jobs;
-    int items;          /* per job; what an item is, each kernel says */
-    int tiles_per_item; /* attention */
-    int scoring;        /* this call scores: it resets *config.fault */
-    int importance;     /* lambda > 0: queries are read              */
-    int redundancy;     /* lambda < 1                                */
-    int select_too;     /* the score kernel also selects             */
+    int items;      /* per job; what an item is, each kernel says */
+    int scoring;    /* this call scores: it resets *config.fault */
+    int importance; /* lambda > 0: queries are read              */
+    int redundancy; /* lambda < 1                                */
+    int select_too; /* the score kernel also selects             */
 };
 
 static __device__ __forceinline__ bool rkvi_faulted(const rkvi_args &args)
@@ -749,7 +748,7 @@ static __device__ float rkvi_chain_dot_global(const char *a, const char *b, int 
 
 /* ==== 5. Attention ==========================================================================
  * One pass over the keys. In: keys, queries. Out: inv_norm, unit_sum, logits; faults.
- * An item is tiles_per_item tiles of 64 keys of one head. */
+ * An item is every args.items-th tile of 64 keys of one head. */
 
 /* The row of a tile that this thread's quad sums up, and then the one 32 further on. Quads beside
  * each other have rows two apart, which is 8 banks, as many as a quad reads at a time. */
@@ -966,15 +965,15 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
     if (rkvi_refused(args)) return;
     for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
         const rkvi_item at = rkvi_item_at(args, item);
-        const int job_index = at.job, first_tile = at.part * args.tiles_per_item;
+        const int job_index = at.job;
         const rkvi_job &job = args.jobs[job_index];
         const int n_queries = args.importance ? args.config.window * job.group : 0;
         const bool one_chunk = rkvi_chunks<T>(job.head_dim) == 1;
         int staged = -1;
         if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
-        if (first_tile == 0) rkvi_check_queries<T>(args, job, job_index, n_queries, s);
-        for (int tile = first_tile; tile < first_tile + args.tiles_per_item; tile++) {
-            if (static_cast<int64_t>(tile) * RKVI_TILE >= job.n_tokens) break;
+        if (at.part == 0) rkvi_check_queries<T>(args, job, job_index, n_queries, s);
+        const int n_tiles = (job.n_tokens - 1) / RKVI_TILE + 1;
+        for (int tile = at.part; tile < n_tiles; tile += args.items) {
             for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
                 const int64_t token = static_cast<int64_t>(tile) * RKVI_TILE + r;
                 s.a_rows[r] = token < job.n_tokens
@@ -998,7 +997,7 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
  * Row i looks from the newest key back for its `recent` look-alikes, 64 keys at a time, and stops
  * at the last of them. Most rows are done within a few tiles; rows that are not after
  * RKVI_NEAR_TILES are packed together, so that the second scan has none but those.
- * An item is 64 rows of one head; in the second scan every args.items-th 64 of them. */
+ * An item is every args.items-th 64 rows of one head. */
 
 /* The tile's rows: token numbers, pointers, norms. Tiles count from the newest key back. */
 static __device__ void rkvi_scan_rows(const rkvi_args &args, const rkvi_job &job, int job_index,
@@ -1664,7 +1663,8 @@ static __device__ unsigned rkvi_cut(const float *scores, int begin, int end, int
     return prefix;
 }
 
-/* RKV_BY_SCORE: a candidate's place is the number of better ones. */
+/* RKV_BY_SCORE: a candidate's place is the number of better ones, which takes n * n / 512 steps: of
+ * no account at a budget of 1024; by estimate 10 ms, for 288 heads, at one of 8192. */
 static __device__ void rkvi_rank_kept(const float *scores, const int32_t *by_position, int n,
                                       int32_t *kept)
 {
@@ -2255,7 +2255,7 @@ struct rkvi_call {
     cudaStream_t stream;
     rkvi_upload_head head;
     size_t bytes; /* of the workspace */
-    int64_t n_jobs;
+    int64_t n_jobs, scored_tiles;
     int most_tokens, most_scored, most_slices;
     bool dtypes[3], has_tables;
 };
@@ -2369,6 +2369,8 @@ static void rkvi_measure(rkvi_call *call, const rkv_layer &layer, const rkvi_sha
         call->has_tables = true;
     if (!rkvi_is_scored(call->config, layer)) return;
     if (layer.n_tokens > call->most_scored) call->most_scored = layer.n_tokens;
+    call->scored_tiles +=
+        static_cast<int64_t>(shape.heads) * ((layer.n_tokens - 1) / RKVI_TILE + 1);
     call->dtypes[layer.keys.dtype] = true;
 }
 
@@ -2516,31 +2518,39 @@ static int rkvi_far_items(int tiles, int64_t n_jobs)
     return static_cast<int>(items < 1 ? 1 : items < tiles ? items : tiles);
 }
 
-template <typename T> static rkv_status rkvi_score_type(rkvi_call *call)
+/* Blocks per job for a tile each: as many as the longest job has tiles, but no more than twice what
+ * they have on average. Of one long job beside many short ones, a block then gets several. */
+static int rkvi_near_items(const rkvi_call &call)
 {
-    const int tiles = (call->most_scored - 1) / RKVI_TILE + 1;
-    const int64_t all_tiles = tiles * call->n_jobs, plenty = 4096; /* blocks that fill any GPU */
-    int per_item = static_cast<int>(all_tiles / plenty < 4 ? all_tiles / plenty : 4);
-    if (!call->dtypes[rkvi_dtype_of<T>::value]) return RKV_OK;
-    if (per_item < 1) per_item = 1;
-    call->head.args.tiles_per_item = per_item;
-    rkv_status status = rkvi_launch_items(*call, rkvi_attend<T>, (tiles - 1) / per_item + 1,
+    const int64_t most = (call.most_scored - 1) / RKVI_TILE + 1;
+    const int64_t enough = 2 * ((call.scored_tiles - 1) / call.n_jobs + 1);
+    return static_cast<int>(most < enough ? most : enough);
+}
+
+template <typename T> static rkv_status rkvi_score_type(const rkvi_call &call)
+{
+    const int tiles = (call.most_scored - 1) / RKVI_TILE + 1, items = rkvi_near_items(call);
+    const int64_t plenty = 4096; /* blocks that fill any GPU: beyond, 4 tiles share their queries */
+    const int64_t turns = items * call.n_jobs / plenty;
+    const int per_item = static_cast<int>(turns < 1 ? 1 : turns < 4 ? turns : 4);
+    if (!call.dtypes[rkvi_dtype_of<T>::value]) return RKV_OK;
+    rkv_status status = rkvi_launch_items(call, rkvi_attend<T>, (items - 1) / per_item + 1,
                                           RKVI_TILE_THREADS, sizeof(rkvi_tiles));
-    if (!call->head.args.redundancy) return status;
+    if (!call.head.args.redundancy) return status;
     if (status == RKV_OK)
-        status = rkvi_launch_items(*call, rkvi_scan_near<T>, tiles, RKVI_TILE_THREADS,
+        status = rkvi_launch_items(call, rkvi_scan_near<T>, items, RKVI_TILE_THREADS,
                                    sizeof(rkvi_tiles));
     if (status == RKV_OK && tiles > RKVI_NEAR_TILES)
-        status = rkvi_launch_items(*call, rkvi_scan_far<T>, rkvi_far_items(tiles, call->n_jobs),
+        status = rkvi_launch_items(call, rkvi_scan_far<T>, rkvi_far_items(tiles, call.n_jobs),
                                    RKVI_TILE_THREADS, sizeof(rkvi_tiles));
     return status;
 }
 
 static rkv_status rkvi_run_score(rkvi_call *call, bool select_too)
 {
-    rkv_status status = rkvi_score_type<float>(call);
-    if (status == RKV_OK) status = rkvi_score_type<rkvi_f16>(call);
-    if (status == RKV_OK) status = rkvi_score_type<rkvi_bf16>(call);
+    rkv_status status = rkvi_score_type<float>(*call);
+    if (status == RKV_OK) status = rkvi_score_type<rkvi_f16>(*call);
+    if (status == RKV_OK) status = rkvi_score_type<rkvi_bf16>(*call);
     call->head.args.select_too = select_too;
     if (status == RKV_OK)
         status =

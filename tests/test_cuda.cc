@@ -624,6 +624,26 @@ static void test_many_layers()
 #endif
 }
 
+/* A long sequence beside short ones: a block has several of its tiles. */
+static void test_mixed_lengths()
+{
+    for (int type = RKV_F32; type <= RKV_BF16; type++) {
+        trial t;
+        rng r = rng_seed(6);
+        case_begin("700 tokens beside 7 times 70, type %d", type);
+        memset(&t, 0, sizeof t);
+        t.config = rkv_config_default(48);
+        for (int l = 0; l < 8; l++) {
+            shape s = plain_shape(1, 4, 32, l == 2 ? 700 : 70, static_cast<rkv_dtype>(type));
+            s.kind = l == 2 ? KEYS_REPEATS : KEYS_SHARED;
+            add_job(&t, &r, s, 0, 0);
+        }
+        run_trial(&t);
+        case_end();
+        free_trial(&t);
+    }
+}
+
 /* The same bits five times over, in whatever order blocks and threads run. */
 static void test_determinism()
 {
@@ -1294,6 +1314,7 @@ static void test_chosen()
     test_near_threshold_signs();
     test_common_look_alike();
     test_many_layers();
+    test_mixed_lengths();
     test_determinism();
     test_faults();
     test_queued_stages();
@@ -1312,6 +1333,7 @@ static void test_chosen()
 static void test_kernels(uint64_t count)
 {
     test_far_scan();
+    test_mixed_lengths();
     test_cache();
     test_bad_lists();
     test_bad_tables();
