@@ -431,15 +431,15 @@ static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *t
 {
     rkvi_copy_now<uint16_t>(tile, to, from); /* 4 bytes is the least that can go by itself */
 }
-/* The usual rows, a whole chunk and aligned to 16 bytes, with a quarter of the instructions: a
- * thread has the same piece of every eighth row. */
-static __device__ __forceinline__ bool rkvi_load_whole(char *tile, const char *const *rows,
-                                                       int offset, int bytes, int load)
+/* The usual rows, of BYTES and aligned to 16, with a quarter of the instructions: a thread has the
+ * same piece of one row in several. */
+template <int BYTES>
+static __device__ __forceinline__ void rkvi_load_rows(char *tile, const char *const *rows,
+                                                      int offset)
 {
-    const int width = 16, per_row = RKVI_CHUNK_BYTES / width, step = RKVI_TILE_THREADS / per_row;
+    const int width = 16, per_row = BYTES / width, step = RKVI_TILE_THREADS / per_row;
     const int row = static_cast<int>(threadIdx.x) / per_row;
     const int piece = static_cast<int>(threadIdx.x) % per_row * width;
-    if (load != width || bytes != RKVI_CHUNK_BYTES) return false;
     const char *from[RKVI_TILE / step]; /* all first: no load can pass a copy that has begun */
 #pragma unroll
     for (int u = 0; u < RKVI_TILE / step; u++) from[u] = rows[row + u * step];
@@ -447,10 +447,19 @@ static __device__ __forceinline__ bool rkvi_load_whole(char *tile, const char *c
     for (int u = 0; u < RKVI_TILE / step; u++)
         rkvi_start_copy<uint4>(tile + (row + u * step) * RKVI_PITCH + piece,
                                from[u] + offset + piece, from[u] != NULL);
+}
+static __device__ __forceinline__ bool rkvi_load_usual(char *tile, const char *const *rows,
+                                                       int offset, int bytes, int load)
+{
+    if (load != 16 || (bytes != RKVI_CHUNK_BYTES && bytes != RKVI_CHUNK_BYTES / 2)) return false;
+    if (bytes == RKVI_CHUNK_BYTES)
+        rkvi_load_rows<RKVI_CHUNK_BYTES>(tile, rows, offset);
+    else
+        rkvi_load_rows<RKVI_CHUNK_BYTES / 2>(tile, rows, offset);
     return true;
 }
 #else
-static __device__ __forceinline__ bool rkvi_load_whole(char *, const char *const *, int, int, int)
+static __device__ __forceinline__ bool rkvi_load_usual(char *, const char *const *, int, int, int)
 {
     return false;
 }
@@ -505,7 +514,7 @@ static __device__ void rkvi_stage_begin(char *tile, const char *const *rows, int
     const int offset = chunk * RKVI_CHUNK_BYTES, bytes = dims * size;
     const int padded_bytes = rkvi_padded(dims) * size;
     __syncthreads();
-    if (rkvi_load_whole(tile, rows, offset, bytes, load)) return;
+    if (rkvi_load_usual(tile, rows, offset, bytes, load)) return;
     if (load == 16)
         rkvi_load_tile<uint4>(tile, rows, offset, bytes, padded_bytes);
     else if (load == 8)
