@@ -341,7 +341,8 @@ static __device__ __forceinline__ float rkvi_cosine(float dot, float inv_a, floa
 }
 
 /* ==== 4. Tiles ==============================================================================
- * 64 rows, a chunk of 256 bytes each, in shared memory; dot products of two tiles; exact dots. */
+ * 64 rows, a chunk of 256 bytes each, in shared memory; dot products of two tiles; exact dots. Loops
+ * over the rows of a tile take one turn at most, and unrolled would only be more code. */
 
 struct rkvi_tiles {
     const char *a_rows[RKVI_TILE], *b_rows[RKVI_TILE]; /* NULL: no such row, reads as zeros     */
@@ -823,6 +824,7 @@ static __device__ void rkvi_key_norms(const rkvi_args &args, const rkvi_job &job
 static __device__ void rkvi_query_rows(const rkvi_job &job, int n_queries, int first,
                                        const char **rows)
 {
+#pragma unroll 1
     for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
         const int query = first + r, token = query / job.group;
         rows[r] = query >= n_queries ? NULL
@@ -983,6 +985,7 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
         if (at.part == 0) rkvi_check_queries<T>(args, job, job_index, n_queries, s);
         const int n_tiles = (job.n_tokens - 1) / RKVI_TILE + 1;
         for (int tile = at.part; tile < n_tiles; tile += args.items) {
+#pragma unroll 1
             for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
                 const int64_t token = static_cast<int64_t>(tile) * RKVI_TILE + r;
                 s.a_rows[r] = token < job.n_tokens
@@ -1013,6 +1016,7 @@ static __device__ void rkvi_scan_rows(const rkvi_args &args, const rkvi_job &job
                                       int tile, bool far_rows, rkvi_tiles &s)
 {
     const int n_open = far_rows ? args.open_count[job_index] : 0;
+#pragma unroll 1
     for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
         const int64_t slot = static_cast<int64_t>(tile) * RKVI_TILE + r;
         int token = -1, need = 0;
@@ -1035,6 +1039,7 @@ static __device__ void rkvi_scan_columns(const rkvi_job &job, int n_span, int co
                                          rkvi_tiles &s)
 {
     const int64_t newest = n_span - 1 - static_cast<int64_t>(column_tile) * RKVI_TILE;
+#pragma unroll 1
     for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
         const int token = r <= newest ? static_cast<int>(newest - r) : -1;
         s.b_rows[r] = token < 0 ? NULL : rkvi_row(job.moved[0].rows, token);
@@ -1238,6 +1243,7 @@ static __device__ bool rkvi_settle(const rkvi_args &args, const rkvi_job &job, i
 static __device__ void rkvi_defer_rows(const rkvi_args &args, const rkvi_job &job, int job_index,
                                        const rkvi_tiles &s)
 {
+#pragma unroll 1
     for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
         if (s.need[r] == 0) continue;
         const int slot = atomicAdd(&args.open_count[job_index], 1);
