@@ -154,7 +154,8 @@ typedef enum rkv_order {
 /* What was found wrong with the data, and where; -1 = not known. A call that scores writes it once
  * it has looked at them, RKV_OK where nothing is wrong; rkv_select and rkv_compact write what they
  * find. Errors in the description, which rkv_check explains, leave it alone. On a GPU backend it
- * lies in memory that the device can write, and is read after the stream has been synchronised. */
+ * lies in memory that the device can write, is read after the stream has been synchronised, and
+ * stops the stages queued behind it (rkv_cuda.cu says how). */
 typedef struct rkv_fault {
     int32_t status; /* RKV_OK; RKV_ERROR_NONFINITE; or RKV_ERROR_ARGUMENT, a block table or kept
                        list that is not sound                                                  */

@@ -2627,10 +2627,6 @@ static rkv_status rkvi_cuda_compact(const rkv_backend *self, const rkv_config *c
                                     rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
 {
     rkvi_call call;
-    for (int l = 0; l < n_layers; l++)
-        if (rkvi_leads(config, layers, l) && layers[l].n_tokens > config->budget &&
-            (layers[l].n_kept < config->pinned || layers[l].n_kept > config->budget))
-            return RKV_ERROR_ARGUMENT;
     rkv_status status =
         rkvi_open(&call, self, config, layers, n_layers, workspace, bytes, false, true);
     if (status == RKV_OK)
