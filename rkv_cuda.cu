@@ -341,8 +341,8 @@ static __device__ __forceinline__ float rkvi_cosine(float dot, float inv_a, floa
 }
 
 /* ==== 4. Tiles ==============================================================================
- * 64 rows, a chunk of 256 bytes each, in shared memory; dot products of two tiles; exact dots. Loops
- * over the rows of a tile take one turn at most, and unrolled would only be more code. */
+ * 64 rows, a chunk of 256 bytes each, in shared memory; dot products of two tiles; exact dots.
+ * Loops over the rows of a tile take one turn at most, and unrolled would only be more code. */
 
 struct rkvi_tiles {
     const char *a_rows[RKVI_TILE], *b_rows[RKVI_TILE]; /* NULL: no such row, reads as zeros     */
@@ -699,8 +699,9 @@ static __device__ __forceinline__ void rkvi_dots(float (*acc)[4], const char *a,
 }
 #endif
 
-/* What a cosine from rkvi_dots may be off by, generously: where that decides, it is looked at again.
- * Tensor cores truncate when they add; FMA units add as the CPU does, in the order of the dims. */
+/* What a cosine from rkvi_dots may be off by, generously: where that decides, it is looked at
+ * again. Tensor cores truncate when they add; FMA units add as the CPU does, in the order of the
+ * dims. */
 template <typename T> static __device__ __forceinline__ float rkvi_band(int head_dim)
 {
     const bool truncates = RKVI_TENSOR_CORES && sizeof(T) == 2;
@@ -1080,8 +1081,8 @@ static __device__ void rkvi_project(const rkvi_job &job, bool with_columns, rkvi
     }
 }
 
-/* Of dots with 64 columns, as rkvi_acc_column says: a bit for every column that may be a look-alike,
- * and the cosine of the first of a row, for this lane's rows. */
+/* Of dots with 64 columns, as rkvi_acc_column says: a bit for every column that may be a
+ * look-alike, and the cosine of the first of a row, for this lane's rows. */
 static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4],
                                                             const rkvi_tiles &s, int first_row,
                                                             float limit, unsigned long long *bits,
@@ -2521,8 +2522,8 @@ static rkv_status rkvi_launch_items(const rkvi_call &call, void (*kernel)(rkvi_a
 }
 
 /* Blocks per job for the second scan, which has little to do as a rule, or nothing: as many in all
- * as are at work at a time, and up to four times that where rows are so long that they may keep some
- * of them much longer than others. */
+ * as are at work at a time, and up to four times that where rows are so long that they may keep
+ * some of them much longer than others. */
 static int rkvi_far_items(int tiles, int64_t n_jobs)
 {
     const int64_t at_work = 512, long_tiles = 64, most = 4;
