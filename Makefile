@@ -147,9 +147,11 @@ test-qemu: test-qemu-aarch64 test-qemu-s390x
 test-qemu-aarch64 test-qemu-s390x: test-qemu-%:
 	$(call suite,$*-linux-gnu-gcc qemu-$*,$*,CC=$*-linux-gnu-gcc LDFLAGS=-static RUNNER=qemu-$*)
 
-# The tests of the header; what else there is asks for POSIX.
+# The tests of the header; what else there is asks for POSIX. The server of wine stays for a while:
+# one that ends between two programs may take the next one with it.
 .PHONY: test-windows
 test-windows:
+	@wineserver -p60 2>/dev/null || true
 	$(call suite,x86_64-w64-mingw32-gcc wine,windows,CC=x86_64-w64-mingw32-gcc LDFLAGS=-static \
 	    RUNNER='env WINEDEBUG=-all wine' PROGRAM_TEST= \
 	    TESTS='$(patsubst %,$(BUILD)/windows/tests/test_%,api cache errors golden random)')
