@@ -1311,8 +1311,8 @@ template <typename T> static __device__ void rkvi_scan(const rkvi_args &args, bo
         if (far_rows && args.open_count[at.job] == 0) continue; /* as a rule */
         if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
         const int n_rows = far_rows ? args.open_count[at.job] : rkvi_span(args, job);
-        /* No barrier between tiles: what a thread reads after the last one of a tile, the row that it
-         * has of s, is for itself to overwrite. */
+        /* No barrier between tiles: what a thread reads after the last one of a tile, the row that
+         * it has of s, is for itself to overwrite. */
         for (int64_t tile = at.part; tile * RKVI_TILE < n_rows; tile += args.items)
             rkvi_scan_tile<T>(args, job, at.job, static_cast<int>(tile), far_rows, s);
     }
