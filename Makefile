@@ -21,7 +21,7 @@ help:
 	@echo 'rkv $(VERSION): R-KV key/value cache compression in one header'
 	@echo
 	@echo '  make demo           see it work'
-	@echo '  make eval           the study of cache policies: bench/results/eval.csv, .svg; resumable'
+	@echo '  make eval           the study of cache policies: $(BUILD)/eval.csv, .svg; resumable'
 	@echo '  make train          the model of demo and study again, from nothing; resumable'
 	@echo '  make test           every test, on every code path that this CPU has'
 	@echo '                      (EXPECT="scalar avx2" fails if one of these did not run)'
@@ -44,9 +44,9 @@ help:
 	@echo '  make test-cuda      the tests on a GPU'
 	@echo '  make test-cuda-race the GPU kernels without a GPU: races, stray accesses'
 	@echo '                      (MUTANTS=all: each barrier taken out is noticed)'
-	@echo '  make bench-cuda     the timings on a GPU'
+	@echo '  make bench-cuda     the timings on a GPU (make cuda: the object file alone)'
 	@echo '  make install        header and pkg-config file (PREFIX=$(PREFIX), DESTDIR=)'
-	@echo '  make clean'
+	@echo '  make uninstall, make clean'
 
 # ---- Programs -----------------------------------------------------------------------------------
 
