@@ -723,6 +723,7 @@ static void test_many_layers(void)
         a = rng_below(&r, p.n);
         b = a - WITHIN > 0 ? a - WITHIN : 0;
         b += rng_below(&r, (a + WITHIN < p.n ? a + WITHIN + 1 : p.n) - b);
+        if (trial % 4 == 3 && a >= WITHIN) b = a - WITHIN; /* as far as is looked */
         ka = rng_below(&r, BUFFERS);
         kb = rng_below(&r, BUFFERS);
         if (trial % 5 && (a != b || ka != kb)) /* from touching in front to touching behind */
