@@ -12,14 +12,10 @@ passed=0 failed=0 skipped=0
 printf '#define RKV_IMPLEMENTATION\n#include "rkv.h"\n' >"$out/whole.c"
 printf '#include "rkv.h"\nint rkv_user;\n' >"$out/public.c"
 
+# One command a line, to be run at the end, as many at a time as there are cores.
+: >"$out/jobs"
 compile() { # compiler, language, standard, source, flags
-    # shellcheck disable=SC2086
-    if "$1" -x "$2" -std="$3" -pedantic $warnings -I. $5 -c "$out/$4.c" -o "$out/$4.o"; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAIL  $1 -std=$3 $5 ($4)"
-    fi
+    echo "$1 -x $2 -std=$3 -pedantic $warnings -I. $5 $out/$4.c" >>"$out/jobs"
 }
 
 language() { # compiler, language, standard
@@ -28,13 +24,12 @@ language() { # compiler, language, standard
         echo "skip  $1 -std=$3: not installed"
         return
     fi
-    compile "$1" "$2" "$3" public ''
-    compile "$1" "$2" "$3" whole -O2
+    compile "$1" "$2" "$3" public -c
+    compile "$1" "$2" "$3" whole '-O2 -c'
     for variant in $variants; do
         [ "$variant" = - ] && variant=
-        compile "$1" "$2" "$3" whole "-O0 $(echo "$variant" | tr ',' ' ')"
+        compile "$1" "$2" "$3" whole "-O0 $(echo "$variant" | tr ',' ' ') -c"
     done
-    echo "      $1 -std=$3"
 }
 
 for standard in c99 c11; do
@@ -83,22 +78,24 @@ if command -v clang >/dev/null 2>&1; then
         for variant in - -DRKV_NO_AVX2 -DRKV_NO_AVX512 -DRKV_NO_AVX2,-DRKV_NO_AVX512; do
             [ "$variant" = - ] && variant=
             for language in c,c99 c++,c++17; do
-                # shellcheck disable=SC2046,SC2086
-                if clang -x "${language%,*}" -std="${language#*,}" --target=$target-pc-windows-msvc \
-                    -fms-compatibility -fms-extensions -D__MM_MALLOC_H -isystem "$windows" \
-                    $warnings -I. $(echo "$variant" | tr ',' ' ') -fsyntax-only "$out/whole.c"; then
-                    passed=$((passed + 1))
-                else
-                    failed=$((failed + 1))
-                    echo "FAIL  clang for $target-pc-windows-msvc, ${language#*,} $variant"
-                fi
+                compile clang "${language%,*}" "${language#*,}" whole "-fsyntax-only \
+                    --target=$target-pc-windows-msvc -fms-compatibility -fms-extensions \
+                    -D__MM_MALLOC_H -isystem $windows $(echo "$variant" | tr ',' ' ')"
             done
         done
-        echo "      clang for $target-pc-windows-msvc"
     done
 else
     skipped=$((skipped + 1))
     echo 'skip  clang in the place of MSVC: not installed'
 fi
+
+# shellcheck disable=SC2016 # for the inner shell
+xargs -P "$(nproc 2>/dev/null || echo 1)" -I '{}' sh -c '
+    object=$(mktemp) || exit 1
+    {} -o "$object" || echo "FAIL  {}"
+    rm -f "$object"' <"$out/jobs" >"$out/log" 2>&1
+cat "$out/log"
+wrong=$(grep -c '^FAIL' "$out/log")
+failed=$((failed + wrong)) passed=$((passed + $(wc -l <"$out/jobs") - wrong))
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" -eq 0 ]
