@@ -368,7 +368,8 @@ RKV_API rkv_status rkv_compress(const rkv_backend *backend, const rkv_config *co
  *                that is not unique and in range, or not ascending when the order is
  *                RKV_BY_POSITION, that drops a pinned row or lists it elsewhere than in its place:
  *                RKV_ERROR_ARGUMENT.
- * Each is all or nothing. Errors as rkv_compress. */
+ * Each is all or nothing. Errors as rkv_compress. The whole description is checked each time, the
+ * queries too: an engine with scores of its own sets lambda to 0 and leaves the queries out. */
 RKV_API rkv_status rkv_score(const rkv_backend *backend, const rkv_config *config,
                              rkv_layer *layers, int n_layers, void *workspace, size_t bytes);
 RKV_API rkv_status rkv_select(const rkv_backend *backend, const rkv_config *config,
