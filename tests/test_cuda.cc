@@ -484,6 +484,23 @@ static void test_far_scan()
             }
 }
 
+/* A layer of these keys and queries, on both. */
+static void run_given(const rkv_config &config, const shape &s, const std::vector<float> &keys,
+                      const std::vector<float> &queries)
+{
+    trial t;
+    memset(&t, 0, sizeof t);
+    t.config = config;
+    t.n_jobs = 1;
+    for (int device = 0; device < 2; device++) {
+        rng r = rng_seed(61);
+        job_make_from(device ? &t.gpu[0] : &t.cpu[0], &r, &t.config, &s, keys.data(),
+                      queries.data());
+    }
+    run_trial(&t);
+    free_trial(&t);
+}
+
 /* Cosines that equal the threshold exactly: not above it, so no look-alikes. */
 static void test_at_threshold()
 {
@@ -491,21 +508,15 @@ static void test_at_threshold()
         for (int threshold = 0; threshold < 2; threshold++) {
             const shape s = plain_shape(1, 1, 16, 90, static_cast<rkv_dtype>(type));
             std::vector<float> keys(90 * 16, 0.0f), queries(8 * 16);
-            rng r = rng_seed(61), again = r;
-            trial t;
+            rng r = rng_seed(61);
+            rkv_config config = rkv_config_default(30);
             case_begin("cosines 0 and 1, threshold %d, type %d", threshold, type);
-            memset(&t, 0, sizeof t);
-            t.config = rkv_config_default(30);
-            t.config.threshold = static_cast<float>(threshold);
+            config.threshold = static_cast<float>(threshold);
             for (size_t i = 0; i < 90; i++) keys[i * 16 + i % 4] = 1.0f;
             for (size_t i = 0; i < queries.size(); i++)
                 queries[i] = static_cast<float>(rng_normal(&r));
-            t.n_jobs = 1;
-            job_make_from(&t.cpu[0], &r, &t.config, &s, keys.data(), queries.data());
-            job_make_from(&t.gpu[0], &again, &t.config, &s, keys.data(), queries.data());
-            run_trial(&t);
+            run_given(config, s, keys, queries);
             case_end();
-            free_trial(&t);
         }
 }
 
@@ -535,12 +546,10 @@ static void test_near_threshold_signs()
             const int n = 330, dim = dims[i];
             const shape s = plain_shape(1, 1, dim, n, static_cast<rkv_dtype>(type));
             std::vector<float> keys, queries, sizes;
-            rng r = rng_seed(91), again = r;
-            trial t;
+            rng r = rng_seed(91);
+            rkv_config config = rkv_config_default(64);
             case_begin("signs, cosines of one half, d%d, type %d", dim, type);
-            memset(&t, 0, sizeof t);
-            t.config = rkv_config_default(64);
-            t.config.recent = 2;
+            config.recent = 2;
             for (int k = 0; k < dim; k += 8) sizes.push_back(static_cast<float>(rng_normal(&r)));
             for (int row = 0; row < n; row++) {
                 const int against = rng_below(&r, 8);
@@ -550,12 +559,8 @@ static void test_near_threshold_signs()
                                    (k % 8 == against ? -length : length));
             }
             for (int k = 0; k < 8 * dim; k++) queries.push_back(static_cast<float>(rng_normal(&r)));
-            t.n_jobs = 1;
-            job_make_from(&t.cpu[0], &r, &t.config, &s, keys.data(), queries.data());
-            job_make_from(&t.gpu[0], &again, &t.config, &s, keys.data(), queries.data());
-            run_trial(&t);
+            run_given(config, s, keys, queries);
             case_end();
-            free_trial(&t);
         }
 }
 
