@@ -53,7 +53,7 @@
  *    applied, in any order of the tokens (a ring buffer is fine).
  *  - At tight budgets try several buffers (tokens between two compressions): a published port
  *    reports 65 % on GSM8K with budget 128 and buffer 16, 90 % with buffer 256, 91 % for the full
- *    cache. On the model of this project the buffer makes little difference.
+ *    cache. On the model of this project larger ones did better or worse, as the options went.
  *
  * What it does not do: it does not run attention, store quantised keys, re-rotate keys, or split
  * one kv head over several threads.
@@ -3394,10 +3394,12 @@ static void rkvi_keep_all(const rkvi_job *job)
     }
 }
 
+static const rkv_fault rkvi_no_fault = { RKV_OK, -1, -1, -1, 0 };
+
 static rkv_status rkvi_refuse(const rkvi_job *job, rkv_status status, int layer, int head,
                               int token)
 {
-    rkv_fault fault = { 0, -1, -1, -1, 0 };
+    rkv_fault fault = rkvi_no_fault;
     fault.status = (int32_t)status;
     fault.layer = layer;
     fault.head = head;
@@ -3495,8 +3497,6 @@ static rkv_status rkvi_take_scores(const rkvi_job *job)
     }
     return RKV_OK;
 }
-
-static const rkv_fault rkvi_no_fault = { RKV_OK, -1, -1, -1, 0 };
 
 static int rkvi_fault_kv_head(const rkvi_job *job, const rkv_fault *fault)
 {
@@ -4572,6 +4572,7 @@ static rkv_status rkvi_cache_reserve(rkv_cache *cache)
     const rkv_backend *backend = config->backend;
     rkv_status status;
     int l;
+    /* In brackets, here and below: a debugging heap may make macros of these names. */
     cache->memory = (unsigned char *)(backend->alloc)(backend, cache->plan.total);
     if (cache->memory == NULL) return RKV_ERROR_MEMORY;
     cache->positions = (int32_t *)(void *)(cache->memory + cache->plan.positions);

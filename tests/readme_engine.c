@@ -1,5 +1,6 @@
-/* Runs the engine of README.md: rounds, a NaN in the cache, and the variant that frees cells, which
- * must keep the tokens that one with rows in a row keeps. The snippets come as README_SNIPPETS.
+/* Runs the engine of README.md: rounds, a NaN in the cache, the variant that frees cells, which
+ * must keep the tokens that one with rows in a row keeps, and the managed cache. The snippets come
+ * as README_SNIPPETS.
  *     make check */
 #define RKV_IMPLEMENTATION
 #include README_SNIPPETS
@@ -81,6 +82,24 @@ static int free_cell(int position) /* any, not the first */
     return 0;
 }
 
+/* One round of the managed cache, on the rows of an engine. */
+static void run_managed_cache(const struct engine *e)
+{
+    rkv_cache *cache = NULL;
+    rkv_tensor keys, values;
+    expect("cache_start", cache_start(&cache) == RKV_OK);
+    while (failures == 0 && rkv_cache_position(cache, 0) < ROWS) {
+        const size_t at = (size_t)rkv_cache_position(cache, 0) * DIM;
+        for (int l = 0; l < LAYERS; l++)
+            expect("layer_step", layer_step(cache, l, e->keys + at, e->values + at, e->queries,
+                                            &keys, &values) == RKV_OK);
+        expect("all rows", keys.tokens == rkv_cache_rows(cache, LAYERS - 1));
+        expect("token_done", token_done(cache) == RKV_OK);
+    }
+    expect("a round", cache && rkv_cache_rows(cache, 0) == BUDGET);
+    rkv_cache_destroy(cache);
+}
+
 int main(void)
 {
     static struct engine rows, free_rows;
@@ -117,6 +136,7 @@ int main(void)
     for (int i = 0; i < BUDGET; i++)
         expect("a cell that holds its token", in_use[cells.cell[i]] == cells.position[i]);
 
+    run_managed_cache(&free_rows);
     rows.config.scope = RKV_PER_HEAD; /* a NaN in the last row */
     rows.layers[0].positions = NULL;
     for (; rows.rows < ROWS - 1; rows.rows++) decode(&rows, rows.rows);
