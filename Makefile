@@ -44,6 +44,7 @@ help:
 	@echo '  make test-cuda      the tests on a GPU'
 	@echo '  make test-cuda-race the GPU kernels without a GPU: races, stray accesses'
 	@echo '                      (MUTANTS=all: each barrier taken out is noticed)'
+	@echo '  make test-cuda-ptx  the compiled kernels without a GPU, of every architecture (nvcc)'
 	@echo '  make bench-cuda     the timings on a GPU (make cuda: the object file alone)'
 	@echo '  make install        header and pkg-config file (PREFIX=$(PREFIX), DESTDIR=)'
 	@echo '  make uninstall, make clean'

@@ -1,6 +1,6 @@
 # CUDA, included by the Makefile. make test runs rkv_cuda.cu on the host, over tests/cuda_shim.h,
-# and compiles it for every architecture that an installed nvcc knows; make test-cuda and make
-# bench-cuda need a GPU. What is missing is said and skipped.
+# and where there is nvcc compiles it for every architecture and runs its PTX on the host as well;
+# make test-cuda and make bench-cuda need a GPU. What is missing is said and skipped.
 
 NVCC       ?= nvcc
 CUDA_ARCH  ?= native
@@ -27,7 +27,7 @@ EXTRA_CHECKS += $(if $(CUDA_ARCHS),$(CUDA_ARCHS:%=$(CUDA_DIR)/sm_%.o),cuda-no-nv
 cuda-no-cxx:
 	@echo 'skip  rkv_cuda.cu over the shim: no C++ compiler'
 cuda-no-nvcc:
-	@echo 'skip  rkv_cuda.cu for each GPU architecture: no nvcc'
+	@echo 'skip  rkv_cuda.cu for each GPU architecture, its PTX on the host: no nvcc'
 
 $(CUDA_DIR)/shim/kernels.o: rkv_cuda.cu rkv.h tests/cuda_shim.h tests/cuda_race.h tests/cuda.mk
 	@mkdir -p $(@D)
@@ -42,6 +42,48 @@ $(BUILD)/tests/test_cuda: $(CUDA_DIR)/shim/test.o $(CUDA_DIR)/shim/kernels.o $(T
 $(CUDA_DIR)/sm_%.o: rkv_cuda.cu rkv.h tests/cuda.mk
 	@mkdir -p $(@D)
 	$(NVCC) $(CUDA_FLAGS) -gencode arch=compute_$*,code=sm_$* -c $< -o $@
+
+# ---- PTX ----------------------------------------------------------------------------------------
+
+# What nvcc made of the kernels runs on the host, one architecture in make test. The shim finds a
+# kernel by its name, and so static ones need names in the program.
+PTX_DIR   = $(CUDA_DIR)/ptx
+PTX_FLAGS = $(SHIM_FLAGS) -DRKV_CUDA_PTX -include tests/cuda_shim.h
+PTX_ARCH  = 90
+PTX_ARCHS = $(CUDA_ARCHS)
+
+ifneq ($(and $(filter $(PTX_ARCH),$(CUDA_ARCHS)),$(shell command -v $(CXX) 2>/dev/null)),)
+EXTRA_TESTS += $(BUILD)/tests/test_cuda_ptx
+$(BUILD)/tests/test_cuda_ptx: | $(PTX_DIR)/sm_$(PTX_ARCH).ptx
+endif
+
+.PHONY: test-cuda-ptx
+test-cuda-ptx:
+	@if [ -z '$(CUDA_ARCHS)' ]; then echo 'skip  test-cuda-ptx: no nvcc'; exit 0; fi; \
+	$(MAKE) --no-print-directory $(PTX_ARCHS:%=$(PTX_DIR)/sm_%.ptx) \
+	    $(BUILD)/tests/test_cuda_ptx && \
+	for arch in $(PTX_ARCHS); do \
+	    echo "sm_$$arch"; RKV_PTX=$(PTX_DIR)/sm_$$arch.ptx $(BUILD)/tests/test_cuda_ptx || exit 1; \
+	done
+
+$(PTX_DIR)/sm_%.ptx: rkv_cuda.cu rkv.h tests/cuda.mk
+	@mkdir -p $(@D)
+	$(NVCC) $(CUDA_FLAGS) -DRKV_CUDA_PARAMETER_BYTES=5120 -ptx -arch=compute_$* $< -o $@
+$(PTX_DIR)/kernels.o: rkv_cuda.cu rkv.h tests/cuda_shim.h tests/cuda.mk
+	@mkdir -p $(@D)
+	$(CXX) $(PTX_FLAGS) -x c++ -c $< -o $@
+	objcopy --wildcard --globalize-symbol='_Z*rkvi_*' $@
+$(PTX_DIR)/test.o: tests/test_cuda.cc $(SHIM_HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(PTX_FLAGS) -c $< -o $@
+$(PTX_DIR)/cuda_ptx.o: tests/cuda_ptx.cc tests/cuda_shim.h tests/cuda.mk
+	@mkdir -p $(@D)
+	$(CXX) $(PTX_FLAGS) -std=c++17 -O3 -march=native -ffp-contract=off -fwrapv \
+	    -fno-strict-aliasing -DRKV_PTX_FILE='"$(PTX_DIR)/sm_$(PTX_ARCH).ptx"' -c $< -o $@
+$(BUILD)/tests/test_cuda_ptx: $(PTX_DIR)/test.o $(PTX_DIR)/kernels.o $(PTX_DIR)/cuda_ptx.o \
+        $(TEST_SHARED)
+	@mkdir -p $(@D)
+	$(CXX) -rdynamic $^ -o $@ $(LIBS) -ldl
 
 # ---- Races --------------------------------------------------------------------------------------
 

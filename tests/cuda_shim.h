@@ -148,10 +148,15 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t)
 
 /* Device memory is host memory out of the host's reach: a fault, unless a kernel or a copy is at
  * work. Like the device's it comes aligned to 256 bytes, full of junk. */
-inline std::map<void *, size_t> &shim_memory()
+inline std::map<void *, size_t> &shim_memory() /* where, and how many bytes */
 {
     static std::map<void *, size_t> memory;
     return memory;
+}
+inline size_t shim_pages(size_t bytes) /* one more byte than asked for */
+{
+    const size_t page = 4096;
+    return (bytes / page + 1) * page;
 }
 struct shim_on_device {
     shim_on_device()
@@ -171,17 +176,17 @@ struct shim_on_device {
     {
         std::map<void *, size_t>::iterator it = shim_memory().begin();
         for (; it != shim_memory().end(); ++it)
-            if (mprotect(it->first, it->second, access) != 0) shim_die("mprotect");
+            if (mprotect(it->first, shim_pages(it->second), access) != 0) shim_die("mprotect");
     }
 };
 inline cudaError_t cudaMalloc(void **out, size_t bytes)
 {
     shim_not_in_capture("cudaMalloc in a capture");
-    const size_t page = 4096, whole = (bytes / page + 1) * page;
     const shim_on_device device;
-    *out = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    *out =
+        mmap(NULL, shim_pages(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (*out == MAP_FAILED) return shim_result(cudaErrorMemoryAllocation);
-    shim_memory()[*out] = whole;
+    shim_memory()[*out] = bytes;
     memset(*out, 0xa5, bytes);
     race_memory(*out, bytes);
     return cudaSuccess;
@@ -190,7 +195,7 @@ inline cudaError_t cudaFree(void *memory)
 {
     shim_not_in_capture("cudaFree in a capture");
     race_forget(memory);
-    if (memory) munmap(memory, shim_memory()[memory]);
+    if (memory) munmap(memory, shim_pages(shim_memory()[memory]));
     shim_memory().erase(memory);
     return cudaSuccess;
 }
@@ -404,6 +409,12 @@ template <typename P> struct shim_bound {
     }
 };
 
+#ifdef RKV_CUDA_PTX /* tests/cuda_ptx.cc: what nvcc made of the kernel, in its place */
+void ptx_launch(const void *kernel, int threads, size_t shared_bytes, const void *parameters,
+                size_t parameter_bytes);
+void ptx_run_block();
+#endif
+
 template <typename P>
 void shim_run(void (*kernel)(P), int blocks, int threads, size_t shared_bytes, const P &parameters)
 {
@@ -413,12 +424,21 @@ void shim_run(void (*kernel)(P), int blocks, int threads, size_t shared_bytes, c
     m.bound = &bound;
     m.n_threads = threads;
     m.grid.x = static_cast<unsigned>(blocks);
+#ifdef RKV_CUDA_PTX
+    ptx_launch(reinterpret_cast<const void *>(kernel), threads, shared_bytes, &parameters,
+               sizeof parameters);
+#else
     for (int i = 0; i < threads; i++) shim_make_fiber(&m.fibers[i]);
     race_launch(shared_bytes, &bound, sizeof bound);
+#endif
     const shim_on_device device;
     for (int i = 0; i < blocks; i++) {
         m.block.x = static_cast<unsigned>(m.order == SHIM_ASCENDING ? i : blocks - 1 - i);
+#ifdef RKV_CUDA_PTX
+        ptx_run_block();
+#else
         shim_run_block();
+#endif
     }
 }
 

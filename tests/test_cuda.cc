@@ -1,5 +1,6 @@
 /* rkv_cuda.cu against the CPU: on a GPU, or without one as C++ over tests/cuda_shim.h.
- *     make test (shim)    make test-cuda (GPU)    generated cases alone: test_cuda FIRST COUNT
+ *     make test (shim; the PTX, over tests/cuda_ptx.cc)    make test-cuda (GPU)
+ * Generated cases alone: test_cuda FIRST COUNT.
  * test_cuda kernels [COUNT] runs every kernel in little time, for the sanitizers: chosen cases and
  * the first COUNT generated ones. */
 #ifndef RKV_CUDA_SHIM
@@ -1285,7 +1286,11 @@ static void test_two_streams()
 }
 
 /* ---- What only a GPU can show --------------------------------------------------------------- */
-#ifdef RKV_CUDA_SHIM
+#ifdef RKV_CUDA_PTX
+static void test_on_gpu() /* test_cuda says it */
+{
+}
+#elif defined(RKV_CUDA_SHIM)
 static void test_on_gpu()
 {
     skip("graphs and streams of a real device: needs a GPU");
