@@ -190,7 +190,8 @@ enum {
     RKVI_DOTS_PITCH = RKVI_PITCH / 4,   /* floats: a tile's room for 64 x 64 dots; the accumulators
                                            of a warp then go to 32 banks                       */
     RKVI_FAR_BLOCKS = RKVI_TILE_BLOCKS < 4 ? RKVI_TILE_BLOCKS : 4, /* the far scan's registers  */
-    RKVI_NEAR_TILES = 4,     /* scan: newest columns that every row looks at in the first launch */
+    RKVI_FIRST_COLUMNS = 16, /* scan: what a tile of rows looks at first; most need no more     */
+    RKVI_NEAR_COLUMNS = RKVI_FIRST_COLUMNS + 3 * RKVI_TILE, /* the first launch's               */
     RKVI_SURE_DIMS = 256,    /* scan: of rows whose dots from tensor cores are taken as they are  */
     RKVI_HEAD_THREADS = 512, /* kernels with one block per head                                 */
     RKVI_HEAD_WARPS = RKVI_HEAD_THREADS / 32,
@@ -300,7 +301,7 @@ static __device__ __forceinline__ rkvi_item rkvi_item_at(const rkvi_args &args, 
 {
     rkvi_item out;
     if (item <= INT32_MAX) {
-        out.job = static_cast<int>(item) / args.items;
+        out.job = static_cast<int>(static_cast<unsigned>(item) / static_cast<unsigned>(args.items));
         out.part = static_cast<int>(item) - out.job * args.items;
     } else {
         out.job = static_cast<int>(item / args.items);
@@ -436,31 +437,32 @@ static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *t
  * same piece of one row in several. */
 template <int BYTES>
 static __device__ __forceinline__ void rkvi_load_rows(char *tile, const char *const *rows,
-                                                      int offset)
+                                                      int n_rows, int offset)
 {
     const int width = 16, per_row = BYTES / width, step = RKVI_TILE_THREADS / per_row;
-    const int row = static_cast<int>(threadIdx.x) / per_row;
-    const int piece = static_cast<int>(threadIdx.x) % per_row * width;
+    const int row = static_cast<int>(threadIdx.x / per_row);
+    const int piece = static_cast<int>(threadIdx.x % per_row) * width;
     const char *from[RKVI_TILE / step]; /* all first: no load can pass a copy that has begun */
 #pragma unroll
     for (int u = 0; u < RKVI_TILE / step; u++) from[u] = rows[row + u * step];
 #pragma unroll
-    for (int u = 0; u < RKVI_TILE / step; u++)
+    for (int u = 0; u < RKVI_TILE / step && u * step < n_rows; u++)
         rkvi_start_copy<uint4>(tile + (row + u * step) * RKVI_PITCH + piece,
                                from[u] + offset + piece, from[u] != NULL);
 }
 static __device__ __forceinline__ bool rkvi_load_usual(char *tile, const char *const *rows,
-                                                       int offset, int bytes, int load)
+                                                       int n_rows, int offset, int bytes, int load)
 {
     if (load != 16 || (bytes != RKVI_CHUNK_BYTES && bytes != RKVI_CHUNK_BYTES / 2)) return false;
     if (bytes == RKVI_CHUNK_BYTES)
-        rkvi_load_rows<RKVI_CHUNK_BYTES>(tile, rows, offset);
+        rkvi_load_rows<RKVI_CHUNK_BYTES>(tile, rows, n_rows, offset);
     else
-        rkvi_load_rows<RKVI_CHUNK_BYTES / 2>(tile, rows, offset);
+        rkvi_load_rows<RKVI_CHUNK_BYTES / 2>(tile, rows, n_rows, offset);
     return true;
 }
 #else
-static __device__ __forceinline__ bool rkvi_load_usual(char *, const char *const *, int, int, int)
+static __device__ __forceinline__ bool rkvi_load_usual(char *, const char *const *, int, int, int,
+                                                       int)
 {
     return false;
 }
@@ -477,21 +479,21 @@ static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *t
 
 /* V: the widest load that the rows' alignment allows. Rows are padded to 16 dims. */
 template <typename V>
-static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int offset, int bytes,
-                                      int padded_bytes)
+static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int n_rows, int offset,
+                                      int bytes, int padded_bytes)
 {
     const int width = static_cast<int>(sizeof(V));
     const int per_row = padded_bytes / width, step_rows = RKVI_TILE_THREADS / per_row;
     const int step_rest = RKVI_TILE_THREADS - step_rows * per_row;
-    int row = static_cast<int>(threadIdx.x) / per_row;
+    int row = static_cast<int>(threadIdx.x / per_row);
     int piece = static_cast<int>(threadIdx.x) - row * per_row;
-    while (row < RKVI_TILE) {
+    while (row < n_rows) {
         const char *from[RKVI_LOAD_UNROLL];
         int to[RKVI_LOAD_UNROLL];
 #pragma unroll
         for (int u = 0; u < RKVI_LOAD_UNROLL; u++) {
-            from[u] = row < RKVI_TILE ? rows[row] : NULL;
-            to[u] = row < RKVI_TILE ? row * RKVI_PITCH + piece * width : -1;
+            from[u] = row < n_rows ? rows[row] : NULL;
+            to[u] = row < n_rows ? row * RKVI_PITCH + piece * width : -1;
             if (from[u]) from[u] = piece * width < bytes ? from[u] + offset + piece * width : NULL;
             row += step_rows;
             piece += step_rest;
@@ -504,26 +506,26 @@ static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int o
     }
 }
 
-/* Loads a chunk of 64 rows, in two steps, so that other work can be done while it is on its way.
+/* Loads a chunk of up to 64 rows, n_rows a multiple of 16, in two steps, so that other work can be done while it is on its way.
  * The barrier of the first lets earlier readers of the tile finish and makes the row pointers,
  * just written as a rule, known to all; no caller needs one of its own. */
 template <typename T>
-static __device__ void rkvi_stage_begin(char *tile, const char *const *rows, int head_dim,
-                                        int chunk, int load)
+static __device__ void rkvi_stage_begin(char *tile, const char *const *rows, int n_rows,
+                                        int head_dim, int chunk, int load)
 {
     const int size = static_cast<int>(sizeof(T)), dims = rkvi_dims<T>(head_dim, chunk);
     const int offset = chunk * RKVI_CHUNK_BYTES, bytes = dims * size;
     const int padded_bytes = rkvi_padded(dims) * size;
     __syncthreads();
-    if (rkvi_load_usual(tile, rows, offset, bytes, load)) return;
+    if (rkvi_load_usual(tile, rows, n_rows, offset, bytes, load)) return;
     if (load == 16)
-        rkvi_load_tile<uint4>(tile, rows, offset, bytes, padded_bytes);
+        rkvi_load_tile<uint4>(tile, rows, n_rows, offset, bytes, padded_bytes);
     else if (load == 8)
-        rkvi_load_tile<uint2>(tile, rows, offset, bytes, padded_bytes);
+        rkvi_load_tile<uint2>(tile, rows, n_rows, offset, bytes, padded_bytes);
     else if (load == 4)
-        rkvi_load_tile<uint32_t>(tile, rows, offset, bytes, padded_bytes);
+        rkvi_load_tile<uint32_t>(tile, rows, n_rows, offset, bytes, padded_bytes);
     else
-        rkvi_load_tile<uint16_t>(tile, rows, offset, bytes, padded_bytes);
+        rkvi_load_tile<uint16_t>(tile, rows, n_rows, offset, bytes, padded_bytes);
 }
 static __device__ __forceinline__ void rkvi_stage_end()
 {
@@ -531,10 +533,10 @@ static __device__ __forceinline__ void rkvi_stage_end()
     __syncthreads();
 }
 template <typename T>
-static __device__ void rkvi_stage(char *tile, const char *const *rows, int head_dim, int chunk,
-                                  int load)
+static __device__ void rkvi_stage(char *tile, const char *const *rows, int n_rows, int head_dim,
+                                  int chunk, int load)
 {
-    rkvi_stage_begin<T>(tile, rows, head_dim, chunk, load);
+    rkvi_stage_begin<T>(tile, rows, n_rows, head_dim, chunk, load);
     rkvi_stage_end();
 }
 
@@ -588,7 +590,7 @@ template <typename T>
 static __device__ void rkvi_dots_fma(float (*acc)[4], const char *a, const char *b, int padded,
                                      int n_blocks)
 {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const char *a_row = a + (16 * warp + lane / 4) * RKVI_PITCH;
     const char *b_row = b + 2 * (lane % 4) * RKVI_PITCH;
     for (int i = 0; i < padded; i += 4) {
@@ -659,7 +661,7 @@ template <typename T, int N_PAIRS>
 static __device__ __forceinline__ void rkvi_dots_mma(float (*acc)[4], const char *a, const char *b,
                                                      int padded)
 {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const int row = lane % 8, matrix = lane / 8;
     const char *a_row = a + (16 * warp + row + matrix % 2 * 8) * RKVI_PITCH + matrix / 2 * 16;
     const char *b_row = b + (row + matrix / 2 * 8) * RKVI_PITCH + matrix % 2 * 16;
@@ -765,23 +767,23 @@ static __device__ float rkvi_chain_dot_global(const char *a, const char *b, int 
  * each other have rows two apart, which is 8 banks, as many as a quad reads at a time. */
 static __device__ __forceinline__ int rkvi_quad_row()
 {
-    const int quad = static_cast<int>(threadIdx.x) / 4;
-    return quad / 8 * 8 + quad % 4 * 2 + quad / 4 % 2;
+    const unsigned quad = threadIdx.x / 4;
+    return static_cast<int>(quad / 8 * 8 + quad % 4 * 2 + quad / 4 % 2);
 }
 
 /* squares[2]: this thread's rows (rkvi_quad_row and 32 more) of a tile; every thread of a quad gets
- * the same. All chunks of the rows are staged in turn, the last one remains. b_load > 0: s.b is
- * loaded as well, from rows of one chunk. */
+ * the same. All chunks of the rows are staged in turn, the last one remains. b_rows > 0: so many of
+ * s.b are loaded as well, rows of one chunk. */
 template <typename T>
-static __device__ void rkvi_square_norms(rkvi_tiles &s, int head_dim, int load, int b_load,
-                                         float *squares)
+static __device__ void rkvi_square_norms(rkvi_tiles &s, int head_dim, int load, int b_rows,
+                                         int b_load, float *squares)
 {
-    const int part = static_cast<int>(threadIdx.x) % 4, row = rkvi_quad_row();
+    const int part = static_cast<int>(threadIdx.x % 4), row = rkvi_quad_row();
     float lanes[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } };
     for (int chunk = 0; chunk < rkvi_chunks<T>(head_dim); chunk++) {
         const int padded = rkvi_padded(rkvi_dims<T>(head_dim, chunk));
-        rkvi_stage_begin<T>(s.a, s.a_rows, head_dim, chunk, load);
-        if (b_load > 0) rkvi_stage_begin<T>(s.b, s.b_rows, head_dim, chunk, b_load);
+        rkvi_stage_begin<T>(s.a, s.a_rows, RKVI_TILE, head_dim, chunk, load);
+        if (b_rows > 0) rkvi_stage_begin<T>(s.b, s.b_rows, b_rows, head_dim, chunk, b_load);
         rkvi_stage_end();
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -799,13 +801,14 @@ static __device__ __forceinline__ bool rkvi_square_is_bad(float square)
 }
 
 /* inv_norm of a tile's keys, to s.a_inv (0 outside the span, so that sums leave them out).
- * with_queries: stages them, too. */
+ * n_queries > 0: stages so many of them, too. */
 template <typename T>
 static __device__ void rkvi_key_norms(const rkvi_args &args, const rkvi_job &job, int job_index,
-                                      int tile, bool with_queries, rkvi_tiles &s)
+                                      int tile, int n_queries, rkvi_tiles &s)
 {
     float squares[2];
-    rkvi_square_norms<T>(s, job.head_dim, job.key_load, with_queries ? job.query_load : 0, squares);
+    rkvi_square_norms<T>(s, job.head_dim, job.key_load, rkvi_padded(n_queries), job.query_load,
+                         squares);
     if (threadIdx.x % 4 == 0)
         for (int half = 0; half < 2; half++) {
             const int row = rkvi_quad_row() + 32 * half;
@@ -841,7 +844,7 @@ static __device__ void rkvi_check_queries(const rkvi_args &args, const rkvi_job 
     for (int first = 0; first < n_queries; first += RKVI_TILE) {
         float squares[2];
         rkvi_query_rows(job, n_queries, first, s.a_rows);
-        rkvi_square_norms<T>(s, job.head_dim, job.query_load, 0, squares);
+        rkvi_square_norms<T>(s, job.head_dim, job.query_load, 0, 0, squares);
         for (int half = 0; half < 2; half++) {
             const int query = first + rkvi_quad_row() + 32 * half;
             const int in_group = query % job.group, token = query / job.group;
@@ -856,18 +859,25 @@ static __device__ void rkvi_check_queries(const rkvi_args &args, const rkvi_job 
  * quarter of the rows, two apart, which is 8 banks; then each adds one column. */
 template <typename T> static __device__ void rkvi_sum_unit_keys(const rkvi_job &job, rkvi_tiles &s)
 {
-    const int n_chunks = rkvi_chunks<T>(job.head_dim), part = static_cast<int>(threadIdx.x) % 4;
+    const int n_chunks = rkvi_chunks<T>(job.head_dim), part = static_cast<int>(threadIdx.x % 4);
     for (int chunk = 0; chunk < n_chunks; chunk++) {
         const int dims = rkvi_dims<T>(job.head_dim, chunk);
-        if (n_chunks > 1) rkvi_stage<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
+        if (n_chunks > 1)
+            rkvi_stage<T>(s.a, s.a_rows, RKVI_TILE, job.head_dim, chunk, job.key_load);
         for (int base = 0; base < dims; base += RKVI_TILE_THREADS) {
-            const int column = base + static_cast<int>(threadIdx.x) / 4 * 4;
+            const int column = base + static_cast<int>(threadIdx.x / 4) * 4;
+            const char *key = s.a + 2 * part * RKVI_PITCH + column * static_cast<int>(sizeof(T));
+            const float *inv = s.a_inv + 2 * part;
             float sum[4] = { 0, 0, 0, 0 }, x[4];
-            for (int i = 0; i < RKVI_TILE / 4 && column < dims; i++) {
-                const int row = i / 2 * 8 + 2 * part + i % 2;
-                rkvi_load4(x, reinterpret_cast<const T *>(s.a + row * RKVI_PITCH) + column);
+            if (column < dims) {
+#pragma unroll 4
+                for (int i = 0; i < RKVI_TILE; i += 8)
 #pragma unroll
-                for (int k = 0; k < 4; k++) sum[k] = fmaf(x[k], s.a_inv[row], sum[k]);
+                    for (int next = 0; next < 2; next++) {
+                        rkvi_load4(x, reinterpret_cast<const T *>(key + (i + next) * RKVI_PITCH));
+#pragma unroll
+                        for (int k = 0; k < 4; k++) sum[k] = fmaf(x[k], inv[i + next], sum[k]);
+                    }
             }
 #pragma unroll
             for (int k = 0; k < 4; k++) {
@@ -911,9 +921,9 @@ static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &jo
     const bool mean = args.config.grouping == RKV_GROUP_MEAN;
     const int n_tokens = job.n_tokens, group = job.group;
     const float softcap = job.softcap, scale = job.scale;
-    const int key = static_cast<int>(threadIdx.x) % RKVI_TILE, j = tile * RKVI_TILE + key;
+    const int key = static_cast<int>(threadIdx.x % RKVI_TILE), j = tile * RKVI_TILE + key;
     const int end = first + RKVI_TILE < n_queries ? first + RKVI_TILE : n_queries;
-    const int token = first / group + static_cast<int>(threadIdx.x) / RKVI_TILE;
+    const int token = first / group + static_cast<int>(threadIdx.x / RKVI_TILE);
     int group_begin = token * group;
     float *logit = job.logits + static_cast<int64_t>(token) * n_tokens + j;
     const int step = RKVI_TILE_THREADS / RKVI_TILE; /* tokens */
@@ -939,17 +949,18 @@ static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, i
                                    int n_queries, int tile, int *staged, rkvi_tiles &s)
 {
     const int n_chunks = rkvi_chunks<T>(job.head_dim);
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     for (int first = 0; first < n_queries; first += RKVI_TILE) {
         const int left = n_queries - first, n_blocks = left < RKVI_TILE ? (left + 7) / 8 : 8;
         float acc[8][4] = { { 0 } };
         for (int chunk = 0; chunk < n_chunks; chunk++) {
             const int wanted = first / RKVI_TILE * n_chunks + chunk;
             if (n_chunks > 1 || first > 0)
-                rkvi_stage<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
+                rkvi_stage<T>(s.a, s.a_rows, RKVI_TILE, job.head_dim, chunk, job.key_load);
             if (*staged != wanted) {
                 rkvi_query_rows(job, n_queries, first, s.b_rows);
-                rkvi_stage<T>(s.b, s.b_rows, job.head_dim, chunk, job.query_load);
+                rkvi_stage<T>(s.b, s.b_rows, (n_blocks + 1) / 2 * 16, job.head_dim, chunk,
+                              job.query_load);
                 *staged = wanted;
             }
             rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), n_blocks, T{});
@@ -993,12 +1004,13 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
                                   ? rkvi_row(job.moved[0].rows, static_cast<int>(token))
                                   : NULL;
             }
+            const int first_queries = n_queries < RKVI_TILE ? n_queries : RKVI_TILE;
             const bool with_queries = staged < 0 && n_queries > 0 && one_chunk;
             if (with_queries) {
                 rkvi_query_rows(job, n_queries, 0, s.b_rows);
                 staged = 0;
             }
-            rkvi_key_norms<T>(args, job, job_index, tile, with_queries, s);
+            rkvi_key_norms<T>(args, job, job_index, tile, with_queries ? first_queries : 0, s);
             if (args.redundancy) rkvi_sum_unit_keys<T>(job, s);
             rkvi_logits<T>(args, job, job_index, n_queries, tile, &staged, s);
         }
@@ -1007,9 +1019,9 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
 
 /* ==== 6. Redundancy =========================================================================
  * In: keys, inv_norm, unit_sum. Out: redundancy (dot of each key with the sum), exempt.
- * Row i looks from the newest key back for its `recent` look-alikes, 64 keys at a time, and stops
- * at the last of them. Most rows are done within a few tiles; rows that are not after
- * RKVI_NEAR_TILES are packed together, so that the second scan has none but those.
+ * Row i looks from the newest key back for its `recent` look-alikes, 64 keys at a time, 16 at first,
+ * and stops at the last of them. Most rows are done with the first; rows that are not after
+ * RKVI_NEAR_COLUMNS are packed together, so that the second scan has none but those.
  * An item is every args.items-th 64 rows of one head. */
 
 /* The tile's rows: token numbers, pointers, norms. Tiles count from the newest key back. */
@@ -1035,41 +1047,50 @@ static __device__ void rkvi_scan_rows(const rkvi_args &args, const rkvi_job &job
     }
 }
 
-/* A tile's columns: pointers and norms. */
-static __device__ void rkvi_scan_columns(const rkvi_job &job, int n_span, int column_tile,
-                                         rkvi_tiles &s)
+/* A step of the scan: the columns `newest`, newest - 1, ..., n of them (16 or 64). */
+struct rkvi_columns {
+    int newest, n;
+};
+static __device__ __forceinline__ rkvi_columns rkvi_columns_from(int n_span, int begin)
 {
-    const int64_t newest = n_span - 1 - static_cast<int64_t>(column_tile) * RKVI_TILE;
+    const rkvi_columns out = { n_span - 1 - begin, begin == 0 ? RKVI_FIRST_COLUMNS : RKVI_TILE };
+    return out;
+}
+/* Their pointers and norms. */
+static __device__ void rkvi_scan_columns(const rkvi_job &job, rkvi_columns columns, rkvi_tiles &s)
+{
 #pragma unroll 1
-    for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
-        const int token = r <= newest ? static_cast<int>(newest - r) : -1;
+    for (int r = static_cast<int>(threadIdx.x); r < columns.n; r += RKVI_TILE_THREADS) {
+        const int token = r <= columns.newest ? columns.newest - r : -1;
         s.b_rows[r] = token < 0 ? NULL : rkvi_row(job.moved[0].rows, token);
         s.b_inv[r] = token < 0 ? 0.0f : job.inv_norm[token];
     }
 }
 
 /* redundancy[i] = dot(sum of unit keys, unit key i). Leaves the last chunk of the rows in s.a, and
- * with_columns the first of the columns in s.b. */
+ * the first of so many columns in s.b. */
 template <typename T>
-static __device__ void rkvi_project(const rkvi_job &job, bool with_columns, rkvi_tiles &s)
+static __device__ void rkvi_project(const rkvi_job &job, int n_columns, rkvi_tiles &s)
 {
-    const int part = static_cast<int>(threadIdx.x) % 4, row = rkvi_quad_row();
+    const int part = static_cast<int>(threadIdx.x % 4), row = rkvi_quad_row();
     float lanes[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } };
     for (int chunk = 0; chunk < rkvi_chunks<T>(job.head_dim); chunk++) {
         const int dims = rkvi_dims<T>(job.head_dim, chunk), padded = rkvi_padded(dims);
-        rkvi_stage_begin<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
-        if (with_columns) rkvi_stage_begin<T>(s.b, s.b_rows, job.head_dim, 0, job.key_load);
+        rkvi_stage_begin<T>(s.a, s.a_rows, RKVI_TILE, job.head_dim, chunk, job.key_load);
+        if (n_columns > 0)
+            rkvi_stage_begin<T>(s.b, s.b_rows, n_columns, job.head_dim, 0, job.key_load);
         for (int i = static_cast<int>(threadIdx.x); i < padded; i += RKVI_TILE_THREADS)
             s.sum[i] = i < dims ? static_cast<float>(rkvi_from_fixed(
                                       job.unit_sum[chunk * rkvi_chunk_dims<T>() + i]))
                                 : 0.0f;
         rkvi_stage_end();
-        for (int half = 0; half < 2; half++) {
-            const T *key = reinterpret_cast<const T *>(s.a + (row + 32 * half) * RKVI_PITCH);
-            for (int i = 4 * part; i < padded; i += 16) {
-                float x[4], y[4];
-                rkvi_load4(x, key + i);
-                rkvi_load4(y, s.sum + i);
+        for (int i = 4 * part; i < padded; i += 16) {
+            float x[4], y[4];
+            rkvi_load4(y, s.sum + i);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                rkvi_load4(x, reinterpret_cast<const T *>(s.a + (row + 32 * half) * RKVI_PITCH) + i);
+#pragma unroll
                 for (int k = 0; k < 4; k++) lanes[half][k] = fmaf(x[k], y[k], lanes[half][k]);
             }
         }
@@ -1081,24 +1102,25 @@ static __device__ void rkvi_project(const rkvi_job &job, bool with_columns, rkvi
     }
 }
 
-/* Of dots with 64 columns, as rkvi_acc_column says: a bit for every column that may be a
+/* Of dots with 8 * N_BLOCKS columns, as rkvi_acc_column says: a bit for every column that may be a
  * look-alike, and the cosine of the first of a row, for this lane's rows. */
+template <int N_BLOCKS>
 static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4],
                                                             const rkvi_tiles &s, int first_row,
                                                             float limit, unsigned long long *bits,
                                                             float *first)
 {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     const float *b_inv = s.b_inv + rkvi_acc_column(lane, 0, 0);
+    unsigned marks[2][2] = { { 0, 0 }, { 0, 0 } }; /* of the columns before and from 32 on */
     float a_inv[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         a_inv[half] = s.a_inv[first_row + rkvi_acc_row(lane, 2 * half)];
-        bits[half] = 0; /* moved by rkvi_acc_column(lane, 0, 0) at the end */
         first[half] = 0;
     }
 #pragma unroll
-    for (int block = 7; block >= 0; block--) /* so that the first comes last */
+    for (int block = N_BLOCKS - 1; block >= 0; block--) /* so that the first comes last */
 #pragma unroll
         for (int k = 1; k >= 0; k--)
 #pragma unroll
@@ -1107,50 +1129,57 @@ static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4
                 const float cosine =
                     rkvi_cosine(acc[block][2 * half + k], a_inv[half], b_inv[column]);
                 if (!(cosine > limit)) continue;
-                bits[half] |= 1ull << column;
+                marks[half][column / 32] |= 1u << column % 32;
                 first[half] = cosine;
             }
+#pragma unroll
+    for (int half = 0; half < 2; half++) /* where they belong: no bit leaves its byte */
+        bits[half] = static_cast<unsigned long long>(marks[half][1]) << 32 | marks[half][0];
     bits[0] <<= rkvi_acc_column(lane, 0, 0);
     bits[1] <<= rkvi_acc_column(lane, 0, 0);
 }
 
-/* The columns of a tile that a row is compared with: those that there are, but for its own. */
-static __device__ __forceinline__ unsigned long long rkvi_wanted_columns(const rkvi_args &args,
-                                                                         const rkvi_tiles &s,
-                                                                         int row, int64_t newest)
+/* The columns that a row is compared with: those that there are, but for its own. */
+static __device__ __forceinline__ unsigned long long
+rkvi_wanted_columns(const rkvi_args &args, const rkvi_tiles &s, int row, rkvi_columns columns)
 {
-    const unsigned long long all = newest < RKVI_TILE - 1 ? (2ull << newest) - 1 : ~0ull;
-    const int64_t own = newest - s.a_token[row];     /* here or elsewhere */
+    const int newest = columns.newest, last = newest < columns.n - 1 ? newest : columns.n - 1;
+    const unsigned long long all = ~0ull >> (RKVI_TILE - 1 - last);
+    const int own = newest - s.a_token[row];         /* here or elsewhere */
     const bool diagonal = args.config.threshold < 0; /* it is 0, and so a look-alike */
     return diagonal || own < 0 || own >= RKVI_TILE ? all : all & ~(1ull << own);
 }
 
-/* Dots of the rows with 64 columns, and the candidates among these. */
+/* Dots of the rows with the columns, and the candidates among these. */
 template <typename T>
-static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_job &job, int n_span,
-                                            int column_tile, bool rows_staged, bool columns_staged,
-                                            rkvi_tiles &s)
+static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_job &job,
+                                            rkvi_columns columns, bool rows_staged,
+                                            bool columns_staged, rkvi_tiles &s)
 {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const int64_t newest = n_span - 1 - static_cast<int64_t>(column_tile) * RKVI_TILE;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const int n_chunks = rkvi_chunks<T>(job.head_dim);
+    const float limit = args.config.threshold - rkvi_band<T>(job.head_dim);
     float acc[8][4] = { { 0 } }, first[2];
     unsigned long long bits[2];
-    if (!columns_staged) rkvi_scan_columns(job, n_span, column_tile, s);
+    if (!columns_staged) rkvi_scan_columns(job, columns, s);
     for (int chunk = 0; chunk < n_chunks; chunk++) {
-        if (!rows_staged) rkvi_stage_begin<T>(s.a, s.a_rows, job.head_dim, chunk, job.key_load);
+        if (!rows_staged)
+            rkvi_stage_begin<T>(s.a, s.a_rows, RKVI_TILE, job.head_dim, chunk, job.key_load);
         if (!columns_staged) {
-            rkvi_stage_begin<T>(s.b, s.b_rows, job.head_dim, chunk, job.key_load);
+            rkvi_stage_begin<T>(s.b, s.b_rows, columns.n, job.head_dim, chunk, job.key_load);
             rkvi_stage_end();
         }
-        rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), 8, T{});
+        rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), columns.n / 8,
+                  T{});
     }
-    rkvi_mark_candidates(acc, s, 16 * warp, args.config.threshold - rkvi_band<T>(job.head_dim),
-                         bits, first);
+    if (columns.n == RKVI_TILE)
+        rkvi_mark_candidates<RKVI_TILE / 8>(acc, s, 16 * warp, limit, bits, first);
+    else
+        rkvi_mark_candidates<RKVI_FIRST_COLUMNS / 8>(acc, s, 16 * warp, limit, bits, first);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = 16 * warp + rkvi_acc_row(lane, 2 * half);
-        const unsigned long long wanted = rkvi_wanted_columns(args, s, row, newest);
+        const unsigned long long wanted = rkvi_wanted_columns(args, s, row, columns);
         const unsigned long long mine = bits[half], mine_first = mine & (0 - mine);
         unsigned long long all = mine;
         all |= __shfl_xor_sync(0xffffffffu, all, 1);
@@ -1187,7 +1216,7 @@ static __device__ float rkvi_exact_cosine(const rkvi_job &job, const rkvi_tiles 
 static __device__ void rkvi_exempt(const rkvi_job &job, bool adds, int token, float cosine)
 {
     const unsigned all = __ballot_sync(0xffffffffu, adds);
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     const int leader = all ? __ffs(static_cast<int>(all)) - 1 : 0;
     const int common = __shfl_sync(0xffffffffu, token, leader);
     const long long mine = adds ? rkvi_to_fixed(cosine) : 0;
@@ -1213,11 +1242,10 @@ static __device__ __forceinline__ float rkvi_sure(const rkvi_args &args, int hea
 /* Settles the candidates of this warp's 16 rows, newest first, a row by each of its first 16
  * threads. True where the thread's row wants more. */
 template <typename T>
-static __device__ bool rkvi_settle(const rkvi_args &args, const rkvi_job &job, int n_span,
-                                   int column_tile, rkvi_tiles &s)
+static __device__ bool rkvi_settle(const rkvi_args &args, const rkvi_job &job, int newest,
+                                   rkvi_tiles &s)
 {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const int64_t newest = n_span - 1 - static_cast<int64_t>(column_tile) * RKVI_TILE;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const int row = 16 * warp + lane % 16;
     unsigned long long bits = lane < 16 ? s.candidates[row] : 0;
     int need = lane < 16 ? s.need[row] : 0;
@@ -1225,7 +1253,7 @@ static __device__ bool rkvi_settle(const rkvi_args &args, const rkvi_job &job, i
     const float sure = rkvi_sure<T>(args, job.head_dim);
     while (__any_sync(0xffffffffu, bits != 0)) {
         const int column = bits ? __ffsll(static_cast<long long>(bits)) - 1 : 0;
-        const int token = static_cast<int>(newest - column);
+        const int token = newest - column;
         float cosine = 0; /* the diagonal's */
         if (bits && token != s.a_token[row])
             cosine = known > sure ? known : rkvi_exact_cosine<T>(job, s, row, column);
@@ -1275,24 +1303,25 @@ template <typename T>
 static __device__ void rkvi_scan_tile(const rkvi_args &args, const rkvi_job &job, int job_index,
                                       int tile, bool far_rows, rkvi_tiles &s)
 {
-    const int n_span = rkvi_span(args, job), n_tiles = (n_span - 1) / RKVI_TILE + 1;
-    const int begin = far_rows ? RKVI_NEAR_TILES : 0;
-    const int end = far_rows || n_tiles < RKVI_NEAR_TILES ? n_tiles : RKVI_NEAR_TILES;
+    const int n_span = rkvi_span(args, job), begin = far_rows ? RKVI_NEAR_COLUMNS : 0;
+    const int end = far_rows || n_span < RKVI_NEAR_COLUMNS ? n_span : RKVI_NEAR_COLUMNS;
     const bool one_chunk = rkvi_chunks<T>(job.head_dim) == 1;
     int open = 1;
     rkvi_scan_rows(args, job, job_index, tile, far_rows, s);
     if (!far_rows) {
-        if (one_chunk) rkvi_scan_columns(job, n_span, begin, s);
-        rkvi_project<T>(job, one_chunk, s);
+        if (one_chunk) rkvi_scan_columns(job, rkvi_columns_from(n_span, 0), s);
+        rkvi_project<T>(job, one_chunk ? RKVI_FIRST_COLUMNS : 0, s);
     }
-    for (int column_tile = begin; column_tile < end && open; column_tile++) {
-        const bool first = column_tile == begin;
-        rkvi_find_candidates<T>(args, job, n_span, column_tile, one_chunk && !(first && far_rows),
+    for (int column = begin; column < end && open;) {
+        const rkvi_columns columns = rkvi_columns_from(n_span, column);
+        const bool first = column == begin;
+        rkvi_find_candidates<T>(args, job, columns, one_chunk && !(first && far_rows),
                                 one_chunk && first && !far_rows, s);
-        open = __syncthreads_or(rkvi_settle<T>(args, job, n_span, column_tile, s));
+        open = __syncthreads_or(rkvi_settle<T>(args, job, columns.newest, s));
+        column += columns.n;
     }
     if (!open) return;
-    if (end < n_tiles)
+    if (end < n_span)
         rkvi_defer_rows(args, job, job_index, s);
     else if (args.config.redundancy == RKV_REDUNDANCY_ROW &&
              args.config.column0 == RKV_COLUMN0_EXEMPT)
@@ -1429,7 +1458,7 @@ struct rkvi_head_memory {
 static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_job &job,
                                               rkvi_head_memory &s)
 {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const int n_rows = args.config.window, n = job.n_tokens - n_rows;
     const int at_once = n_rows < RKVI_HEAD_WARPS ? n_rows : RKVI_HEAD_WARPS;
     const int parts = RKVI_HEAD_WARPS / at_once, part = warp / at_once;
@@ -1514,7 +1543,7 @@ static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rk
                                                  rkvi_head_memory &s)
 {
     const int n = rkvi_span(args, job);
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const double share = 1.0 / n;
     const float *inv_norm = job.inv_norm;
     const long long *exempt = job.exempt;
@@ -1593,7 +1622,7 @@ static __device__ __forceinline__ unsigned rkvi_order(float score)
 static __device__ void rkvi_count_digit(unsigned *bins, bool counts, unsigned digit)
 {
     const unsigned all = __ballot_sync(0xffffffffu, counts);
-    const int lane = static_cast<int>(threadIdx.x) % 32,
+    const int lane = static_cast<int>(threadIdx.x % 32),
               leader = all ? __ffs(static_cast<int>(all)) - 1 : 0;
     const unsigned common = __shfl_sync(0xffffffffu, digit, leader);
     const unsigned same = __ballot_sync(0xffffffffu, counts && digit == common);
@@ -1606,7 +1635,7 @@ static __device__ void rkvi_count_digit(unsigned *bins, bool counts, unsigned di
 /* Sum of `value` over the threads before this one. */
 static __device__ unsigned rkvi_prefix(unsigned value, rkvi_head_memory &s, unsigned *total)
 {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     unsigned sum = value, before = 0, all = 0;
     for (int distance = 1; distance < 32; distance *= 2) {
         const unsigned other = __shfl_up_sync(0xffffffffu, sum, static_cast<unsigned>(distance));
@@ -2556,7 +2585,7 @@ template <typename T> static rkv_status rkvi_score_type(const rkvi_call &call)
     if (status == RKV_OK)
         status = rkvi_launch_items(call, rkvi_scan_near<T>, items, RKVI_TILE_THREADS,
                                    sizeof(rkvi_tiles));
-    if (status == RKV_OK && tiles > RKVI_NEAR_TILES)
+    if (status == RKV_OK && call.most_scored > RKVI_NEAR_COLUMNS)
         status = rkvi_launch_items(call, rkvi_scan_far<T>, rkvi_far_items(tiles, call.n_jobs),
                                    RKVI_TILE_THREADS, sizeof(rkvi_tiles));
     return status;
