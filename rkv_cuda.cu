@@ -444,7 +444,7 @@ static __device__ __forceinline__ void rkvi_load_rows(char *tile, const char *co
     const int piece = static_cast<int>(threadIdx.x % per_row) * width;
     const char *from[RKVI_TILE / step]; /* all first: no load can pass a copy that has begun */
 #pragma unroll
-    for (int u = 0; u < RKVI_TILE / step; u++) from[u] = rows[row + u * step];
+    for (int u = 0; u < RKVI_TILE / step && u * step < n_rows; u++) from[u] = rows[row + u * step];
 #pragma unroll
     for (int u = 0; u < RKVI_TILE / step && u * step < n_rows; u++)
         rkvi_start_copy<uint4>(tile + (row + u * step) * RKVI_PITCH + piece,
@@ -1089,7 +1089,8 @@ static __device__ void rkvi_project(const rkvi_job &job, int n_columns, rkvi_til
             rkvi_load4(y, s.sum + i);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                rkvi_load4(x, reinterpret_cast<const T *>(s.a + (row + 32 * half) * RKVI_PITCH) + i);
+                rkvi_load4(x,
+                           reinterpret_cast<const T *>(s.a + (row + 32 * half) * RKVI_PITCH) + i);
 #pragma unroll
                 for (int k = 0; k < 4; k++) lanes[half][k] = fmaf(x[k], y[k], lanes[half][k]);
             }
@@ -1140,8 +1141,10 @@ static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4
 }
 
 /* The columns that a row is compared with: those that there are, but for its own. */
-static __device__ __forceinline__ unsigned long long
-rkvi_wanted_columns(const rkvi_args &args, const rkvi_tiles &s, int row, rkvi_columns columns)
+static __device__ __forceinline__ unsigned long long rkvi_wanted_columns(const rkvi_args &args,
+                                                                         const rkvi_tiles &s,
+                                                                         int row,
+                                                                         rkvi_columns columns)
 {
     const int newest = columns.newest, last = newest < columns.n - 1 ? newest : columns.n - 1;
     const unsigned long long all = ~0ull >> (RKVI_TILE - 1 - last);
