@@ -444,7 +444,7 @@ static __device__ __forceinline__ void rkvi_load_rows(char *tile, const char *co
     const int piece = static_cast<int>(threadIdx.x % per_row) * width;
     const char *from[RKVI_TILE / step]; /* all first: no load can pass a copy that has begun */
 #pragma unroll
-    for (int u = 0; u < RKVI_TILE / step && u * step < n_rows; u++) from[u] = rows[row + u * step];
+    for (int u = 0; u < RKVI_TILE / step; u++) from[u] = rows[row + u * step];
 #pragma unroll
     for (int u = 0; u < RKVI_TILE / step && u * step < n_rows; u++)
         rkvi_start_copy<uint4>(tile + (row + u * step) * RKVI_PITCH + piece,
@@ -1060,8 +1060,8 @@ static __device__ __forceinline__ rkvi_columns rkvi_columns_from(int n_span, int
 static __device__ void rkvi_scan_columns(const rkvi_job &job, rkvi_columns columns, rkvi_tiles &s)
 {
 #pragma unroll 1
-    for (int r = static_cast<int>(threadIdx.x); r < columns.n; r += RKVI_TILE_THREADS) {
-        const int token = r <= columns.newest ? columns.newest - r : -1;
+    for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
+        const int token = r < columns.n && r <= columns.newest ? columns.newest - r : -1;
         s.b_rows[r] = token < 0 ? NULL : rkvi_row(job.moved[0].rows, token);
         s.b_inv[r] = token < 0 ? 0.0f : job.inv_norm[token];
     }
@@ -1365,41 +1365,51 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_FAR_BLOCKS)
 /* ==== 7. Score ==============================================================================
  * In: logits, redundancy (dots), exempt. Out: scores. One block per head. */
 
-/* The largest of some values and the sum of exp(value - largest). */
+/* The largest of some values and the sum of exp(value - largest). Powers are never above 1, and
+ * what __expf may be off by grows with the exponent as the power shrinks: below 1e-7 in all. */
 struct rkvi_softmax {
     float largest, sum;
 };
+#define RKVI_NO_SOFTMAX \
+    {                   \
+        -INFINITY, 0.0f \
+    }
 
+/* What is subtracted from values of which some, or all, are -INFINITY: nothing. */
+static __device__ __forceinline__ float rkvi_origin(float largest)
+{
+    return largest > -INFINITY ? largest : 0.0f;
+}
 static __device__ __forceinline__ rkvi_softmax rkvi_merge(rkvi_softmax a, rkvi_softmax b)
 {
     rkvi_softmax out;
     out.largest = fmaxf(a.largest, b.largest);
-    out.sum = (a.sum > 0 ? a.sum * expf(a.largest - out.largest) : 0.0f) +
-              (b.sum > 0 ? b.sum * expf(b.largest - out.largest) : 0.0f);
+    const float origin = rkvi_origin(out.largest);
+    out.sum = a.sum * __expf(a.largest - origin) + b.sum * __expf(b.largest - origin);
     return out;
 }
 /* The largest first: the sums then need no more than one correction each. */
 static __device__ rkvi_softmax rkvi_merge_warp(rkvi_softmax s)
 {
-    rkvi_softmax out = { s.largest, 0.0f };
+    rkvi_softmax out = s;
     for (int distance = 16; distance > 0; distance /= 2)
         out.largest = fmaxf(out.largest, __shfl_xor_sync(0xffffffffu, out.largest, distance));
-    if (s.sum > 0) out.sum = s.sum * expf(s.largest - out.largest);
+    out.sum *= __expf(s.largest - rkvi_origin(out.largest));
     for (int distance = 16; distance > 0; distance /= 2)
         out.sum += __shfl_xor_sync(0xffffffffu, out.sum, distance);
     return out;
 }
-/* One of n values, some of which may be -INFINITY: nothing. */
+/* One of n values. */
 template <int N>
 static __device__ __forceinline__ rkvi_softmax rkvi_softmax_add(rkvi_softmax s, const float (&x)[N])
 {
     rkvi_softmax out = s;
 #pragma unroll
     for (int u = 0; u < N; u++) out.largest = fmaxf(out.largest, x[u]);
-    if (s.sum > 0) out.sum *= expf(s.largest - out.largest);
+    const float origin = rkvi_origin(out.largest);
+    out.sum *= __expf(s.largest - origin);
 #pragma unroll
-    for (int u = 0; u < N; u++)
-        if (x[u] > -INFINITY) out.sum += expf(x[u] - out.largest);
+    for (int u = 0; u < N; u++) out.sum += __expf(x[u] - origin);
     return out;
 }
 
@@ -1427,7 +1437,7 @@ static __device__ __forceinline__ void rkvi_store_each(float *values, int first,
 /* values[begin], [begin + step], ... */
 static __device__ rkvi_softmax rkvi_softmax_of(const float *values, int begin, int end, int step)
 {
-    rkvi_softmax s = { -INFINITY, 0.0f };
+    rkvi_softmax s = RKVI_NO_SOFTMAX;
     float x[RKVI_WEIGHTS_AT_ONCE];
     for (int first = begin; first < end; first += RKVI_WEIGHTS_AT_ONCE * step) {
         rkvi_load_each(x, values, first, end, step, -INFINITY);
@@ -1445,7 +1455,7 @@ static __device__ void rkvi_to_shares(float *values, int begin, int end, int ste
     for (int first = begin; first < end; first += RKVI_WEIGHTS_AT_ONCE * step) {
         rkvi_load_each(x, values, first, end, step, 0.0f);
 #pragma unroll
-        for (int u = 0; u < RKVI_WEIGHTS_AT_ONCE; u++) x[u] = expf(x[u] - whole.largest) * share;
+        for (int u = 0; u < RKVI_WEIGHTS_AT_ONCE; u++) x[u] = __expf(x[u] - whole.largest) * share;
         rkvi_store_each(values, first, end, step, x);
     }
 }
@@ -1471,7 +1481,7 @@ static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_
         const int row = first + warp % at_once;
         const bool busy = part < parts && row < n_rows;
         float *values = job.logits + static_cast<int64_t>(busy ? row : 0) * job.n_tokens;
-        rkvi_softmax whole = { -INFINITY, 0.0f };
+        rkvi_softmax whole = RKVI_NO_SOFTMAX;
         if (busy) whole = rkvi_softmax_of(values, begin + lane, end, 32);
         whole = rkvi_merge_warp(whole);
         if (lane == 0) s.warp[warp] = whole;
@@ -1551,7 +1561,7 @@ static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rk
     const float *inv_norm = job.inv_norm;
     const long long *exempt = job.exempt;
     float *redundancy = job.redundancy;
-    rkvi_softmax mine = { -INFINITY, 0.0f };
+    rkvi_softmax mine = RKVI_NO_SOFTMAX;
     for (int first = static_cast<int>(threadIdx.x); first < n;
          first += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
         float inv[RKVI_AT_ONCE], dot[RKVI_AT_ONCE], mean[RKVI_AT_ONCE];
@@ -1575,7 +1585,7 @@ static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rk
         rkvi_store_each(redundancy, first, n, RKVI_HEAD_THREADS, mean);
         mine = rkvi_softmax_add(mine, mean);
     }
-    const rkvi_softmax whole = rkvi_merge_warp(mine), none = { -INFINITY, 0.0f };
+    const rkvi_softmax whole = rkvi_merge_warp(mine), none = RKVI_NO_SOFTMAX;
     if (lane == 0) s.warp[warp] = whole;
     __syncthreads();
     return rkvi_merge_warp(lane < RKVI_HEAD_WARPS ? s.warp[lane] : none);
@@ -1603,7 +1613,7 @@ static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &jo
 #pragma unroll
         for (int u = 0; u < RKVI_AT_ONCE; u++) {
             if (args.importance) score[u] *= lambda;
-            if (args.redundancy) score[u] -= share * expf(mean[u] - whole.largest);
+            if (args.redundancy) score[u] -= share * __expf(mean[u] - whole.largest);
         }
         rkvi_store_each(scores, first, n, RKVI_HEAD_THREADS, score);
     }
@@ -1635,24 +1645,28 @@ static __device__ void rkvi_count_digit(unsigned *bins, bool counts, unsigned di
         atomicAdd(&bins[digit], 1u);
 }
 
+/* Sum of `value` over the lanes up to this one. */
+static __device__ __forceinline__ unsigned rkvi_prefix_warp(unsigned value)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const unsigned other = __shfl_up_sync(0xffffffffu, value, static_cast<unsigned>(distance));
+        if (lane >= distance) value += other;
+    }
+    return value;
+}
 /* Sum of `value` over the threads before this one. */
 static __device__ unsigned rkvi_prefix(unsigned value, rkvi_head_memory &s, unsigned *total)
 {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    unsigned sum = value, before = 0, all = 0;
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const unsigned other = __shfl_up_sync(0xffffffffu, sum, static_cast<unsigned>(distance));
-        if (lane >= distance) sum += other;
-    }
+    const unsigned sum = rkvi_prefix_warp(value);
     __syncthreads();
     if (lane == 31) s.warp_total[warp] = sum;
     __syncthreads();
-    for (int w = 0; w < RKVI_HEAD_WARPS; w++) {
-        if (w < warp) before += s.warp_total[w];
-        all += s.warp_total[w];
-    }
-    *total = all;
-    return before + sum - value;
+    const unsigned warps = rkvi_prefix_warp(lane < RKVI_HEAD_WARPS ? s.warp_total[lane] : 0);
+    *total = __shfl_sync(0xffffffffu, warps, 31);
+    return sum - value + (__shfl_sync(0xffffffffu, warps, warp) - s.warp_total[warp]);
 }
 
 /* Where the wanted-th largest lies: s.digit its bin, s.wanted its rank there, s.ties the bin's

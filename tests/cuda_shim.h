@@ -650,6 +650,10 @@ inline int __ffsll(long long x)
 {
     return __builtin_ffsll(x);
 }
+inline float __expf(float x)
+{
+    return exp2f(x * 1.4426950408889634f);
+}
 inline float __fmul_rn(float a, float b)
 {
     return a * b;
