@@ -346,7 +346,7 @@ static __device__ __forceinline__ float rkvi_cosine(float dot, float inv_a, floa
  * Loops over the rows of a tile take one turn at most, and unrolled would only be more code. */
 
 struct rkvi_tiles {
-    const char *a_rows[RKVI_TILE], *b_rows[RKVI_TILE]; /* NULL: no such row, reads as zeros     */
+    const char *a_rows[RKVI_TILE], *b_rows[RKVI_TILE]; /* where no row is, some other: unused   */
     unsigned long long candidates[RKVI_TILE];          /* scan: a bit per column                */
     float first[RKVI_TILE]; /* scan: cosine of the first of them, or -INFINITY: unknown           */
     float a_inv[RKVI_TILE], b_inv[RKVI_TILE];
@@ -448,7 +448,7 @@ static __device__ __forceinline__ void rkvi_load_rows(char *tile, const char *co
 #pragma unroll
     for (int u = 0; u < RKVI_TILE / step && u * step < n_rows; u++)
         rkvi_start_copy<uint4>(tile + (row + u * step) * RKVI_PITCH + piece,
-                               from[u] + offset + piece, from[u] != NULL);
+                               from[u] + offset + piece, true);
 }
 static __device__ __forceinline__ bool rkvi_load_usual(char *tile, const char *const *rows,
                                                        int n_rows, int offset, int bytes, int load)
@@ -492,9 +492,9 @@ static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int n
         int to[RKVI_LOAD_UNROLL];
 #pragma unroll
         for (int u = 0; u < RKVI_LOAD_UNROLL; u++) {
-            from[u] = row < n_rows ? rows[row] : NULL;
+            const bool is_there = row < n_rows && piece * width < bytes;
             to[u] = row < n_rows ? row * RKVI_PITCH + piece * width : -1;
-            if (from[u]) from[u] = piece * width < bytes ? from[u] + offset + piece * width : NULL;
+            from[u] = is_there ? rows[row] + offset + piece * width : NULL;
             row += step_rows;
             piece += step_rest;
             if (piece >= per_row) {
@@ -830,10 +830,10 @@ static __device__ void rkvi_query_rows(const rkvi_job &job, int n_queries, int f
 {
 #pragma unroll 1
     for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
-        const int query = first + r, token = query / job.group;
-        rows[r] = query >= n_queries ? NULL
-                                     : rkvi_row(job.queries, token) +
-                                           (query - token * job.group) * job.query_head_stride;
+        const int query = first + r < n_queries ? first + r : n_queries - 1;
+        const int token = query / job.group;
+        rows[r] =
+            rkvi_row(job.queries, token) + (query - token * job.group) * job.query_head_stride;
     }
 }
 
@@ -902,13 +902,20 @@ static __device__ void rkvi_cap(float *dots, int n, float scale, float softcap)
     for (; n > 0; n--, dots += RKVI_DOTS_PITCH) *dots = softcap * tanhf(*dots * scale / softcap);
 }
 /* The sum, for the mean, or the largest of the logits of one key and n queries. */
-static __device__ float rkvi_fold(const float *dots, int n, float scale, bool mean, float fold)
+template <bool MEAN>
+static __device__ __forceinline__ float rkvi_fold(const float *dots, int n, float scale, float fold)
 {
-#pragma unroll 4
-    for (; n > 0; n--, dots += RKVI_DOTS_PITCH) {
-        const float x = *dots * scale;
-        fold = mean ? fold + x : fmaxf(fold, x);
-    }
+    enum { AT_ONCE = 4 };
+#pragma unroll 1
+    for (; n >= AT_ONCE; n -= AT_ONCE, dots += AT_ONCE * RKVI_DOTS_PITCH)
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const float x = dots[i * RKVI_DOTS_PITCH] * scale;
+            fold = MEAN ? fold + x : fmaxf(fold, x);
+        }
+#pragma unroll 1
+    for (; n > 0; n--, dots += RKVI_DOTS_PITCH)
+        fold = MEAN ? fold + *dots * scale : fmaxf(fold, *dots * scale);
     return fold;
 }
 
@@ -934,7 +941,9 @@ static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &jo
         float *own = dots + (begin - first) * RKVI_DOTS_PITCH + key;
         float fold = begin > group_begin ? *logit : mean ? 0.0f : -INFINITY;
         if (softcap > 0) rkvi_cap(own, n, scale, softcap);
-        fold = rkvi_fold(own, n, softcap > 0 ? 1.0f : scale, mean, fold);
+        const float factor = softcap > 0 ? 1.0f : scale;
+        fold =
+            mean ? rkvi_fold<true>(own, n, factor, fold) : rkvi_fold<false>(own, n, factor, fold);
         if (mean && begin + n == group_begin + group) fold /= static_cast<float>(group);
         if (!(fabsf(fold) <= FLT_MAX)) /* a sum over the group can overflow */
             rkvi_fault_at(args.control, RKVI_NONFINITE, job_index, RKVI_KEY, RKVI_NO_ROW);
@@ -999,10 +1008,9 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
         for (int tile = at.part; tile < n_tiles; tile += args.items) {
 #pragma unroll 1
             for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
-                const int64_t token = static_cast<int64_t>(tile) * RKVI_TILE + r;
-                s.a_rows[r] = token < job.n_tokens
-                                  ? rkvi_row(job.moved[0].rows, static_cast<int>(token))
-                                  : NULL;
+                const int token = tile * RKVI_TILE + r;
+                s.a_rows[r] =
+                    rkvi_row(job.moved[0].rows, token < job.n_tokens ? token : job.n_tokens - 1);
             }
             const int first_queries = n_queries < RKVI_TILE ? n_queries : RKVI_TILE;
             const bool with_queries = staged < 0 && n_queries > 0 && one_chunk;
@@ -1042,7 +1050,7 @@ static __device__ void rkvi_scan_rows(const rkvi_args &args, const rkvi_job &job
         }
         s.a_token[r] = token;
         s.need[r] = need;
-        s.a_rows[r] = token < 0 ? NULL : rkvi_row(job.moved[0].rows, token);
+        s.a_rows[r] = rkvi_row(job.moved[0].rows, token < 0 ? 0 : token);
         s.a_inv[r] = token < 0 ? 0.0f : job.inv_norm[token];
     }
 }
@@ -1062,7 +1070,7 @@ static __device__ void rkvi_scan_columns(const rkvi_job &job, rkvi_columns colum
 #pragma unroll 1
     for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
         const int token = r < columns.n && r <= columns.newest ? columns.newest - r : -1;
-        s.b_rows[r] = token < 0 ? NULL : rkvi_row(job.moved[0].rows, token);
+        s.b_rows[r] = rkvi_row(job.moved[0].rows, token < 0 ? 0 : token);
         s.b_inv[r] = token < 0 ? 0.0f : job.inv_norm[token];
     }
 }
