@@ -442,13 +442,13 @@ static __device__ __forceinline__ void rkvi_load_rows(char *tile, const char *co
     const int width = 16, per_row = BYTES / width, step = RKVI_TILE_THREADS / per_row;
     const int row = static_cast<int>(threadIdx.x / per_row);
     const int piece = static_cast<int>(threadIdx.x % per_row) * width;
+    char *to = tile + (row * RKVI_PITCH + piece);
     const char *from[RKVI_TILE / step]; /* all first: no load can pass a copy that has begun */
 #pragma unroll
     for (int u = 0; u < RKVI_TILE / step; u++) from[u] = rows[row + u * step];
 #pragma unroll
     for (int u = 0; u < RKVI_TILE / step && u * step < n_rows; u++)
-        rkvi_start_copy<uint4>(tile + (row + u * step) * RKVI_PITCH + piece,
-                               from[u] + offset + piece, true);
+        rkvi_start_copy<uint4>(to + u * step * RKVI_PITCH, from[u] + (offset + piece), true);
 }
 static __device__ __forceinline__ bool rkvi_load_usual(char *tile, const char *const *rows,
                                                        int n_rows, int offset, int bytes, int load)
