@@ -45,6 +45,7 @@ help:
 	@echo '  make test-cuda-race the GPU kernels without a GPU: races, stray accesses'
 	@echo '                      (MUTANTS=all: each barrier taken out is noticed)'
 	@echo '  make test-cuda-ptx  the compiled kernels without a GPU, of every architecture (nvcc)'
+	@echo '  make count-cuda     what the compiled kernels execute, counted without a GPU (nvcc)'
 	@echo '  make bench-cuda     the timings on a GPU (make cuda: the object file alone)'
 	@echo '  make install        header and pkg-config file (PREFIX=$(PREFIX), DESTDIR=)'
 	@echo '  make uninstall, make clean'
@@ -169,7 +170,7 @@ test-mutants:
 lint:
 	@BUILD=$(BUILD) sh .ci/lint.sh
 format:
-	clang-format -i $(wildcard *.h */*.c */*.h)
+	clang-format -i $(wildcard *.h *.cu */*.c */*.h */*.cc */*.cu)
 
 # ---- Fuzzing ------------------------------------------------------------------------------------
 

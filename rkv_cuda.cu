@@ -506,9 +506,9 @@ static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int n
     }
 }
 
-/* Loads a chunk of up to 64 rows, n_rows a multiple of 16, in two steps, so that other work can be done while it is on its way.
- * The barrier of the first lets earlier readers of the tile finish and makes the row pointers,
- * just written as a rule, known to all; no caller needs one of its own. */
+/* Loads a chunk of n_rows rows, a multiple of 16 up to 64, in two steps, so that other work can be
+ * done while it is on its way. The barrier of the first lets earlier readers of the tile finish and
+ * makes the row pointers, just written as a rule, known to all; no caller needs one of its own. */
 template <typename T>
 static __device__ void rkvi_stage_begin(char *tile, const char *const *rows, int n_rows,
                                         int head_dim, int chunk, int load)
@@ -1027,8 +1027,8 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
 
 /* ==== 6. Redundancy =========================================================================
  * In: keys, inv_norm, unit_sum. Out: redundancy (dot of each key with the sum), exempt.
- * Row i looks from the newest key back for its `recent` look-alikes, 64 keys at a time, 16 at first,
- * and stops at the last of them. Most rows are done with the first; rows that are not after
+ * Row i looks from the newest key back for its `recent` look-alikes, at 16 keys first, then 64 at a
+ * time, and stops at the last of them. Most rows are done with the first; rows that are not after
  * RKVI_NEAR_COLUMNS are packed together, so that the second scan has none but those.
  * An item is every args.items-th 64 rows of one head. */
 

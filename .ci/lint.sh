@@ -4,9 +4,8 @@
 set -u
 failed=0
 sources=$(find . -path ./build -prune -o \( -name '*.c' -o -name '*.h' -o -name '*.cu' -o \
-    -name '*.cuh' -o -name '*.cpp' \) -print | sort)
+    -name '*.cc' \) -print | sort)
 c_sources=$(echo "$sources" | sed -n 's|^\./\(.*\.c\)$|\1|p')
-formatted=$(echo "$sources" | grep '\.[ch]$')
 
 report() { # what was looked at, output that ought to be empty
     if [ -z "$2" ]; then
@@ -27,7 +26,7 @@ report '100 columns' "$(awk 'length > 100 { print FILENAME ":" FNR }' $sources)"
 format=$(command -v clang-format-14 || command -v clang-format || echo none)
 if [ "$format" != none ] && "$format" --version | grep -q 'version 14\.'; then
     # shellcheck disable=SC2086
-    report 'clang-format' "$("$format" --dry-run -Werror $formatted 2>&1 | grep 'error:')"
+    report 'clang-format' "$("$format" --dry-run -Werror $sources 2>&1 | grep 'error:')"
 else
     echo 'skip  clang-format: no version 14'
 fi

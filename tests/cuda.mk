@@ -85,6 +85,24 @@ $(BUILD)/tests/test_cuda_ptx: $(PTX_DIR)/test.o $(PTX_DIR)/kernels.o $(PTX_DIR)/
 	@mkdir -p $(@D)
 	$(CXX) -rdynamic $^ -o $@ $(LIBS) -ldl
 
+# What each kernel executes, counted, for one layer of each shape of bench-cuda.
+PTX_COUNT = RKV_PTX_COUNTS=1 $(PTX_DIR)/count_cuda
+.PHONY: count-cuda
+count-cuda:
+	@if [ -z '$(CUDA_ARCHS)' ]; then echo 'skip  count-cuda: no nvcc'; exit 0; fi; set -e; \
+	$(MAKE) --no-print-directory $(PTX_DIR)/sm_$(PTX_ARCH).ptx $(PTX_DIR)/count_cuda; \
+	$(PTX_COUNT) 2 6 128 1152 1024 bf16 'cosine 0.7'; \
+	for type in bf16 f16 f32; do $(PTX_COUNT) 8 4 128 1152 1024 $$type 'cosine 0.7'; done; \
+	for keys in 'cosine 0.4' distinct; do $(PTX_COUNT) 8 4 128 1152 1024 bf16 "$$keys"; done; \
+	$(PTX_COUNT) 8 4 128 16807 8403 bf16 'cosine 0.7'
+
+$(PTX_DIR)/count_cuda.o: bench/count_cuda.cc bench/job.h tests/cuda_shim.h tests/cuda.mk
+	@mkdir -p $(@D)
+	$(CXX) $(PTX_FLAGS) -c $< -o $@
+$(PTX_DIR)/count_cuda: $(PTX_DIR)/count_cuda.o $(PTX_DIR)/kernels.o $(PTX_DIR)/cuda_ptx.o \
+        $(patsubst %,$(BUILD)/obj/%.o,bench/job tests/harness tests/rkv_impl)
+	$(CXX) -rdynamic $^ -o $@ $(LIBS) -ldl
+
 # ---- Races --------------------------------------------------------------------------------------
 
 # The kernels tell tests/cuda_race.cc about every access; no libtsan is linked. Without -pie code

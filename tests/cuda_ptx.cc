@@ -15,6 +15,7 @@
  * compiled with the shim's RKV_CUDA_PARAMETER_BYTES; RKV_PTX_COUNTS=1: what each kernel executed,
  * at the end. */
 #include <ctype.h>
+#include <cxxabi.h>
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -99,11 +100,21 @@ struct machine {
 };
 machine the;
 
+/* "rkvi_attend<rkvi_bf16>" of its mangled name. */
+std::string plain_name(const std::string &mangled)
+{
+    int status = 0;
+    char *plain = abi::__cxa_demangle(mangled.c_str(), NULL, NULL, &status);
+    std::string out = plain ? plain : mangled;
+    free(plain);
+    if (out.compare(0, 5, "void ") == 0) out.erase(0, 5);
+    return out.substr(0, out.find('('));
+}
 void die(const std::string &why, int lane)
 {
     shim().current = LANES * the.warp_now + lane;
     const std::string at = the.now ? " at `" + the.now->text + "`" : "";
-    const std::string name = the.running ? the.running->name + ": " : "";
+    const std::string name = the.running ? plain_name(the.running->name) + ": " : "";
     shim_die((name + why + at).c_str());
 }
 
@@ -618,9 +629,9 @@ float bf16_of(uint32_t word, int k)
 {
     return __uint_as_float((word >> 16 * k & 0xffff) << 16);
 }
-/* mma.m16n8k16, row by column: from = { a: 4, b: 2, c: 4 }. With group g = lane / 4 and t = lane % 4, a's word i holds row g + 8 (i % 2), columns 2 t + 8 (i / 2)
- * and the next; b's word i holds rows 2 t + 8 i and the next of column g; c's value i is row
- * g + 8 (i / 2), column 2 t + i % 2. */
+/* mma.m16n8k16, row by column: from = { a: 4, b: 2, c: 4 }. With group g = lane / 4 and t = lane % 4,
+ * a's word i holds row g + 8 (i % 2), columns 2 t + 8 (i / 2) and the next; b's word i holds rows
+ * 2 t + 8 i and the next of column g; c's value i is row g + 8 (i / 2), column 2 t + i % 2. */
 template <float (*TO_FLOAT)(uint32_t, int)>
 void matrix_product(warp &w, const instruction &i, uint32_t)
 {
@@ -1160,15 +1171,15 @@ double ratio(long a, long b)
  * and turns of shared memory stand beside what the bytes asked for would take at best. */
 void print_counts()
 {
-    printf("# %-36s %6s %8s %11s %6s %8s %10s %5s %10s %5s %10s %5s %9s\n", "kernel", "calls",
+    printf("# %-26s %6s %8s %11s %6s %8s %10s %5s %10s %5s %10s %5s %9s\n", "kernel", "calls",
            "blocks", "instr.", "lanes", "longest", "read", "x", "written", "x", "turns", "x",
            "mma");
     for (std::map<std::string, kernel>::iterator it = the.kernels.begin(); it != the.kernels.end();
          ++it) {
         const counts &n = it->second.n;
         if (n.launches == 0) continue;
-        printf("# %-36s %6ld %8ld %11ld %6.1f %8ld %10ld %5.2f %10ld %5.2f %10ld %5.2f %9ld\n",
-               it->first.c_str(), n.launches, n.blocks, n.instructions,
+        printf("# %-26s %6ld %8ld %11ld %6.1f %8ld %10ld %5.2f %10ld %5.2f %10ld %5.2f %9ld\n",
+               plain_name(it->first).c_str(), n.launches, n.blocks, n.instructions,
                ratio(n.lanes, n.instructions), n.longest, n.sectors[0],
                ratio(32 * n.sectors[0], n.asked[0]), n.sectors[1],
                ratio(32 * n.sectors[1], n.asked[1]), n.turns, ratio(128 * n.turns, n.shared_bytes),

@@ -60,7 +60,7 @@ while read -r line name; do
 done <"$dir/barriers"
 
 fault never-written 's/head.args.open_count\[entry.first_job + h\] = 0;//'
-fault past-the-row '/^static __device__ void rkvi_load_tile/,/^}/s/width < bytes ?/width <= bytes ?/'
+fault past-the-row '/^static __device__ void rkvi_load_tile/,/^}/s/width < bytes;/width <= bytes;/'
 fault cached-and-written '/^static __device__ void rkvi_move_slice/,/^}/s/value\[u\] = \*\(reinterpret.*\);$/value[u] = __ldg(\1);/'
 fault copy-not-waited-for '/^static __device__ __forceinline__ void rkvi_stage_end/,/^}/s/rkvi_copies_done();//'
 fault shared-not-asked-for 's/RKVI_TILE_THREADS, sizeof(rkvi_tiles));/RKVI_TILE_THREADS, 64);/'
