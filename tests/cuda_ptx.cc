@@ -629,7 +629,7 @@ float bf16_of(uint32_t word, int k)
 {
     return __uint_as_float((word >> 16 * k & 0xffff) << 16);
 }
-/* mma.m16n8k16, row by column: from = { a: 4, b: 2, c: 4 }. With group g = lane / 4 and t = lane % 4,
+/* mma.m16n8k16, row by column: from = { a: 4, b: 2, c: 4 }. With group g = lane / 4, t = lane % 4,
  * a's word i holds row g + 8 (i % 2), columns 2 t + 8 (i / 2) and the next; b's word i holds rows
  * 2 t + 8 i and the next of column g; c's value i is row g + 8 (i / 2), column 2 t + i % 2. */
 template <float (*TO_FLOAT)(uint32_t, int)>
