@@ -1111,6 +1111,34 @@ static __device__ void rkvi_project(const rkvi_job &job, int n_columns, rkvi_til
     }
 }
 
+/* Whether one of this warp's rows still looks for look-alikes. */
+static __device__ __forceinline__ bool rkvi_is_open(const rkvi_tiles &s)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    return __any_sync(0xffffffffu, s.need[16 * warp + lane % 16] > 0);
+}
+/* False where none of a warp's dots with 64 columns can be a look-alike's, found in a third of the
+ * time: the scales of rows and columns are applied one after the other, which may round otherwise
+ * than rkvi_cosine does. */
+static __device__ __forceinline__ bool rkvi_may_be_alike(const float (*acc)[4], const float *a_inv,
+                                                         const float *b_inv, float limit)
+{
+    const float rounding = 1e-6f;
+    bool may = false;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float largest = -INFINITY;
+#pragma unroll
+        for (int block = 0; block < RKVI_TILE / 8; block++)
+#pragma unroll
+            for (int k = 0; k < 2; k++)
+                largest =
+                    fmaxf(largest, acc[block][2 * half + k] * b_inv[rkvi_acc_column(0, block, k)]);
+        may = may || largest * a_inv[half] > limit - rounding;
+    }
+    return __any_sync(0xffffffffu, may);
+}
+
 /* Of dots with 8 * N_BLOCKS columns, as rkvi_acc_column says: a bit for every column that may be a
  * look-alike, and the cosine of the first of a row, for this lane's rows. */
 template <int N_BLOCKS>
@@ -1127,7 +1155,9 @@ static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4
     for (int half = 0; half < 2; half++) {
         a_inv[half] = s.a_inv[first_row + rkvi_acc_row(lane, 2 * half)];
         first[half] = 0;
+        bits[half] = 0;
     }
+    if (8 * N_BLOCKS == RKVI_TILE && !rkvi_may_be_alike(acc, a_inv, b_inv, limit)) return;
 #pragma unroll
     for (int block = N_BLOCKS - 1; block >= 0; block--) /* so that the first comes last */
 #pragma unroll
@@ -1172,6 +1202,7 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
     const float limit = args.config.threshold - rkvi_band<T>(job.head_dim);
     float acc[8][4] = { { 0 } }, first[2];
     unsigned long long bits[2];
+    bool open = true;
     if (!columns_staged) rkvi_scan_columns(job, columns, s);
     for (int chunk = 0; chunk < n_chunks; chunk++) {
         if (!rows_staged)
@@ -1180,9 +1211,12 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
             rkvi_stage_begin<T>(s.b, s.b_rows, columns.n, job.head_dim, chunk, job.key_load);
             rkvi_stage_end();
         }
-        rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), columns.n / 8,
-                  T{});
+        open = columns.n < RKVI_TILE || rkvi_is_open(s);
+        if (open)
+            rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), columns.n / 8,
+                      T{});
     }
+    if (!open) return;
     if (columns.n == RKVI_TILE)
         rkvi_mark_candidates<RKVI_TILE / 8>(acc, s, 16 * warp, limit, bits, first);
     else
@@ -1200,7 +1234,7 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
         const float cosine = __shfl_sync(0xffffffffu, mine_first & wanted ? first[half] : -INFINITY,
                                          lane / 4 * 4 + owner);
         if (lane % 4 == 0) {
-            s.candidates[row] = s.need[row] > 0 ? all : 0;
+            s.candidates[row] = all;
             s.first[row] = cosine;
         }
     }
@@ -1258,9 +1292,9 @@ static __device__ bool rkvi_settle(const rkvi_args &args, const rkvi_job &job, i
 {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const int row = 16 * warp + lane % 16;
-    unsigned long long bits = lane < 16 ? s.candidates[row] : 0;
     int need = lane < 16 ? s.need[row] : 0;
-    float known = s.first[row]; /* from rkvi_dots */
+    unsigned long long bits = need > 0 ? s.candidates[row] : 0;
+    float known = need > 0 ? s.first[row] : 0; /* from rkvi_dots */
     const float sure = rkvi_sure<T>(args, job.head_dim);
     while (__any_sync(0xffffffffu, bits != 0)) {
         const int column = bits ? __ffsll(static_cast<long long>(bits)) - 1 : 0;
