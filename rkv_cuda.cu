@@ -1111,11 +1111,12 @@ static __device__ void rkvi_project(const rkvi_job &job, int n_columns, rkvi_til
     }
 }
 
-/* Whether one of this warp's rows still looks for look-alikes. */
+/* Whether one of this warp's rows still looks for look-alikes. A row is read by the lane that will
+ * write it: a vote is no barrier. */
 static __device__ __forceinline__ bool rkvi_is_open(const rkvi_tiles &s)
 {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    return __any_sync(0xffffffffu, s.need[16 * warp + lane % 16] > 0);
+    return __any_sync(0xffffffffu, lane < 16 && s.need[16 * warp + lane] > 0);
 }
 /* False where none of a warp's dots with 64 columns can be a look-alike's, found in a third of the
  * time: the scales of rows and columns are applied one after the other, which may round otherwise
