@@ -63,17 +63,9 @@ struct constant {
 };
 struct counts {
     long launches, blocks, instructions, lanes, longest, products;
-    long requests[2], sectors[2], asked[2]; /* of global memory, read and written */
-    long turns, shared_bytes;               /* of shared memory */
+    long sectors[2], asked[2]; /* of global memory, read and written */
+    long turns, shared_bytes;  /* of shared memory */
 };
-struct kernel {
-    std::string name;
-    std::vector<instruction> code;
-    std::vector<constant> constants;
-    int n_registers, parameters, thread, block, grid; /* slots, or -1 where not used */
-    counts n;
-};
-
 struct pending_copy {
     uint64_t to, from;
     int bytes, there;
@@ -87,8 +79,16 @@ struct warp {
     long instructions;
     std::vector<pending_copy> copies[LANES];
 };
+struct kernel {
+    std::string name;
+    std::vector<instruction> code;
+    std::vector<constant> constants;
+    int n_registers, parameters, thread, block, grid; /* slots, or -1 where not used */
+    std::vector<warp> warps;                          /* of one block */
+    counts n;
+};
+
 struct machine {
-    std::vector<warp> warps;
     std::map<std::string, kernel> kernels;
     kernel *running;
     const unsigned char *parameters;
@@ -247,7 +247,6 @@ COMPARISON(is_nan, a != a || b != b)
 UNARY(op_copy, a)
 UNARY(op_not, ~a)
 UNARY(op_neg, -a)
-UNARY(op_abs, a < 0 ? -a : a)
 UNARY(op_fabs, fabs(a))
 UNARY(op_sqrt, sqrt(a))
 UNARY(op_rcp, 1 / a)
@@ -255,7 +254,6 @@ UNARY(op_ex2, exp2f(a))
 UNARY(op_popc, __builtin_popcountll(a))
 UNARY(op_clz, a ? __builtin_clzll(a) - (64 - 8 * static_cast<int>(sizeof(S))) : 8 * sizeof(S))
 UNARY(op_bfind_shift, a ? __builtin_clzll(a) - (64 - 8 * static_cast<int>(sizeof(S))) : -1)
-UNARY(op_saturate, a > 0 ? a < 1 ? a : 1 : 0)
 #undef UNARY
 struct op_reverse {
     template <typename D, typename S> static D of(S a)
@@ -305,15 +303,6 @@ struct op_fma {
     static double of(double a, double b, double c)
     {
         return fma(a, b, c);
-    }
-};
-struct op_fma_down {
-    static float of(float a, float b, float c)
-    {
-        const double exact =
-            static_cast<double>(a) * static_cast<double>(b) + static_cast<double>(c);
-        const float near = static_cast<float>(exact);
-        return static_cast<double>(near) > exact ? nextafterf(near, -INFINITY) : near;
     }
 };
 struct op_mad {
@@ -419,7 +408,6 @@ void count_global(const uint64_t *addresses, uint32_t active, int bytes, int kin
     for (int l = 0; l < LANES; l++)
         if (active >> l & 1) sectors[n++] = addresses[l] / 32; /* aligned: no access lies in two */
     std::sort(sectors, sectors + n);
-    the.running->n.requests[kind]++;
     the.running->n.sectors[kind] += std::unique(sectors, sectors + n) - sectors;
     the.running->n.asked[kind] += static_cast<long>(bytes) * __builtin_popcount(active);
 }
@@ -503,19 +491,6 @@ template <typename T> void atomic_cas(warp &w, const instruction &i, uint32_t ac
         values<T>(w, i.to[0])[l] = old;
     }
 }
-void to_shared_address(warp &w, const instruction &i, uint32_t active)
-{
-    uint64_t *d = values<uint64_t>(w, i.to[0]);
-    const uint64_t *a = values<uint64_t>(w, i.from[0]);
-    each(active, [=](int l) { d[l] = a[l] - shared_base(); });
-}
-void from_shared_address(warp &w, const instruction &i, uint32_t active)
-{
-    uint64_t *d = values<uint64_t>(w, i.to[0]);
-    const uint64_t *a = values<uint64_t>(w, i.from[0]);
-    each(active, [=](int l) { d[l] = a[l] + shared_base(); });
-}
-
 /* cp.async: from = { to, from, bytes that are there }. Whoever reads too early reads NaNs. */
 void start_copy(warp &w, const instruction &i, uint32_t active)
 {
@@ -559,18 +534,21 @@ void must_be_everyone(warp &w, int slot)
         if (values<uint32_t>(w, slot)[l] != everyone) die("not for the whole warp", l);
 }
 struct lane_xor {
+    enum : uint32_t { bounds = 31 };
     static int of(int lane, int by)
     {
         return lane ^ by;
     }
 };
 struct lane_up {
+    enum : uint32_t { bounds = 0 };
     static int of(int lane, int by)
     {
         return lane - by;
     }
 };
 struct lane_is {
+    enum : uint32_t { bounds = 31 };
     static int of(int, int by)
     {
         return by & 31;
@@ -584,7 +562,7 @@ template <typename F> void shuffle(warp &w, const instruction &i, uint32_t)
     for (int l = 0; l < LANES; l++) {
         const uint32_t bounds = values<uint32_t>(w, i.from[2])[l];
         const int from = F::of(l, static_cast<int>(values<uint32_t>(w, i.from[1])[l]));
-        if (bounds != 31 && bounds != 0) die("a shuffle in parts of a warp", l);
+        if (bounds != F::bounds) die("a shuffle in parts of a warp", l);
         const bool is = from >= 0 && from < LANES;
         got[l] = values<uint32_t>(w, i.from[0])[is ? from : l];
         inside |= static_cast<uint32_t>(is) << l;
@@ -766,9 +744,8 @@ action conversion(const words &op, int register_bytes)
     const std::string to = op[op.size() - 2], from = op.back();
     const bool from_float = from[0] == 'f', truncates = has(op, "rzi");
     if (to == "f32" && from == "f16") return one<float, uint16_t, op_half>;
-    if (has(op, "sat")) return to == "f32" && from == "f32" ? one<float, float, op_saturate> : NULL;
     if (to[0] == 'f' && to != "f32" && to != "f64") return NULL;
-    if (to[0] == 'f' && !from_float && !has(op, "rn")) return NULL;
+    if (to[0] == 'f' && (truncates || (!from_float && !has(op, "rn")))) return NULL;
     if (to[0] == 'f')
         return to == "f32" ? convert_to<float>(from, register_bytes)
                            : convert_to<double>(from, register_bytes);
@@ -776,13 +753,120 @@ action conversion(const words &op, int register_bytes)
     if (from == "f32")
         return for_integer(to,
                            [](auto t) -> action { return one<decltype(t), float, op_truncate>; });
-    if (from == "f64")
-        return for_integer(to,
-                           [](auto t) -> action { return one<decltype(t), double, op_truncate>; });
     return to == "u16" || to == "s16"   ? convert_to<uint16_t>(from, register_bytes)
            : to == "u32" || to == "s32" ? convert_to<uint32_t>(from, register_bytes)
            : to == "u64" || to == "s64" ? convert_to<uint64_t>(from, register_bytes)
                                         : NULL;
+}
+
+/* What may stand between an instruction's name and its type (the types of a cvt), all that occurs.
+ * Whatever else a compiler may want, a rounding or saturation, say, was not thought of here. */
+bool is_known(const words &op)
+{
+    static const std::set<std::string> known = {
+        "abs",
+        "add",
+        "and",
+        "atom.cas",
+        "atom.global.add",
+        "atom.global.min",
+        "atom.min",
+        "atom.relaxed.cas",
+        "atom.shared.add",
+        "bar",
+        "bar.red.or",
+        "bar.warp",
+        "bfi",
+        "bfind.shiftamt",
+        "bra",
+        "brev",
+        "clz",
+        "copysign",
+        "cp.async",
+        "cp.async.ca.shared",
+        "cp.async.cg.shared",
+        "cvt",
+        "cvt.rn",
+        "cvt.rzi",
+        "cvta.to.global",
+        "div",
+        "div.rn",
+        "ex2.approx",
+        "ex2.approx.ftz",
+        "fma.rn",
+        "ld",
+        "ld.global",
+        "ld.global.nc",
+        "ld.global.nc.v2",
+        "ld.global.nc.v4",
+        "ld.global.v2",
+        "ld.global.v4",
+        "ld.param",
+        "ld.param.v2",
+        "ld.param.v4",
+        "ld.shared",
+        "ld.shared.v2",
+        "ld.shared.v4",
+        "ld.v2",
+        "ld.v4",
+        "ldmatrix.sync.aligned.m8n8.x4.shared",
+        "mad.lo",
+        "max",
+        "min",
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16",
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16",
+        "mov",
+        "mul",
+        "mul.lo",
+        "mul.rn",
+        "mul.wide",
+        "neg",
+        "not",
+        "or",
+        "popc",
+        "rcp.approx.ftz",
+        "rcp.rn",
+        "red.global.add",
+        "rem",
+        "ret",
+        "selp",
+        "setp.eq",
+        "setp.equ",
+        "setp.ge",
+        "setp.geu",
+        "setp.gt",
+        "setp.gtu",
+        "setp.le",
+        "setp.leu",
+        "setp.lt",
+        "setp.ltu",
+        "setp.nan",
+        "setp.ne",
+        "setp.neu",
+        "setp.num",
+        "shf.l.wrap",
+        "shfl.sync.bfly",
+        "shfl.sync.idx",
+        "shfl.sync.up",
+        "shl",
+        "shr",
+        "sqrt.rn",
+        "st",
+        "st.global",
+        "st.global.v2",
+        "st.global.v4",
+        "st.shared",
+        "st.shared.v2",
+        "st.shared.v4",
+        "sub",
+        "vote.sync.any",
+        "vote.sync.ballot",
+        "xor",
+    };
+    const size_t end = op[0] == "cvt" ? op.size() - 2 : op.size() - 1;
+    std::string name = op[0];
+    for (size_t k = 1; k < end; k++) name += "." + op[k];
+    return known.count(name) > 0;
 }
 
 struct named {
@@ -988,12 +1072,10 @@ struct parser {
         if (name == "mul" && has(op, "wide"))
             return type == "s32"   ? wide<int64_t, int32_t>
                    : type == "u32" ? wide<uint64_t, uint32_t>
-                   : type == "u16" ? wide<uint32_t, uint16_t>
                                    : static_cast<action>(NULL);
         if (name == "mul" && (is_float || has(op, "lo"))) return arithmetic<op_mul, op_mul>(type);
         if (name == "mad" && has(op, "lo")) return for_integer(type, THREE(op_mad));
         if (name == "fma" && has(op, "rn")) return for_float(type, THREE(op_fma));
-        if (name == "fma" && has(op, "rm") && type == "f32") return three<float, op_fma_down>;
         if (name == "div" && (!is_float || has(op, "rn"))) return arithmetic<op_div, op_fdiv>(type);
         if (name == "rem") return for_integer(type, TWO(op_rem));
         if (name == "min") return for_integer(type, TWO(op_min));
@@ -1005,8 +1087,7 @@ struct parser {
         if (name == "not") return for_integer("u" + type.substr(1), ONE(op_not));
         if (name == "neg")
             return is_float ? for_float(type, ONE(op_neg)) : for_integer(type, ONE(op_neg));
-        if (name == "abs")
-            return is_float ? for_float(type, ONE(op_fabs)) : for_integer(type, ONE(op_abs));
+        if (name == "abs") return for_float(type, ONE(op_fabs));
         if (name == "copysign") return for_float(type, TWO(op_copysign));
         if (name == "sqrt" && has(op, "rn")) return for_float(type, ONE(op_sqrt));
         if (name == "rcp") return for_float(type, ONE(op_rcp));
@@ -1070,9 +1151,7 @@ struct parser {
         } else if (op[0] == "cvta") {
             i->to[0] = operand(a[0], 8);
             i->from[0] = operand(a[1], 8);
-            i->run = has(op, "shared") ? has(op, "to") ? to_shared_address : from_shared_address
-                     : has(op, "global") || has(op, "param") ? one<uint64_t, uint64_t, op_copy>
-                                                             : static_cast<action>(NULL);
+            i->run = one<uint64_t, uint64_t, op_copy>; /* generic addresses are the host's */
         } else {
             for (size_t v = 0; v < a.size(); v++)
                 (v ? i->from[v - 1] : i->to[0]) = operand(a[v], operand_bytes(op, v));
@@ -1094,6 +1173,7 @@ struct parser {
         }
         std::getline(in, rest);
         const words op = split_at(word, '.'), a = split_at(rest, ',');
+        if (!is_known(op)) fail(text);
         if (op[0] == "bra") {
             i.kind = FLOW_BRANCH;
             i.label = a[0];
@@ -1289,11 +1369,6 @@ void run_warp(warp &w)
         if (!w.copies[l].empty()) die("a copy that its thread did not await", l);
     w.is_done = true;
 }
-std::map<const kernel *, std::vector<warp>> &warps_of()
-{
-    static std::map<const kernel *, std::vector<warp>> all;
-    return all;
-}
 } // namespace
 
 void ptx_launch(const void *function, int threads, size_t shared_bytes, const void *parameters,
@@ -1308,7 +1383,7 @@ void ptx_launch(const void *function, int threads, size_t shared_bytes, const vo
     if (name.compare(0, 3, "_ZL") == 0) name.erase(2, 1); /* as nvcc writes a static function */
     if (!the.kernels.count(name)) die(name + ": not in the file", 0);
     kernel &k = the.kernels[name];
-    std::vector<warp> &warps = warps_of()[&k];
+    std::vector<warp> &warps = k.warps;
     the.running = &k;
     the.parameters = static_cast<const unsigned char *>(parameters);
     the.parameter_bytes = parameter_bytes;
@@ -1336,7 +1411,7 @@ void ptx_run_block()
 {
     shim_machine &m = shim();
     kernel &k = *the.running;
-    std::vector<warp> &warps = warps_of()[&k];
+    std::vector<warp> &warps = k.warps;
     const int n_warps = m.n_threads / LANES;
     memset(m.shared, 0xff, sizeof m.shared); /* NaNs, and negative integers */
     for (int n = 0; n < n_warps; n++) {

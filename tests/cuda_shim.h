@@ -618,7 +618,8 @@ template <typename T> T __ldg(const T *at)
 
 template <typename V> void shim_run_copy(char *to, const char *from)
 {
-    *reinterpret_cast<V *>(to) = from ? __ldg(reinterpret_cast<const V *>(from)) : V{};
+    const V value = from ? __ldg(reinterpret_cast<const V *>(from)) : V{};
+    *reinterpret_cast<V *>(to) = value; /* not in place of the result: a write of its own */
 }
 template <typename V> void shim_start_copy(char *to, const char *from, bool is_there)
 {

@@ -349,7 +349,7 @@ static void free_trial(trial *t)
 static rkv_config any_config(rng *r, int n)
 {
     static const int windows[] = { 0, 0, 1, 2, 8, 17, 33 }, pools[] = { 0, 0, 1, 2, 5, 64 };
-    static const int recents[] = { 0, 0, 0, 2, 3 }, pins[] = { 0, 0, 1, 4 };
+    static const int recents[] = { 0, 0, 0, 2, 3, 17, 100 }, pins[] = { 0, 0, 1, 4 };
     static const int thresholds[] = { -20, 0, 50, 50, 50, 70, 99 },
                      lambdas[] = { 0, 7, 10, 10, 50, 100 };
     rkv_config c = rkv_config_default(1);
@@ -371,12 +371,13 @@ static rkv_config any_config(rng *r, int n)
     c.order = static_cast<rkv_order>(rng_below(r, 5) == 0);
     return c;
 }
-/* Lengths around the 64 rows of a tile and the 4 tiles of the first scan. */
+/* Lengths around the 64 rows of a tile, and the scan's steps: 16, 80, 144 and 208 columns, to which
+ * the window may come on top. */
 static int any_length(rng *r)
 {
-    static const int edges[] = { 63, 64, 65, 127, 128, 129, 192, 200 };
-    static const int far_edges[] = { 256, 257, 320, 513, 640 };
-    if (rng_below(r, 10) == 0) return RNG_PICK(r, far_edges);
+    static const int edges[] = { 15, 16, 17, 24, 63, 64, 65, 79, 81, 88, 127, 128, 129, 145, 152 };
+    static const int far_edges[] = { 192, 200, 207, 208, 209, 215, 216, 217, 257, 320, 513, 640 };
+    if (rng_below(r, 8) == 0) return RNG_PICK(r, far_edges);
     return rng_below(r, 2) ? RNG_PICK(r, edges) : 1 + rng_below(r, 180);
 }
 static shape any_shape(rng *r, int n, int window)
