@@ -1119,8 +1119,8 @@ static __device__ __forceinline__ bool rkvi_is_open(const rkvi_tiles &s)
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     return __any_sync(0xffffffffu, lane < 16 && s.need[16 * warp + lane] > 0);
 }
-/* False where none of a warp's dots with 64 columns can be a look-alike's, found in a third of the
- * time: the scales of rows and columns are applied one after the other, which may round otherwise
+/* False where none of a warp's dots with 64 columns can be a look-alike's, found with less than half
+ * the instructions: the scales of rows and columns are applied one after the other, which may round otherwise
  * than rkvi_cosine does. */
 static __device__ __forceinline__ bool rkvi_may_be_alike(const float (*acc)[4], const float *a_inv,
                                                          const float *b_inv, float limit)
@@ -1414,10 +1414,11 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_FAR_BLOCKS)
 struct rkvi_softmax {
     float largest, sum;
 };
-#define RKVI_NO_SOFTMAX \
-    {                   \
-        -INFINITY, 0.0f \
-    }
+static __device__ __forceinline__ rkvi_softmax rkvi_softmax_of_none()
+{
+    const rkvi_softmax none = { -INFINITY, 0.0f };
+    return none;
+}
 
 /* What is subtracted from values of which some, or all, are -INFINITY: nothing. */
 static __device__ __forceinline__ float rkvi_origin(float largest)
@@ -1481,7 +1482,7 @@ static __device__ __forceinline__ void rkvi_store_each(float *values, int first,
 /* values[begin], [begin + step], ... */
 static __device__ rkvi_softmax rkvi_softmax_of(const float *values, int begin, int end, int step)
 {
-    rkvi_softmax s = RKVI_NO_SOFTMAX;
+    rkvi_softmax s = rkvi_softmax_of_none();
     float x[RKVI_WEIGHTS_AT_ONCE];
     for (int first = begin; first < end; first += RKVI_WEIGHTS_AT_ONCE * step) {
         rkvi_load_each(x, values, first, end, step, -INFINITY);
@@ -1525,7 +1526,7 @@ static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_
         const int row = first + warp % at_once;
         const bool busy = part < parts && row < n_rows;
         float *values = job.logits + static_cast<int64_t>(busy ? row : 0) * job.n_tokens;
-        rkvi_softmax whole = RKVI_NO_SOFTMAX;
+        rkvi_softmax whole = rkvi_softmax_of_none();
         if (busy) whole = rkvi_softmax_of(values, begin + lane, end, 32);
         whole = rkvi_merge_warp(whole);
         if (lane == 0) s.warp[warp] = whole;
@@ -1605,7 +1606,7 @@ static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rk
     const float *inv_norm = job.inv_norm;
     const long long *exempt = job.exempt;
     float *redundancy = job.redundancy;
-    rkvi_softmax mine = RKVI_NO_SOFTMAX;
+    rkvi_softmax mine = rkvi_softmax_of_none();
     for (int first = static_cast<int>(threadIdx.x); first < n;
          first += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
         float inv[RKVI_AT_ONCE], dot[RKVI_AT_ONCE], mean[RKVI_AT_ONCE];
@@ -1629,7 +1630,7 @@ static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rk
         rkvi_store_each(redundancy, first, n, RKVI_HEAD_THREADS, mean);
         mine = rkvi_softmax_add(mine, mean);
     }
-    const rkvi_softmax whole = rkvi_merge_warp(mine), none = RKVI_NO_SOFTMAX;
+    const rkvi_softmax whole = rkvi_merge_warp(mine), none = rkvi_softmax_of_none();
     if (lane == 0) s.warp[warp] = whole;
     __syncthreads();
     return rkvi_merge_warp(lane < RKVI_HEAD_WARPS ? s.warp[lane] : none);

@@ -27,7 +27,7 @@
 namespace
 {
 typedef std::vector<std::string> words;
-enum { LANES = 32, MAX_WARPS = SHIM_MAX_THREADS / LANES, MAX_OPERANDS = 10 };
+enum { LANES = 32, MAX_OPERANDS = 10 };
 const uint32_t everyone = 0xffffffffu;
 
 /* ---- A kernel ------------------------------------------------------------------------------- */
