@@ -1119,9 +1119,9 @@ static __device__ __forceinline__ bool rkvi_is_open(const rkvi_tiles &s)
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     return __any_sync(0xffffffffu, lane < 16 && s.need[16 * warp + lane] > 0);
 }
-/* False where none of a warp's dots with 64 columns can be a look-alike's, found with less than half
- * of the instructions: the scales of rows and columns are applied one after the other, which may
- * round otherwise than rkvi_cosine does. */
+/* False where none of a warp's dots with 64 columns can be a look-alike's, found with less than
+ * half of the instructions: the scales of rows and columns are applied one after the other, which
+ * may round otherwise than rkvi_cosine does. */
 static __device__ __forceinline__ bool rkvi_may_be_alike(const float (*acc)[4], const float *a_inv,
                                                          const float *b_inv, float limit)
 {
