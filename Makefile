@@ -54,11 +54,12 @@ help:
 
 TESTS       = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/test_*.c)))
 TEST_SHARED = $(patsubst %,$(BUILD)/obj/tests/%.o,harness oracle rkv_impl)
+EXAMPLES    = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard examples/*.c)))
 
 # tests/cuda.mk may add programs to EXTRA_TESTS and targets to EXTRA_CHECKS.
 -include tests/cuda.mk
--include examples/examples.mk
--include $(wildcard $(BUILD)/obj/*/*.d)
+-include examples/ponder/ponder.mk
+-include $(wildcard $(BUILD)/obj/*/*.d $(BUILD)/obj/*/*/*.d)
 
 .SECONDARY: # keep the objects
 
@@ -77,7 +78,8 @@ endef
 $(BUILD)/tests/test_%: $(BUILD)/obj/tests/test_%.o $(TEST_SHARED)
 	$(link)
 
-$(BUILD)/examples/hello: $(BUILD)/obj/examples/hello.o
+# Each of these is a whole program; the model that reasons has rules of its own, in ponder.mk.
+$(EXAMPLES): $(BUILD)/examples/%: $(BUILD)/obj/examples/%.o
 	$(link)
 
 $(BUILD)/obj/bench/bench.o $(BUILD)/obj/bench/decode.o: C_FLAGS += -DBENCH_FLAGS='"$(OPT) $(CFLAGS)"'
@@ -87,7 +89,7 @@ $(BUILD)/bench/bench: $(patsubst %,$(BUILD)/obj/%.o, \
 	$(link)
 
 $(BUILD)/bench/decode: $(patsubst %,$(BUILD)/obj/%.o, bench/decode bench/job bench/machine \
-        tests/harness tests/rkv_impl $(patsubst %,examples/%, \
+        tests/harness tests/rkv_impl $(patsubst %,examples/ponder/%, \
         model_put backprop own_cache policy model gguf kernels seconds options))
 	$(link)
 
@@ -98,14 +100,14 @@ $(BUILD)/bench/libpeer.so: bench/peer.c bench/job.c tests/harness.c tests/rkv_im
 
 # ---- Show, test, time ---------------------------------------------------------------------------
 
-ifeq ($(wildcard examples/examples.mk),)
+ifeq ($(wildcard examples/ponder/ponder.mk),)
 .PHONY: demo
 demo: $(BUILD)/examples/hello
 	$<
 endif
 
 .PHONY: test
-test: $(TESTS) $(PROGRAM_TEST) $(EXTRA_TESTS) $(EXTRA_CHECKS) $(BUILD)/examples/hello
+test: $(TESTS) $(PROGRAM_TEST) $(EXTRA_TESTS) $(EXTRA_CHECKS) $(EXAMPLES)
 	@sh tests/run.sh $(TESTS) $(PROGRAM_TEST) $(EXTRA_TESTS)
 
 .PHONY: bench bench-decode bench-smoke
@@ -170,7 +172,8 @@ test-mutants:
 lint:
 	@BUILD=$(BUILD) sh .ci/lint.sh
 format:
-	clang-format -i $(wildcard *.h *.cu */*.c */*.h */*.cc */*.cu)
+	find . -path ./build -prune -o \( -name '*.c' -o -name '*.h' -o -name '*.cu' -o \
+	    -name '*.cc' \) -exec clang-format -i {} +
 
 # ---- Fuzzing ------------------------------------------------------------------------------------
 

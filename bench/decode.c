@@ -1,15 +1,16 @@
 /* What compressing costs a decode loop, and what it saves, at the sizes of real layers.
  * make bench-decode      or:  build/bench/decode [--smoke] [--csv FILE]
  *
- * The engine of examples/ runs layers of random weights. Of the data only one thing matters to the
- * time that compressing takes: how much the keys resemble each other. So they are made to order. */
+ * The engine of examples/ponder/ runs layers of random weights. Of the data only one thing matters
+ * to the time that compressing takes: how much the keys resemble each other. So they are made to
+ * order. */
 #include "bench/machine.h"
-#include "examples/kernels.h"
-#include "examples/model.h"
-#include "examples/model_put.h"
-#include "examples/options.h"
-#include "examples/own_cache.h"
-#include "examples/seconds.h"
+#include "examples/ponder/kernels.h"
+#include "examples/ponder/model.h"
+#include "examples/ponder/model_put.h"
+#include "examples/ponder/options.h"
+#include "examples/ponder/own_cache.h"
+#include "examples/ponder/seconds.h"
 
 #include <math.h>
 #include <stdio.h>

@@ -1,5 +1,5 @@
-"""The engine and the GGUF files of examples/ beside another runtime: Hugging Face transformers
-reads the same file, and has to think the same chain of thought, word for word.
+"""The engine and the GGUF files of examples/ponder/ beside another runtime: Hugging Face
+transformers reads the same file, and has to think the same chain of thought, word for word.
 
     make test-peer MODEL=FILE.gguf      (needs python3 with torch, transformers, accelerate, gguf)
 """

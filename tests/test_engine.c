@@ -2,9 +2,9 @@
  *     make test        or: build/tests/test_engine */
 #include "harness.h"
 
-#include "../examples/managed_cache.h"
-#include "../examples/model.h"
-#include "../examples/own_cache.h"
+#include "../examples/ponder/managed_cache.h"
+#include "../examples/ponder/model.h"
+#include "../examples/ponder/own_cache.h"
 
 #include <math.h>
 #include <stdio.h>

@@ -2,7 +2,7 @@
  *     make test        or: build/tests/test_gguf */
 #include "harness.h"
 
-#include "../examples/gguf.c"
+#include "../examples/ponder/gguf.c"
 
 enum { ROWS = 5, COLS = 64 };
 static const gguf_type all_types[] = { GGUF_F32, GGUF_F16, GGUF_BF16, GGUF_Q8_0 };

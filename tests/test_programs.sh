@@ -1,5 +1,5 @@
 #!/bin/sh
-# The programs of examples/: what they do with good input, and one clear line for bad input.
+# The programs of examples/ponder/: what they do with good input, and one clear line for bad input.
 #     make test        or: sh tests/test_programs.sh build
 # Takes the directory with demo, eval and train in it, and the emulator that they run in, if any:
 # there a chain of thought takes minutes, and nothing is run.
@@ -10,7 +10,7 @@ if [ $# -gt 1 ]; then
     echo '0 passed, 0 failed, 1 skipped'
     exit 0
 fi
-model=examples/models/ponder.gguf
+model=examples/ponder/models/ponder.gguf
 passed=0 failed=0 skipped=0
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT

@@ -242,7 +242,7 @@ static const char usage[] =
 
 static options parse(int argc, char **argv)
 {
-    options o = { "examples/models/ponder.gguf",
+    options o = { "examples/ponder/models/ponder.gguf",
                   "build/demo.html",
                   NULL,
                   task_find("ponder"),

@@ -1,24 +1,25 @@
 # The end-to-end example: a small model that reasons, its trainer, and the study of cache policies.
 # Included by the Makefile. The arithmetic alone is built for this very machine.
 
-MODEL     ?= examples/models/ponder.gguf
+MODEL     ?= examples/ponder/models/ponder.gguf
 EVAL      ?=
 TRAIN     ?=
 NATIVE    := $(if $(RUNNER),,$(shell \
               $(CC) -march=native -E -x c /dev/null >/dev/null 2>&1 && echo -march=native))
 
-ENGINE    = $(patsubst %,$(BUILD)/obj/examples/%.o, \
+ENGINE    = $(patsubst %,$(BUILD)/obj/examples/ponder/%.o, \
               study solve own_cache policy model gguf task kernels seconds options rkv_impl)
 
-$(BUILD)/obj/examples/kernels.o: C_FLAGS += -O3 -ffp-contract=fast $(NATIVE)
+$(BUILD)/obj/examples/ponder/kernels.o: C_FLAGS += -O3 -ffp-contract=fast $(NATIVE)
 
-$(BUILD)/demo: $(patsubst %,$(BUILD)/obj/examples/%.o,demo page plot managed_cache) $(ENGINE)
+$(BUILD)/demo: $(patsubst %,$(BUILD)/obj/examples/ponder/%.o,demo page plot managed_cache) $(ENGINE)
 	$(link)
 
-$(BUILD)/eval: $(patsubst %,$(BUILD)/obj/examples/%.o,eval plot) $(ENGINE)
+$(BUILD)/eval: $(patsubst %,$(BUILD)/obj/examples/ponder/%.o,eval plot) $(ENGINE)
 	$(link)
 
-$(BUILD)/train: $(patsubst %,$(BUILD)/obj/examples/%.o,train model_put backprop kernels task gguf seconds options)
+$(BUILD)/train: $(patsubst %,$(BUILD)/obj/examples/ponder/%.o, \
+    train model_put backprop kernels task gguf seconds options)
 	$(link)
 
 .PHONY: demo eval train
@@ -47,5 +48,5 @@ test-peer: $(BUILD)/demo
 	else echo 'skip  test-peer: $(PYTHON) lacks torch, transformers, accelerate or gguf'; fi
 
 # The engine's test needs the engine; the library's code comes with every test.
-$(BUILD)/tests/test_engine: $(patsubst %,$(BUILD)/obj/examples/%.o, \
+$(BUILD)/tests/test_engine: $(patsubst %,$(BUILD)/obj/examples/ponder/%.o, \
     managed_cache own_cache policy model gguf kernels seconds)
