@@ -45,6 +45,7 @@ help:
 	@echo '  make test-cuda-race the GPU kernels without a GPU: races, stray accesses'
 	@echo '                      (MUTANTS=all: each barrier taken out is noticed)'
 	@echo '  make test-cuda-ptx  the compiled kernels without a GPU, of every architecture (nvcc)'
+	@echo '                      (PTX_ARCHS=90: of one)'
 	@echo '  make count-cuda     what the compiled kernels execute, counted without a GPU (nvcc)'
 	@echo '  make bench-cuda     the timings on a GPU (make cuda: the object file alone)'
 	@echo '  make install        header and pkg-config file (PREFIX=$(PREFIX), DESTDIR=)'
@@ -56,8 +57,8 @@ TESTS       = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/test_*.c)))
 TEST_SHARED = $(patsubst %,$(BUILD)/obj/tests/%.o,harness oracle rkv_impl)
 EXAMPLES    = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard examples/*.c)))
 
-# tests/cuda.mk may add programs to EXTRA_TESTS and targets to EXTRA_CHECKS.
--include tests/cuda.mk
+# tests/cuda/cuda.mk may add programs to EXTRA_TESTS and targets to EXTRA_CHECKS.
+-include tests/cuda/cuda.mk
 -include examples/ponder/ponder.mk
 -include $(wildcard $(BUILD)/obj/*/*.d $(BUILD)/obj/*/*/*.d)
 

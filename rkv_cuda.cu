@@ -59,7 +59,7 @@ extern "C" rkv_status rkv_cuda_backend(rkv_backend *out, void *stream);
 extern "C" rkv_status rkv_cuda_register(void *stream);
 
 /* ==== 2. Portability ========================================================================
- * The kernels use little of CUDA, so that tests/cuda_shim.h can run them on a host: it defines
+ * The kernels use little of CUDA, so that tests/cuda/shim.h can run them on a host: it defines
  * RKV_CUDA_SHIM, the built-ins used here, shim_launch, shim_shared, shim_load_matrices, shim_mma,
  * shim_start_copy and shim_copies_done. */
 #ifndef RKV_CUDA_SHIM

@@ -1,5 +1,5 @@
 /* What the CUDA kernels execute for one rkv_compress of one layer, counted in the PTX by
- * tests/cuda_ptx.cc: no GPU, no clock, and so the same numbers every time.
+ * tests/cuda/ptx.cc: no GPU, no clock, and so the same numbers every time.
  *     make count-cuda        (one case: RKV_PTX_COUNTS=1 build/cuda/ptx/count_cuda KV_HEADS GROUP
  *                             HEAD_DIM N BUDGET f32|f16|bf16 KEYS, keys as in bench/job.c)
  *

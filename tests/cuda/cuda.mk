@@ -1,6 +1,6 @@
-# CUDA, included by the Makefile. make test runs rkv_cuda.cu on the host, over tests/cuda_shim.h,
-# and where there is nvcc compiles it for every architecture and runs its PTX on the host as well;
-# make test-cuda and make bench-cuda need a GPU. What is missing is said and skipped.
+# CUDA, included by the Makefile. make test runs rkv_cuda.cu on the host, over tests/cuda/shim.h,
+# and where there is nvcc compiles it for every architecture; make test-cuda-ptx runs its PTX on the
+# host; make test-cuda and make bench-cuda need a GPU. What is missing is said and skipped.
 
 NVCC       ?= nvcc
 CUDA_ARCH  ?= native
@@ -9,8 +9,8 @@ CUDA_DIR    = $(BUILD)/cuda
 CUDA_WARNINGS = -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wconversion,-Wshadow
 CUDA_FLAGS  = -I. -Itests -std=c++14 -O3 $(CUDA_WARNINGS)
 SHIM_FLAGS  = -I. -Itests -std=c++14 $(OPT) $(WARNINGS) -Wno-unknown-pragmas $(CXXFLAGS)
-SHIM_HEADERS = rkv.h tests/golden_names.h tests/harness.h tests/oracle.h tests/cuda_shim.h \
-               tests/cuda_race.h
+SHIM_HEADERS = rkv.h tests/golden_names.h tests/harness.h tests/oracle.h tests/cuda/shim.h \
+               tests/cuda/race.h
 CUDA_ARCHS := $(shell $(NVCC) --list-gpu-arch 2>/dev/null | sed -n 's/^compute_//p' | \
                       awk '$$1 >= 75' | sort -n)
 
@@ -27,35 +27,30 @@ EXTRA_CHECKS += $(if $(CUDA_ARCHS),$(CUDA_ARCHS:%=$(CUDA_DIR)/sm_%.o),cuda-no-nv
 cuda-no-cxx:
 	@echo 'skip  rkv_cuda.cu over the shim: no C++ compiler'
 cuda-no-nvcc:
-	@echo 'skip  rkv_cuda.cu for each GPU architecture, its PTX on the host: no nvcc'
+	@echo 'skip  rkv_cuda.cu for each GPU architecture: no nvcc'
 
-$(CUDA_DIR)/shim/kernels.o: rkv_cuda.cu rkv.h tests/cuda_shim.h tests/cuda_race.h tests/cuda.mk
+$(CUDA_DIR)/shim/kernels.o: rkv_cuda.cu rkv.h tests/cuda/shim.h tests/cuda/race.h tests/cuda/cuda.mk
 	@mkdir -p $(@D)
-	$(CXX) $(SHIM_FLAGS) -include tests/cuda_shim.h -x c++ -c $< -o $@
-$(CUDA_DIR)/shim/test.o: tests/test_cuda.cc $(SHIM_HEADERS)
+	$(CXX) $(SHIM_FLAGS) -include tests/cuda/shim.h -x c++ -c $< -o $@
+$(CUDA_DIR)/shim/test.o: tests/cuda/test_cuda.cc $(SHIM_HEADERS)
 	@mkdir -p $(@D)
-	$(CXX) $(SHIM_FLAGS) -include tests/cuda_shim.h -c $< -o $@
+	$(CXX) $(SHIM_FLAGS) -include tests/cuda/shim.h -c $< -o $@
 $(BUILD)/tests/test_cuda: $(CUDA_DIR)/shim/test.o $(CUDA_DIR)/shim/kernels.o $(TEST_SHARED)
 	@mkdir -p $(@D)
 	$(CXX) $^ -o $@ $(LIBS)
 
-$(CUDA_DIR)/sm_%.o: rkv_cuda.cu rkv.h tests/cuda.mk
+$(CUDA_DIR)/sm_%.o: rkv_cuda.cu rkv.h tests/cuda/cuda.mk
 	@mkdir -p $(@D)
 	$(NVCC) $(CUDA_FLAGS) -gencode arch=compute_$*,code=sm_$* -c $< -o $@
 
 # ---- PTX ----------------------------------------------------------------------------------------
 
-# What nvcc made of the kernels runs on the host, one architecture in make test. The shim finds a
-# kernel by its name, and so static ones need names in the program.
+# What nvcc made of the kernels runs on the host: of every architecture, or of PTX_ARCHS. The shim
+# finds a kernel by its name, and so static ones need names in the program.
 PTX_DIR   = $(CUDA_DIR)/ptx
-PTX_FLAGS = $(SHIM_FLAGS) -DRKV_CUDA_PTX -include tests/cuda_shim.h
+PTX_FLAGS = $(SHIM_FLAGS) -DRKV_CUDA_PTX -include tests/cuda/shim.h
 PTX_ARCH  = 90
 PTX_ARCHS = $(CUDA_ARCHS)
-
-ifneq ($(and $(filter $(PTX_ARCH),$(CUDA_ARCHS)),$(shell command -v $(CXX) 2>/dev/null)),)
-EXTRA_TESTS += $(BUILD)/tests/test_cuda_ptx
-$(BUILD)/tests/test_cuda_ptx: | $(PTX_DIR)/sm_$(PTX_ARCH).ptx
-endif
 
 .PHONY: test-cuda-ptx
 test-cuda-ptx:
@@ -66,21 +61,21 @@ test-cuda-ptx:
 	    echo "sm_$$arch"; RKV_PTX=$(PTX_DIR)/sm_$$arch.ptx $(BUILD)/tests/test_cuda_ptx || exit 1; \
 	done
 
-$(PTX_DIR)/sm_%.ptx: rkv_cuda.cu rkv.h tests/cuda.mk
+$(PTX_DIR)/sm_%.ptx: rkv_cuda.cu rkv.h tests/cuda/cuda.mk
 	@mkdir -p $(@D)
 	$(NVCC) $(CUDA_FLAGS) -DRKV_CUDA_PARAMETER_BYTES=5120 -ptx -arch=compute_$* $< -o $@
-$(PTX_DIR)/kernels.o: rkv_cuda.cu rkv.h tests/cuda_shim.h tests/cuda.mk
+$(PTX_DIR)/kernels.o: rkv_cuda.cu rkv.h tests/cuda/shim.h tests/cuda/cuda.mk
 	@mkdir -p $(@D)
 	$(CXX) $(PTX_FLAGS) -x c++ -c $< -o $@
 	objcopy --wildcard --globalize-symbol='_Z*rkvi_*' $@
-$(PTX_DIR)/test.o: tests/test_cuda.cc $(SHIM_HEADERS)
+$(PTX_DIR)/test.o: tests/cuda/test_cuda.cc $(SHIM_HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(PTX_FLAGS) -c $< -o $@
-$(PTX_DIR)/cuda_ptx.o: tests/cuda_ptx.cc tests/cuda_shim.h tests/cuda.mk
+$(PTX_DIR)/ptx.o: tests/cuda/ptx.cc tests/cuda/shim.h tests/cuda/cuda.mk
 	@mkdir -p $(@D)
 	$(CXX) $(PTX_FLAGS) -std=c++17 -O3 -march=native -ffp-contract=off -fwrapv \
 	    -fno-strict-aliasing -DRKV_PTX_FILE='"$(PTX_DIR)/sm_$(PTX_ARCH).ptx"' -c $< -o $@
-$(BUILD)/tests/test_cuda_ptx: $(PTX_DIR)/test.o $(PTX_DIR)/kernels.o $(PTX_DIR)/cuda_ptx.o \
+$(BUILD)/tests/test_cuda_ptx: $(PTX_DIR)/test.o $(PTX_DIR)/kernels.o $(PTX_DIR)/ptx.o \
         $(TEST_SHARED)
 	@mkdir -p $(@D)
 	$(CXX) -rdynamic $^ -o $@ $(LIBS) -ldl
@@ -96,40 +91,40 @@ count-cuda:
 	for keys in 'cosine 0.4' distinct; do $(PTX_COUNT) 8 4 128 1152 1024 bf16 "$$keys"; done; \
 	$(PTX_COUNT) 8 4 128 16807 8403 bf16 'cosine 0.7'
 
-$(PTX_DIR)/count_cuda.o: bench/count_cuda.cc bench/job.h tests/cuda_shim.h tests/cuda.mk
+$(PTX_DIR)/count_cuda.o: bench/count_cuda.cc bench/job.h tests/cuda/shim.h tests/cuda/cuda.mk
 	@mkdir -p $(@D)
 	$(CXX) $(PTX_FLAGS) -c $< -o $@
-$(PTX_DIR)/count_cuda: $(PTX_DIR)/count_cuda.o $(PTX_DIR)/kernels.o $(PTX_DIR)/cuda_ptx.o \
+$(PTX_DIR)/count_cuda: $(PTX_DIR)/count_cuda.o $(PTX_DIR)/kernels.o $(PTX_DIR)/ptx.o \
         $(patsubst %,$(BUILD)/obj/%.o,bench/job tests/harness tests/rkv_impl)
 	$(CXX) -rdynamic $^ -o $@ $(LIBS) -ldl
 
 # ---- Races --------------------------------------------------------------------------------------
 
-# The kernels tell tests/cuda_race.cc about every access; no libtsan is linked. Without -pie code
+# The kernels tell tests/cuda/race.cc about every access; no libtsan is linked. Without -pie code
 # lies below 4 GB, as that file wants it; -g names the lines. The cases are those of
 # test-cuda-sanitize and more. MUTANTS="NAME..." takes barriers out instead, as
-# tests/test_race_mutants.sh says.
+# tests/cuda/race_mutants.sh says.
 RACE_SOURCE = rkv_cuda.cu
 RACE_DIR    = $(CUDA_DIR)/race
 RACE_FLAGS  = $(SHIM_FLAGS) -g -fno-pie -fno-threadsafe-statics -DRKV_CUDA_RACE \
-              -include tests/cuda_shim.h
+              -include tests/cuda/shim.h
 RACE_CASES ?= 40
 
 .PHONY: test-cuda-race
 test-cuda-race:
 	@if ! command -v $(CXX) >/dev/null; then echo 'skip  test-cuda-race: no C++ compiler'; \
-	elif [ -n '$(MUTANTS)' ]; then CXX='$(CXX)' sh tests/test_race_mutants.sh $(MUTANTS); \
+	elif [ -n '$(MUTANTS)' ]; then CXX='$(CXX)' sh tests/cuda/race_mutants.sh $(MUTANTS); \
 	else \
 	    $(MAKE) --no-print-directory $(RACE_DIR)/test_cuda && \
 	    $(RACE_DIR)/test_cuda kernels $(RACE_CASES); fi
 
-$(RACE_DIR)/kernels.o: $(RACE_SOURCE) $(SHIM_HEADERS) tests/cuda.mk
+$(RACE_DIR)/kernels.o: $(RACE_SOURCE) $(SHIM_HEADERS) tests/cuda/cuda.mk
 	@mkdir -p $(@D)
 	$(CXX) $(RACE_FLAGS) -O1 -fsanitize=thread -x c++ -c $< -o $@
-$(RACE_DIR)/%.o: tests/%.cc $(SHIM_HEADERS) tests/cuda.mk
+$(RACE_DIR)/%.o: tests/cuda/%.cc $(SHIM_HEADERS) tests/cuda/cuda.mk
 	@mkdir -p $(@D)
 	$(CXX) $(RACE_FLAGS) -c $< -o $@
-$(RACE_DIR)/test_cuda: $(RACE_DIR)/kernels.o $(RACE_DIR)/test_cuda.o $(RACE_DIR)/cuda_race.o \
+$(RACE_DIR)/test_cuda: $(RACE_DIR)/kernels.o $(RACE_DIR)/test_cuda.o $(RACE_DIR)/race.o \
         $(TEST_SHARED)
 	$(CXX) -no-pie -Wl,--wrap=memcpy,--wrap=memset $^ -o $@ $(LIBS)
 
@@ -142,10 +137,10 @@ RKV_COMMIT = $$(git rev-parse --short HEAD 2>/dev/null || echo -)
 .PHONY: cuda test-cuda bench-cuda
 cuda: $(CUDA_DIR)/rkv_cuda.o
 
-$(CUDA_DIR)/rkv_cuda.o: rkv_cuda.cu rkv.h tests/cuda.mk
+$(CUDA_DIR)/rkv_cuda.o: rkv_cuda.cu rkv.h tests/cuda/cuda.mk
 	@mkdir -p $(@D)
 	$(NVCC) $(GPU_FLAGS) -lineinfo -c $< -o $@
-$(CUDA_DIR)/test_cuda: tests/test_cuda.cc $(CUDA_DIR)/rkv_cuda.o $(TEST_SHARED)
+$(CUDA_DIR)/test_cuda: tests/cuda/test_cuda.cc $(CUDA_DIR)/rkv_cuda.o $(TEST_SHARED)
 	$(NVCC) $(GPU_FLAGS) $^ -o $@ -lm -lpthread
 $(CUDA_DIR)/bench_cuda: bench/bench_cuda.cu $(CUDA_DIR)/rkv_cuda.o $(BUILD)/obj/tests/rkv_impl.o
 	$(NVCC) $(GPU_FLAGS) $^ -o $@ -lm -lpthread

@@ -1,7 +1,7 @@
-/* Runs the PTX that nvcc makes of rkv_cuda.cu, on the host: make test (where there is nvcc: sm_90),
- * make test-cuda-ptx (every architecture).
+/* Runs the PTX that nvcc makes of rkv_cuda.cu, on the host: make test-cuda-ptx (every architecture;
+ * PTX_ARCHS=90: one).
  *
- * tests/cuda_shim.h shows that the source is right as C++; here is what the compiler made of it:
+ * tests/cuda/shim.h shows that the source is right as C++; here is what the compiler made of it:
  * inline assembly, fragments and vector accesses included. With RKV_CUDA_PTX defined the shim hands
  * every launch over. Warps run one after the other from barrier to barrier, the 32 lanes of one
  * together: lanes that went separate ways meet again at the lowest instruction. The program ends
@@ -9,7 +9,7 @@
  * allocated, or not aligned to its size; a warp-wide instruction or a barrier that not all lanes
  * reach; a copy to shared memory that its thread does not await. An instruction that is not known
  * here ends it too. What it cannot show is what the assembler and the GPU make of the PTX, and
- * threads that run at the same time (tests/cuda_race.cc).
+ * threads that run at the same time (tests/cuda/race.cc).
  *
  * What instructions do is from chapter 9.7 of NVIDIA's PTX ISA. Environment: RKV_PTX, another file,
  * compiled with the shim's RKV_CUDA_PARAMETER_BYTES; RKV_PTX_COUNTS=1: what each kernel executed,

@@ -1,4 +1,4 @@
-/* A race detector for rkv_cuda.cu over tests/cuda_shim.h: make test-cuda-race
+/* A race detector for rkv_cuda.cu over tests/cuda/shim.h: make test-cuda-race
  *
  * The kernels are compiled with -fsanitize=thread and linked with this file instead of libtsan: the
  * compiler calls it before every access to memory. For each byte of device and shared memory it
@@ -15,7 +15,7 @@
  * come one after the other; several streams at a time are not looked at. One race is meant, and the
  * cases of `test_cuda kernels` leave it out: after a NaN, rkvi_refused reads the fault while other
  * blocks may lower it, and no value that it can find there makes a difference. */
-#include "cuda_shim.h"
+#include "shim.h"
 extern "C" {
 #include "harness.h"
 }

@@ -1,12 +1,12 @@
 /* A host machine for the kernels of rkv_cuda.cu, so that their logic is tested without a GPU:
- *     g++ -include tests/cuda_shim.h -x c++ -c rkv_cuda.cu         (make test does it)
+ *     g++ -include tests/cuda/shim.h -x c++ -c rkv_cuda.cu         (make test does it)
  *
  * Blocks run one after the other, the threads of a block as cooperating fibers: each runs until it
  * comes to a barrier, and every warp intrinsic is one, so shared memory, shuffles, votes and
  * atomics mean what they mean on a GPU. Three orders of blocks, warps and lanes (shim().order)
  * bring a missing barrier to light; shared memory starts as NaN in every block; a barrier that not
  * all threads reach ends the program. A missing barrier that no order brings to light is one for
- * tests/cuda_race.cc, which listens where RKV_CUDA_RACE is defined. What neither can show: threads
+ * tests/cuda/race.cc, which listens where RKV_CUDA_RACE is defined. What neither can show: threads
  * that really run at the same time, speed, limits of registers. */
 #ifndef RKV_TESTS_CUDA_SHIM_H
 #define RKV_TESTS_CUDA_SHIM_H
@@ -27,7 +27,7 @@
 #include <set>
 #include <vector>
 
-#include "cuda_race.h"
+#include "race.h"
 
 #pragma GCC diagnostic ignored "-Wunknown-pragmas" /* #pragma unroll */
 
@@ -409,7 +409,7 @@ template <typename P> struct shim_bound {
     }
 };
 
-#ifdef RKV_CUDA_PTX /* tests/cuda_ptx.cc: what nvcc made of the kernel, in its place */
+#ifdef RKV_CUDA_PTX /* tests/cuda/ptx.cc: what nvcc made of the kernel, in its place */
 void ptx_launch(const void *kernel, int threads, size_t shared_bytes, const void *parameters,
                 size_t parameter_bytes);
 void ptx_run_block();

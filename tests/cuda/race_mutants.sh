@@ -1,9 +1,9 @@
 #!/bin/sh
 # Takes the barriers out of a copy of rkv_cuda.cu, one at a time, and shows that the race detector
 # notices each: make test-cuda-race MUTANTS=all      (some 4 minutes)
-#     sh tests/test_race_mutants.sh [NAME...]        (from the top; CXX; without a name: all)
+#     sh tests/cuda/race_mutants.sh [NAME...]        (from the top; CXX; without a name: all)
 # A barrier is FUNCTION.N: the Nth __syncthreads or __syncwarp of a function. A few other faults show
-# the rest of what tests/cuda_race.cc looks for.
+# the rest of what tests/cuda/race.cc looks for.
 set -u
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT

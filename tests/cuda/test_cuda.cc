@@ -1,5 +1,5 @@
-/* rkv_cuda.cu against the CPU: on a GPU, or without one as C++ over tests/cuda_shim.h.
- *     make test (shim; the PTX, over tests/cuda_ptx.cc)    make test-cuda (GPU)
+/* rkv_cuda.cu against the CPU: on a GPU, or without one as C++ over tests/cuda/shim.h.
+ *     make test (shim)    make test-cuda-ptx (PTX, over tests/cuda/ptx.cc)    make test-cuda (GPU)
  * Generated cases alone: test_cuda FIRST COUNT.
  * test_cuda kernels [COUNT] runs every kernel in little time, for the sanitizers: chosen cases and
  * the first COUNT generated ones. */
@@ -1292,7 +1292,7 @@ static void test_on_gpu()
 {
     skip("graphs and streams of a real device: needs a GPU");
     skip("tensor cores, warps and blocks that run at the same time: needs a GPU");
-    skip("16k tokens and more: needs a GPU, or nvcc for the PTX");
+    skip("16k tokens and more: needs a GPU, or make test-cuda-ptx");
     skip("compute-sanitizer memcheck, racecheck, initcheck, synccheck: needs a GPU");
 }
 #else

@@ -1,4 +1,4 @@
-/* What tests/cuda_shim.h tells the race detector, tests/cuda_race.cc: who runs, between which
+/* What tests/cuda/shim.h tells the race detector, tests/cuda/race.cc: who runs, between which
  * barriers, on which memory. Without RKV_CUDA_RACE all of it is empty. */
 #ifndef RKV_TESTS_CUDA_RACE_H
 #define RKV_TESTS_CUDA_RACE_H
