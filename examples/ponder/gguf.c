@@ -167,18 +167,18 @@ static const type_info *find_type(uint64_t type)
 /* ---- reading ------------------------------------------------------------------------------- */
 
 typedef struct value { /* metadata; what it points to has been checked to lie in the file */
-    const unsigned char *key;
-    size_t key_length;
-    uint32_t kind, item_kind; /* item_kind of an array */
-    uint64_t n_items;
-    const unsigned char *data; /* behind the length of a string or the head of an array */
+    const char *key;
+    uint32_t kind, item_kind;      /* item_kind of an array */
+    uint64_t n_items;              /* bytes of a string, items of an array */
+    const unsigned char *data;     /* behind the length of a string or the head of an array */
+    const unsigned char **strings; /* owned: each text of an array of strings, or NULL */
 } value;
 
 struct gguf {
-    unsigned char *file; /* owned, NULL with gguf_parse */
-    value *values;
-    gguf_tensor *tensors;
-    char *names; /* of the tensors, NUL-terminated */
+    unsigned char *file;  /* owned, NULL with gguf_parse */
+    value *values;        /* in the order of their keys */
+    gguf_tensor *tensors; /* in the order of their names */
+    char *names;          /* keys and tensor names, each NUL-terminated */
     uint64_t n_values, n_tensors;
 };
 
@@ -186,13 +186,55 @@ typedef struct cursor {
     const unsigned char *begin, *at;
     size_t left;
     gguf_error *error;
+    char *names;            /* where the next name is copied to */
+    const char *part;       /* what is being read, for messages: "tensor", "metadata"; NULL: head */
+    uint64_t number, total; /* number (from 1) of the tensors or metadata entries */
+    const char *name;       /* NULL until it has been read; not NUL-terminated */
+    size_t name_length;
+    char text[96]; /* of item() */
 } cursor;
+
+static void begin_item(cursor *c, const char *part, uint64_t i, uint64_t total)
+{
+    c->part = part;
+    c->number = i + 1;
+    c->total = total;
+    c->name = NULL;
+}
+
+static void name_item(cursor *c, const char *name, size_t length)
+{
+    c->name = name;
+    c->name_length = length;
+}
+
+/* The item under way in words: "tensor output.weight", or "tensor 3 of 80" before its name is
+ * known. Control characters of a name become '?', so that a terminal never obeys a file. */
+static const char *item(cursor *c)
+{
+    enum { SHOWN = 64 };
+    char shown[SHOWN + 1];
+    const size_t n = c->name_length < SHOWN ? c->name_length : SHOWN;
+    if (!c->part) return "the header";
+    if (!c->name) {
+        snprintf(c->text, sizeof c->text, "%s %llu of %llu", c->part, (unsigned long long)c->number,
+                 (unsigned long long)c->total);
+        return c->text;
+    }
+    for (size_t i = 0; i < n; i++) {
+        const unsigned char byte = (unsigned char)c->name[i];
+        shown[i] = byte < ' ' || byte == 127 ? '?' : c->name[i];
+    }
+    shown[n] = 0;
+    snprintf(c->text, sizeof c->text, "%s %s", c->part, shown);
+    return c->text;
+}
 
 static int read_integer(cursor *c, int n_bytes, uint64_t *out)
 {
     *out = 0;
     if (c->left < (size_t)n_bytes)
-        return fail(c->error, "truncated: the file ends inside its header, at byte %llu",
+        return fail(c->error, "truncated: the file ends inside %s, at byte %llu", item(c),
                     (unsigned long long)(c->at - c->begin) + c->left);
     *out = load_le(c->at, n_bytes);
     c->at += n_bytes;
@@ -203,8 +245,8 @@ static int read_integer(cursor *c, int n_bytes, uint64_t *out)
 static int skip_bytes(cursor *c, uint64_t n)
 {
     if (n > c->left)
-        return fail(c->error, "corrupt: a length of %llu at byte %llu, %llu bytes before the end",
-                    (unsigned long long)n, (unsigned long long)(c->at - c->begin),
+        return fail(c->error, "corrupt: %s needs %llu bytes at byte %llu; the file has %llu left",
+                    item(c), (unsigned long long)n, (unsigned long long)(c->at - c->begin),
                     (unsigned long long)c->left);
     c->at += n;
     c->left -= (size_t)n;
@@ -220,19 +262,37 @@ static int read_string(cursor *c, const unsigned char **text, size_t *length)
     return skip_bytes(c, n);
 }
 
+/* A key or the name of a tensor. The copy is a C string, so a NUL would end it early. */
+static int read_name(cursor *c, const char **name)
+{
+    const unsigned char *text;
+    size_t length;
+    if (!read_string(c, &text, &length)) return 0;
+    name_item(c, (const char *)text, length);
+    if (memchr(text, 0, length))
+        return fail(c->error, "corrupt: the name of %s contains a NUL byte, shown as ?", item(c));
+    memcpy(c->names, text, length);
+    c->names[length] = 0;
+    *name = c->names;
+    c->names += length + 1;
+    return 1;
+}
+
 static int skip_items(cursor *c, uint64_t kind, uint64_t n, int depth);
 
 static int skip_array(cursor *c, int depth)
 {
     uint64_t kind, n;
-    if (depth > MAX_NESTING) return fail(c->error, "corrupt: arrays nested too deeply");
+    if (depth > MAX_NESTING)
+        return fail(c->error, "corrupt: %s nests its arrays too deeply", item(c));
     return read_integer(c, 4, &kind) && read_integer(c, 8, &n) && skip_items(c, kind, n, depth);
 }
 
 static int skip_items(cursor *c, uint64_t kind, uint64_t n, int depth)
 {
     if (kind >= N_KINDS)
-        return fail(c->error, "corrupt: unknown kind of metadata %llu", (unsigned long long)kind);
+        return fail(c->error, "corrupt: %s is of the unknown kind %llu", item(c),
+                    (unsigned long long)kind);
     if (kind_bytes[kind] > 0)
         return skip_bytes(c, n > UINT64_MAX / 8 ? UINT64_MAX : n * kind_bytes[kind]);
     for (uint64_t i = 0; i < n; i++) { /* every item takes bytes, so this ends with the file */
@@ -244,10 +304,24 @@ static int skip_items(cursor *c, uint64_t kind, uint64_t n, int depth)
     return 1;
 }
 
+/* The items of an array of strings; where each begins is kept, so that any is found in one step. */
+static int read_strings(cursor *c, value *v)
+{
+    size_t length;
+    if (v->n_items > c->left / 8) /* each takes 8 bytes or more, which bounds the allocation */
+        return fail(c->error, "corrupt: %s has %llu strings in %llu bytes", item(c),
+                    (unsigned long long)v->n_items, (unsigned long long)c->left);
+    v->strings = malloc(((size_t)v->n_items + 1) * sizeof *v->strings);
+    if (!v->strings) return fail(c->error, "out of memory");
+    for (uint64_t i = 0; i < v->n_items; i++)
+        if (!read_string(c, &v->strings[i], &length)) return 0;
+    return 1;
+}
+
 static int read_value(cursor *c, value *v)
 {
     uint64_t kind;
-    if (!read_string(c, &v->key, &v->key_length) || !read_integer(c, 4, &kind)) return 0;
+    if (!read_name(c, &v->key) || !read_integer(c, 4, &kind)) return 0;
     v->kind = (uint32_t)kind;
     v->n_items = 1;
     if (kind == KIND_STRING) {
@@ -261,25 +335,46 @@ static int read_value(cursor *c, value *v)
         if (!read_integer(c, 4, &item_kind) || !read_integer(c, 8, &v->n_items)) return 0;
         v->item_kind = (uint32_t)item_kind;
         v->data = c->at;
-        return skip_items(c, item_kind, v->n_items, 1);
+        return item_kind == KIND_STRING ? read_strings(c, v)
+                                        : skip_items(c, item_kind, v->n_items, 1);
     }
     v->data = c->at;
     return skip_items(c, kind, 1, 0);
 }
 
-/* One tensor's entry; its data pointer is set once the header's end is known. */
-static int read_tensor(cursor *c, gguf_tensor *t, char **names, uint64_t *offset)
+/* Keys and tensor names are sorted, not hashed: a file could bring names that collide. */
+static int compare_values(const void *a, const void *b)
 {
-    const unsigned char *name;
-    size_t length;
+    return strcmp(((const value *)a)->key, ((const value *)b)->key);
+}
+
+static int compare_tensors(const void *a, const void *b)
+{
+    return strcmp(((const gguf_tensor *)a)->name, ((const gguf_tensor *)b)->name);
+}
+
+static int read_values(gguf *g, cursor *c)
+{
+    for (uint64_t i = 0; i < g->n_values; i++) {
+        begin_item(c, "metadata", i, g->n_values);
+        if (!read_value(c, &g->values[i])) return 0;
+    }
+    qsort(g->values, (size_t)g->n_values, sizeof *g->values, compare_values);
+    for (uint64_t i = 1; i < g->n_values; i++)
+        if (compare_values(&g->values[i - 1], &g->values[i]) == 0) {
+            name_item(c, g->values[i].key, strlen(g->values[i].key));
+            return fail(c->error, "corrupt: %s is there twice", item(c));
+        }
+    return 1;
+}
+
+/* One tensor's entry; its data pointer is set once the header's end is known. */
+static int read_tensor(cursor *c, gguf_tensor *t, uint64_t *offset)
+{
     uint64_t n_dims, type;
-    if (!read_string(c, &name, &length) || !read_integer(c, 4, &n_dims)) return 0;
-    memcpy(*names, name, length);
-    (*names)[length] = 0;
-    t->name = *names;
-    *names += length + 1;
+    if (!read_name(c, &t->name) || !read_integer(c, 4, &n_dims)) return 0;
     if (n_dims < 1 || n_dims > GGUF_MAX_DIMS)
-        return fail(c->error, "corrupt: tensor %.64s has %llu dimensions", t->name,
+        return fail(c->error, "corrupt: %s has %llu dimensions", item(c),
                     (unsigned long long)n_dims);
     t->n_dims = (int)n_dims;
     t->n_elements = 1;
@@ -287,18 +382,17 @@ static int read_tensor(cursor *c, gguf_tensor *t, char **names, uint64_t *offset
         t->dim[i] = 1;
         if (i < t->n_dims && !read_integer(c, 8, &t->dim[i])) return 0;
         if (t->dim[i] == 0 || t->dim[i] > INT64_MAX / t->n_elements)
-            return fail(c->error, "corrupt: tensor %.64s has an impossible size", t->name);
+            return fail(c->error, "corrupt: %s has an impossible size", item(c));
         t->n_elements *= t->dim[i];
     }
     if (!read_integer(c, 4, &type) || !read_integer(c, 8, offset)) return 0;
     const type_info *info = find_type(type);
     if (!info)
         return fail(c->error,
-                    "unsupported: tensor %.64s is of type %llu; this reader knows F32, "
-                    "F16, BF16 and Q8_0",
-                    t->name, (unsigned long long)type);
+                    "unsupported: %s is of type %llu; this reader knows F32, F16, BF16 and Q8_0",
+                    item(c), (unsigned long long)type);
     if (t->dim[0] % (uint64_t)info->block_elements != 0)
-        return fail(c->error, "corrupt: tensor %.64s has a row of a partial block", t->name);
+        return fail(c->error, "corrupt: %s has a row of a partial block", item(c));
     t->type = info->type;
     return 1;
 }
@@ -307,41 +401,71 @@ static int place_tensor(cursor *c, gguf_tensor *t, uint64_t offset, uint64_t ali
 {
     const type_info *info = find_type((uint64_t)t->type);
     const uint64_t blocks = t->n_elements / (uint64_t)info->block_elements;
+    name_item(c, t->name, strlen(t->name));
     if (offset % alignment != 0)
-        return fail(c->error, "corrupt: tensor %.64s is not aligned", t->name);
+        return fail(c->error, "corrupt: %s is not aligned to %llu bytes", item(c),
+                    (unsigned long long)alignment);
     if (offset > c->left || blocks > (c->left - offset) / (uint64_t)info->block_bytes)
-        return fail(c->error, "truncated: tensor %.64s lies beyond the end of the file", t->name);
+        return fail(c->error, "truncated: %s lies beyond the end of the file", item(c));
     t->data = c->at + offset;
     return 1;
 }
 
-static int check_unique(const gguf *g, cursor *c)
+static const value *find_value(const gguf *g, const char *key)
 {
+    const value wanted = { .key = key };
+    return bsearch(&wanted, g->values, (size_t)g->n_values, sizeof wanted, compare_values);
+}
+
+/* Only a u32 is taken, as the format says: another kind would be read differently elsewhere. */
+static int read_alignment(const gguf *g, cursor *c, uint64_t *alignment)
+{
+    const value *v = find_value(g, "general.alignment");
+    *alignment = DEFAULT_ALIGNMENT;
+    if (!v) return 1;
+    if (v->kind != KIND_U32)
+        return fail(c->error, "corrupt: metadata general.alignment is not a u32");
+    *alignment = load_le(v->data, 4);
+    if (*alignment < 1 || *alignment > MAX_ALIGNMENT || (*alignment & (*alignment - 1)) != 0)
+        return fail(c->error,
+                    "corrupt: metadata general.alignment is %llu, not a power of two up to %d",
+                    (unsigned long long)*alignment, MAX_ALIGNMENT);
+    return 1;
+}
+
+static int place_tensors(gguf *g, cursor *c, const uint64_t *offsets)
+{
+    uint64_t alignment;
+    if (!read_alignment(g, c, &alignment)) return 0;
+    const uint64_t past = (uint64_t)(c->at - c->begin) % alignment;
+    if (g->n_tensors > 0 && past > 0) {
+        if (alignment - past > c->left)
+            return fail(c->error, "truncated: the file ends before the data of its tensors");
+        skip_bytes(c, alignment - past);
+    }
     for (uint64_t i = 0; i < g->n_tensors; i++)
-        if (gguf_find(g, g->tensors[i].name) != &g->tensors[i])
-            return fail(c->error, "corrupt: two tensors named %.64s", g->tensors[i].name);
+        if (!place_tensor(c, &g->tensors[i], offsets[i], alignment)) return 0;
     return 1;
 }
 
 static int read_tensors(gguf *g, cursor *c)
 {
     uint64_t *offsets = malloc(((size_t)g->n_tensors + 1) * sizeof *offsets);
-    char *names = g->names;
-    int64_t alignment = DEFAULT_ALIGNMENT;
     int ok = offsets != NULL || fail(c->error, "out of memory");
-    for (uint64_t i = 0; ok && i < g->n_tensors; i++)
-        ok = read_tensor(c, &g->tensors[i], &names, &offsets[i]);
-    gguf_get_integer(g, "general.alignment", &alignment);
-    if (ok && (alignment < 1 || alignment > MAX_ALIGNMENT || (alignment & (alignment - 1)) != 0))
-        ok = fail(c->error, "corrupt: an alignment of %lld", (long long)alignment);
-    if (ok) {
-        const uint64_t past = (uint64_t)(c->at - c->begin) % (uint64_t)alignment;
-        if (g->n_tensors > 0 && past > 0) ok = skip_bytes(c, (uint64_t)alignment - past);
+    for (uint64_t i = 0; ok && i < g->n_tensors; i++) {
+        begin_item(c, "tensor", i, g->n_tensors);
+        ok = read_tensor(c, &g->tensors[i], &offsets[i]);
     }
-    for (uint64_t i = 0; ok && i < g->n_tensors; i++)
-        ok = place_tensor(c, &g->tensors[i], offsets[i], (uint64_t)alignment);
+    ok = ok && place_tensors(g, c, offsets);
     free(offsets);
-    return ok && check_unique(g, c);
+    if (!ok) return 0;
+    qsort(g->tensors, (size_t)g->n_tensors, sizeof *g->tensors, compare_tensors);
+    for (uint64_t i = 1; i < g->n_tensors; i++)
+        if (compare_tensors(&g->tensors[i - 1], &g->tensors[i]) == 0) {
+            name_item(c, g->tensors[i].name, strlen(g->tensors[i].name));
+            return fail(c->error, "corrupt: %s is there twice", item(c));
+        }
+    return 1;
 }
 
 static int read_header(gguf *g, cursor *c)
@@ -367,17 +491,16 @@ static int parse(gguf *g, cursor *c)
     if (!read_header(g, c)) return 0;
     g->values = calloc((size_t)g->n_values + 1, sizeof *g->values);
     g->tensors = calloc((size_t)g->n_tensors + 1, sizeof *g->tensors);
-    g->names = malloc(c->left + (size_t)g->n_tensors + 1); /* no name is longer than the file */
+    /* A name takes its bytes and a NUL here, its bytes and 8 for the length in the file. */
+    c->names = g->names = malloc(c->left + 1);
     if (!g->values || !g->tensors || !g->names) return fail(c->error, "out of memory");
-    for (uint64_t i = 0; i < g->n_values; i++)
-        if (!read_value(c, &g->values[i])) return 0;
-    return read_tensors(g, c);
+    return read_values(g, c) && read_tensors(g, c);
 }
 
 static int parse_into(gguf **out, unsigned char *file, const void *data, size_t bytes,
                       gguf_error *error)
 {
-    cursor c = { data, data, bytes, error };
+    cursor c = { .begin = data, .at = data, .left = bytes, .error = error };
     gguf *g = calloc(1, sizeof *g);
     *out = NULL;
     if (!g) {
@@ -438,6 +561,7 @@ int gguf_open(gguf **out, const char *path, gguf_error *error)
 void gguf_close(gguf *g)
 {
     if (!g) return;
+    for (uint64_t i = 0; g->values && i < g->n_values; i++) free(g->values[i].strings);
     free(g->file);
     free(g->values);
     free(g->tensors);
@@ -447,9 +571,8 @@ void gguf_close(gguf *g)
 
 const gguf_tensor *gguf_find(const gguf *g, const char *name)
 {
-    for (uint64_t i = 0; i < g->n_tensors; i++)
-        if (strcmp(g->tensors[i].name, name) == 0) return &g->tensors[i];
-    return NULL;
+    const gguf_tensor wanted = { .name = name };
+    return bsearch(&wanted, g->tensors, (size_t)g->n_tensors, sizeof wanted, compare_tensors);
 }
 
 void gguf_tensor_to_f32(const gguf_tensor *tensor, float *out)
@@ -461,13 +584,9 @@ void gguf_tensor_to_f32(const gguf_tensor *tensor, float *out)
                    out + i * (uint64_t)info->block_elements);
 }
 
-static const value *find_value(const gguf *g, const char *key)
+int gguf_has(const gguf *g, const char *key)
 {
-    const size_t length = strlen(key);
-    for (uint64_t i = 0; i < g->n_values; i++)
-        if (g->values[i].key_length == length && memcmp(g->values[i].key, key, length) == 0)
-            return &g->values[i];
-    return NULL;
+    return find_value(g, key) != NULL;
 }
 
 int gguf_get_integer(const gguf *g, const char *key, int64_t *out)
@@ -522,7 +641,7 @@ int gguf_get_string(const gguf *g, const char *key, const char **text, size_t *l
 int gguf_get_strings_count(const gguf *g, const char *key, size_t *n)
 {
     const value *v = find_value(g, key);
-    if (!v || v->kind != KIND_ARRAY || v->item_kind != KIND_STRING) return 0;
+    if (!v || !v->strings) return 0;
     *n = (size_t)v->n_items;
     return 1;
 }
@@ -531,11 +650,9 @@ int gguf_get_strings_item(const gguf *g, const char *key, size_t i, const char *
                           size_t *length)
 {
     const value *v = find_value(g, key);
-    if (!v || v->kind != KIND_ARRAY || v->item_kind != KIND_STRING || i >= v->n_items) return 0;
-    const unsigned char *at = v->data;
-    for (; i > 0; i--) at += 8 + load_le(at, 8);
-    *text = (const char *)at + 8;
-    *length = (size_t)load_le(at, 8);
+    if (!v || !v->strings || i >= v->n_items) return 0;
+    *text = (const char *)v->strings[i];
+    *length = (size_t)load_le(v->strings[i] - 8, 8);
     return 1;
 }
 
