@@ -56,7 +56,10 @@ static double number(loader *l, const char *key, double fallback, double low, do
     char name[96];
     double v = fallback;
     snprintf(name, sizeof name, "%s.%s", l->architecture, key);
-    if (!gguf_get_number(l->file, name, &v) && fallback < low)
+    const int given = gguf_get_number(l->file, name, &v);
+    if (!given && gguf_has(l->file, name))
+        fail(l, "metadata %s is not a number", name);
+    else if (!given && fallback < low)
         fail(l, "no metadata %s", name);
     else if (!(v >= low && v <= high))
         fail(l, "metadata %s is out of range", name);
@@ -78,7 +81,10 @@ static void read_architecture(loader *l, model_shape *s)
     const char *text;
     size_t length;
     if (!gguf_get_string(l->file, "general.architecture", &text, &length)) {
-        fail(l, "no metadata %s", "general.architecture");
+        fail(l,
+             gguf_has(l->file, "general.architecture") ? "metadata %s is not a text"
+                                                       : "no metadata %s",
+             "general.architecture");
         return;
     }
     for (size_t i = 0; i < sizeof architectures / sizeof *architectures; i++)
@@ -212,11 +218,16 @@ static void read_words(loader *l, model *m)
 {
     const char *key = "tokenizer.ggml.tokens", *text;
     size_t n, length;
-    if (l->failed || !gguf_get_strings_count(l->file, key, &n) || n != (size_t)m->shape.vocabulary)
+    if (l->failed || !gguf_has(l->file, key)) return;
+    if (!gguf_get_strings_count(l->file, key, &n)) {
+        fail(l, "metadata %s is not an array of texts", key);
         return;
+    }
+    if (n != (size_t)m->shape.vocabulary) return;
     m->words = calloc(n, sizeof *m->words);
     for (size_t i = 0; m->words && i < n; i++) {
         gguf_get_strings_item(l->file, key, i, &text, &length);
+        if (memchr(text, 0, length)) fail(l, "a word of metadata %s contains a NUL byte", key);
         m->words[i] = malloc(length + 1);
         if (!m->words[i]) break;
         memcpy(m->words[i], text, length);
