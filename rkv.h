@@ -906,8 +906,8 @@ static unsigned char *rkvi_row(const rkvi_view *view, int head, int token)
  * precision. Every multiply-add is fused and written out, so no compiler flag changes a bit.
  * Lengths are multiples of 16 floats (the callers pad with zeros), so no kernel has a tail.
  * "In lanes": a dot product over i keeps 16 partial sums, one per i mod 16, each in ascending i,
- * and adds them up in one fixed tree (rkvi_reduce_scalar). That is one AVX-512 register, two of AVX2,
- * four of NEON. */
+ * and adds them up in one fixed tree (rkvi_reduce_scalar): one AVX-512 register, two of AVX2, four
+ * of NEON. */
 
 #define RKVI_LANES      16
 #define RKVI_CHUNK      48 /* rows of K that are read and summed together     */
@@ -1631,7 +1631,7 @@ RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_dot_rows_avx512(const rkvi_dot_tile *ti
     __m512 dot_x16[RKVI_TILE_ROWS][2];
     size_t i;
     int r, v;
-    /* A pointer for every third row, strides for the others: twelve would need too many registers. */
+    /* A pointer for every third row, strides for the others: twelve would not fit. */
     RKVI_UNROLL
     for (r = 0; r < RKVI_TILE_ROWS; r += 3) third[r / 3] = tile->rows + (size_t)r * stride;
     RKVI_UNROLL
