@@ -64,6 +64,9 @@
  * Precision  Keys and queries are read as f32, f16 or bf16 and computed in f32. Scores and kept
  *            sets are bit-identical on every CPU path, for any number of threads, and from
  *            machine to machine where float is float (FLT_EVAL_METHOD 0: not x87, not s390x).
+ *            The caller's floating-point environment (rounding mode, flush-to-zero, traps) makes
+ *            no difference: each call and each lent task sets its own and restores the caller's,
+ *            flags included.
  *
  * Before you ship:
  *  - Compress confirmed tokens only: an evicted token does not come back when a speculative
@@ -562,6 +565,7 @@ RKV_API rkv_status rkv_backend_register(const rkv_backend *backend, rkv_error *e
 #error "rkv.h needs IEEE arithmetic: compile the implementing file without -ffast-math"
 #endif
 
+#include <fenv.h>
 #include <float.h>
 #include <limits.h>
 #include <math.h>
@@ -573,28 +577,31 @@ RKV_API rkv_status rkv_backend_register(const rkv_backend *backend, rkv_error *e
 #include <pthread.h>
 #endif
 
-#if defined(_MSC_VER) && !defined(__clang__)
+#if defined(__TINYC__) || !(defined(__GNUC__) || defined(_MSC_VER))
+#define RKVI_INLINE static /* a compiler without intrinsics that are known here: scalar code */
+#define RKVI_TARGET(isa)
+#define RKVI_UNROLL
+#elif defined(_MSC_VER) && !defined(__clang__)
+#define RKVI_INTRINSICS
 #define RKVI_INLINE static __forceinline
 #define RKVI_TARGET(isa)
 #define RKVI_UNROLL
 #elif defined(__clang__)
+#define RKVI_INTRINSICS
 #define RKVI_INLINE      static __inline__ __attribute__((always_inline))
 #define RKVI_TARGET(isa) __attribute__((target(isa)))
 #define RKVI_UNROLL      _Pragma("clang loop unroll(full)")
-#elif defined(__GNUC__)
+#else
+#define RKVI_INTRINSICS
 #define RKVI_INLINE      static __inline__ __attribute__((always_inline))
 #define RKVI_TARGET(isa) __attribute__((target(isa)))
 #define RKVI_UNROLL      _Pragma("GCC unroll 16")
-#else
-#define RKVI_INLINE static
-#define RKVI_TARGET(isa)
-#define RKVI_UNROLL
 #endif
 
 #define RKVI_CACHE_LINE 64
 
 /* A pointer that any thread may read and write. Without atomic operations nothing is stored. */
-#if defined(__GNUC__)
+#if defined(__GNUC__) && defined(RKVI_INTRINSICS)
 #define RKVI_ATOMIC_LOAD(at)         __atomic_load_n(at, __ATOMIC_RELAXED)
 #define RKVI_ATOMIC_STORE(at, value) __atomic_store_n(at, value, __ATOMIC_RELAXED)
 #elif defined(_MSC_VER) /* aligned pointers are loaded and stored whole */
@@ -608,7 +615,7 @@ RKV_API rkv_status rkv_backend_register(const rkv_backend *backend, rkv_error *e
 /* The number of the highest bit that is set; bits is not 0. */
 RKVI_INLINE int rkvi_top_bit(uint64_t bits)
 {
-#if defined(__GNUC__)
+#if defined(__GNUC__) && defined(RKVI_INTRINSICS)
     return 63 - __builtin_clzll(bits);
 #else
     int top = 0, half;
@@ -618,7 +625,8 @@ RKVI_INLINE int rkvi_top_bit(uint64_t bits)
 #endif
 }
 
-#if defined(__x86_64__) || (defined(_M_X64) && !defined(_M_ARM64EC))
+#ifndef RKVI_INTRINSICS
+#elif defined(__x86_64__) || (defined(_M_X64) && !defined(_M_ARM64EC))
 #if !defined(RKV_NO_AVX2) || !defined(RKV_NO_AVX512)
 #define RKVI_X86
 #include <immintrin.h>
@@ -645,7 +653,7 @@ RKVI_INLINE int rkvi_top_bit(uint64_t bits)
 #endif
 
 /* Prefetches a cache line. */
-#if defined(__GNUC__)
+#if defined(__GNUC__) && defined(RKVI_INTRINSICS)
 #define RKVI_PREFETCH(address) __builtin_prefetch(address, 0, 2)
 #elif defined(_MSC_VER) && defined(RKVI_X86)
 #define RKVI_PREFETCH(address) _mm_prefetch((const char *)(address), _MM_HINT_T1)
@@ -700,6 +708,57 @@ static int rkvi_usable_avx512(void)
 #endif
 #define RKVI_TARGET_AVX2   RKVI_TARGET("avx2,fma,f16c")
 #define RKVI_TARGET_AVX512 RKVI_TARGET("avx512f,avx2,fma,f16c")
+#endif
+
+/* The floating-point environment of the calling thread. rkv computes in one of its own: round to
+ * nearest, subnormal numbers as they are, no traps. The caller's comes back afterwards, flags
+ * included. "memory": no load or store moves across. */
+#if defined(RKVI_INTRINSICS) && defined(__GNUC__) && defined(__x86_64__)
+typedef unsigned rkvi_float_mode; /* MXCSR */
+static rkvi_float_mode rkvi_enter_float_mode(void)
+{
+    const unsigned masked = 0x1f80;
+    unsigned saved;
+    __asm__ volatile("stmxcsr %0\n\tldmxcsr %1" : "=m"(saved) : "m"(masked) : "memory");
+    return saved;
+}
+static void rkvi_leave_float_mode(rkvi_float_mode saved)
+{
+    __asm__ volatile("ldmxcsr %0" : : "m"(saved) : "memory");
+}
+#elif defined(RKVI_INTRINSICS) && defined(__GNUC__) && defined(__aarch64__)
+typedef struct rkvi_float_mode {
+    uint64_t control, status; /* FPCR, FPSR */
+} rkvi_float_mode;
+static rkvi_float_mode rkvi_enter_float_mode(void)
+{
+    rkvi_float_mode saved;
+    __asm__ volatile("mrs %0, fpcr\n\tmrs %1, fpsr\n\tmsr fpcr, xzr"
+                     : "=&r"(saved.control), "=&r"(saved.status)
+                     :
+                     : "memory");
+    return saved;
+}
+static void rkvi_leave_float_mode(rkvi_float_mode saved)
+{
+    __asm__ volatile("msr fpcr, %0\n\tmsr fpsr, %1"
+                     :
+                     : "r"(saved.control), "r"(saved.status)
+                     : "memory");
+}
+#else
+typedef fenv_t rkvi_float_mode;
+static rkvi_float_mode rkvi_enter_float_mode(void)
+{
+    rkvi_float_mode saved;
+    fegetenv(&saved);
+    fesetenv(FE_DFL_ENV);
+    return saved;
+}
+static void rkvi_leave_float_mode(rkvi_float_mode saved)
+{
+    fesetenv(&saved);
+}
 #endif
 
 static int rkvi_usable_scalar(void)
@@ -2662,7 +2721,7 @@ static void rkvi_find_similar_keys(const rkvi_head *h, rkvi_scratch *s); /* room
 static void rkvi_redundancy(const rkvi_head *h, rkvi_scratch *s, float *redundancy, float *total)
 {
     const int span = h->n_span, recent = h->config->recent;
-    const double unit = 1.0 / RKVI_EXEMPT_UNIT, share = 1.0 / span;
+    const double unit = 1.0 / RKVI_EXEMPT_UNIT, share = (double)1 / span;
     int i;
     rkvi_find_similar_keys(h, s);
     if (h->config->variant == RKV_PUBLISHED)
@@ -3276,6 +3335,14 @@ static void rkvi_work(void *arg, int worker)
     }
 }
 
+/* rkvi_work on a thread that the caller lends. */
+static void rkvi_task(void *arg, int worker)
+{
+    const rkvi_float_mode saved = rkvi_enter_float_mode();
+    rkvi_work(arg, worker);
+    rkvi_leave_float_mode(saved);
+}
+
 static void rkvi_run(const rkvi_job *job, rkvi_item item, rkvi_per per)
 {
     rkvi_phase phase;
@@ -3285,7 +3352,7 @@ static void rkvi_run(const rkvi_job *job, rkvi_item item, rkvi_per per)
     if (job->n_workers == 1)
         rkvi_work(&phase, 0);
     else
-        job->config->parallel_for(job->config->pool_handle, job->n_workers, rkvi_work, &phase);
+        job->config->parallel_for(job->config->pool_handle, job->n_workers, rkvi_task, &phase);
 }
 
 static void rkvi_score_item(const rkvi_job *job, rkvi_scratch *s, int l, int index)
@@ -4408,13 +4475,12 @@ RKV_API rkv_tensor rkv_tensor_make(void *data, rkv_dtype dtype, int heads, int t
     return tensor;
 }
 
-RKV_API rkv_status rkv_workspace_size(const rkv_backend *backend, const rkv_config *config,
-                                      const rkv_layer *layers, int n_layers, size_t *bytes)
+static rkv_status rkvi_measure(const rkv_backend *backend, const rkv_config *config,
+                               const rkv_layer *layers, int n_layers, size_t *bytes)
 {
     rkv_config resolved;
     const char *rule;
     int layer;
-    if (!bytes || !config) return RKV_ERROR_NULL;
     rule = rkvi_validate(config, layers, n_layers, 0, &layer);
     if (rule) return rkvi_refuse(config, RKV_ERROR_ARGUMENT, rule, layer, -1, -1);
     if (!backend) backend = rkvi_best();
@@ -4425,15 +4491,26 @@ RKV_API rkv_status rkv_workspace_size(const rkv_backend *backend, const rkv_conf
     return backend->workspace_size(backend, &resolved, layers, n_layers, bytes);
 }
 
-static rkv_status rkvi_run_stage(rkv_stage stage, const rkv_backend *backend,
-                                 const rkv_config *config, rkv_layer *layers, int n_layers,
-                                 void *workspace, size_t bytes)
+RKV_API rkv_status rkv_workspace_size(const rkv_backend *backend, const rkv_config *config,
+                                      const rkv_layer *layers, int n_layers, size_t *bytes)
+{
+    rkvi_float_mode saved;
+    rkv_status status;
+    if (!bytes || !config) return RKV_ERROR_NULL;
+    saved = rkvi_enter_float_mode();
+    status = rkvi_measure(backend, config, layers, n_layers, bytes);
+    rkvi_leave_float_mode(saved);
+    return status;
+}
+
+static rkv_status rkvi_check_and_run(rkv_stage stage, const rkv_backend *backend,
+                                     const rkv_config *config, rkv_layer *layers, int n_layers,
+                                     void *workspace, size_t bytes)
 {
     rkv_config resolved;
     rkv_call call;
     const char *rule;
     int layer;
-    if (!config) return RKV_ERROR_NULL;
     rule = rkvi_validate(config, layers, n_layers, 1, &layer);
     if (rule) return rkvi_refuse(config, RKV_ERROR_ARGUMENT, rule, layer, -1, -1);
     if (!backend) backend = rkvi_best();
@@ -4450,6 +4527,19 @@ static rkv_status rkvi_run_stage(rkv_stage stage, const rkv_backend *backend,
     if (rule) return rkvi_refuse(config, RKV_ERROR_ARGUMENT, rule, layer, -1, -1);
     rkvi_clear_error(config);
     return backend->run(backend, &call);
+}
+
+static rkv_status rkvi_run_stage(rkv_stage stage, const rkv_backend *backend,
+                                 const rkv_config *config, rkv_layer *layers, int n_layers,
+                                 void *workspace, size_t bytes)
+{
+    rkvi_float_mode saved;
+    rkv_status status;
+    if (!config) return RKV_ERROR_NULL;
+    saved = rkvi_enter_float_mode();
+    status = rkvi_check_and_run(stage, backend, config, layers, n_layers, workspace, bytes);
+    rkvi_leave_float_mode(saved);
+    return status;
 }
 
 RKV_API rkv_status rkv_compress(const rkv_backend *backend, const rkv_config *config,
@@ -4819,12 +4909,15 @@ RKV_API rkv_status rkv_cache_create(rkv_cache **out, const rkv_cache_config *con
     rkvi_cache_plan plan;
     rkv_cache *cache;
     const char *rule;
+    rkvi_float_mode saved;
     rkv_status status;
     if (out == NULL) return RKV_ERROR_NULL;
     *out = NULL;
     if (config == NULL) return RKV_ERROR_NULL;
     resolved = *config;
+    saved = rkvi_enter_float_mode();
     rule = rkvi_cache_config_rule(&resolved);
+    rkvi_leave_float_mode(saved);
     if (!rule && !rkvi_cache_measure(&resolved, &plan)) rule = "cache: its size overflows";
     if (rule) return rkvi_refuse(&config->compress, RKV_ERROR_ARGUMENT, rule, -1, -1, -1);
     if (resolved.backend == NULL) resolved.backend = rkvi_best();
