@@ -200,8 +200,8 @@ typedef struct rkv_config {
  *     view.token_stride = heads * dim;                          these two, for [row][head][dim]
  *     view.head_stride = dim;
  * Element [head][token][i] lies at data + head * head_stride + token * token_stride
- *     + i * dim_stride, in elements. A stride of 0 means contiguous: dim_stride 1, token_stride
- * dim, head_stride tokens * dim. With a block table it lies at
+ *     + i * dim_stride, in elements. A stride of 0 means contiguous, never a broadcast: dim_stride
+ * 1, token_stride dim, head_stride tokens * dim. With a block table it lies at
  *     data + table[token / block_tokens] * block_stride + (token % block_tokens) * token_stride
  *          + head * head_stride + i * dim_stride,
  * where 0 means head_stride block_tokens * dim and block_stride heads * block_tokens * dim.
@@ -282,8 +282,14 @@ RKV_API rkv_config rkv_config_paper(int budget);
 RKV_API rkv_config rkv_config_snapkv(int budget);
 RKV_API rkv_config rkv_config_streaming(int budget);
 
-/* A contiguous [heads][tokens][dim] view; change its strides for any other layout. */
+/* rkv_tensor_make: a contiguous [heads][tokens][dim] view; change its strides for other layouts.
+ * rkv_tensor_strided: a view with the strides that another library tells (PyTorch's stride(), in
+ * elements). Here 0 is 0: a broadcast view (expand) has rows that share memory, and every call
+ * refuses it. */
 RKV_API rkv_tensor rkv_tensor_make(void *data, rkv_dtype dtype, int heads, int tokens, int dim);
+RKV_API rkv_tensor rkv_tensor_strided(void *data, rkv_dtype dtype, int heads, int tokens, int dim,
+                                      int64_t head_stride, int64_t token_stride,
+                                      int64_t dim_stride);
 
 /* rkv_backend_find: a backend by name: "scalar", "avx2", "avx512", "neon" or a registered one
  * ("cuda"). NULL asks for the best CPU path of this machine. Returns NULL when there is none of
@@ -363,7 +369,8 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
 /* A fixed pool of POSIX threads; the caller is one of the n_threads (at least 1). rkv_threads_use
  * points a config at it (NULL: at none); the pool must outlive every config and cache that uses
  * it. Calls from several threads take turns; none may come from inside a task.
- * create: RKV_ERROR_NULL or RKV_ERROR_MEMORY; *out is then NULL. destroy takes NULL. */
+ * create: RKV_ERROR_NULL or RKV_ERROR_MEMORY; *out is then NULL. destroy takes NULL. In a child of
+ * fork() the pool has the calling thread only; destroy it there too, unless a call was under way. */
 typedef struct rkv_threads rkv_threads;
 RKV_API rkv_status rkv_threads_create(rkv_threads **out, int n_threads);
 RKV_API void rkv_threads_destroy(rkv_threads *threads);
@@ -438,12 +445,18 @@ RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
  * all of the last `window` tokens. After rkv_cache_truncate some are missing until as many tokens
  * as it took have been appended again; until then compress returns RKV_ERROR_ARGUMENT, and step
  * does nothing and returns RKV_OK: there is always room for the tokens that are still to come.
- * Other errors as rkv_compress; on an error the cache is as it was.
+ * Other errors as rkv_compress; on an error the cache is as it was. A NaN in a key or query
+ * (RKV_ERROR_NONFINITE) fails every round until its token is gone, and room runs out:
+ *     rkv_cache_truncate(cache, rkv_cache_error_position(cache))
+ * forgets it and what came after. Decode these tokens again, or give up on the sequence.
+ * rkv_cache_error_position: the position of the token that the last round found to hold a number
+ * that is not finite; -1 if the last error was another.
  * On a device backend a round waits for the device and reports what it found, unless
  * compress.device_error was given: then it does not wait, and a fault that you find there means
  * that the cache is lost: empty it, or load a snapshot. */
 RKV_API rkv_status rkv_cache_step(rkv_cache *cache, int *n_evicted);
 RKV_API rkv_status rkv_cache_compress(rkv_cache *cache, int *n_evicted);
+RKV_API int rkv_cache_error_position(const rkv_cache *cache);
 
 /* Views for attention, in the backend's memory; `data` and strides never change, `tokens` are the
  * rows in use, the same for all heads. data is NULL when there is no such layer. */
@@ -575,6 +588,7 @@ RKV_API rkv_status rkv_backend_register(const rkv_backend *backend, rkv_error *e
 #endif
 #ifdef RKV_PTHREADS
 #include <pthread.h>
+#include <unistd.h>
 #endif
 
 #if defined(__TINYC__) || !(defined(__GNUC__) || defined(_MSC_VER))
@@ -4001,10 +4015,10 @@ typedef enum rkvi_view_rule {
         view ": it or its data is NULL", view ".dtype: no such type",                             \
             view ".element_bytes: must not be negative", view ".heads: must be at least 1",       \
             view ".tokens: must not be negative", view ".dim: must be at least 1",                \
-            view ".head_stride: must not be negative, or above PTRDIFF_MAX",                      \
-            view ".token_stride: must not be negative, or above PTRDIFF_MAX",                     \
-            view ".dim_stride: must not be negative, or above PTRDIFF_MAX",                       \
-            view ".block_stride: must not be negative, or above PTRDIFF_MAX",                     \
+            view ".head_stride: negative, a broadcast, or above PTRDIFF_MAX",                     \
+            view ".token_stride: negative, a broadcast, or above PTRDIFF_MAX",                    \
+            view ".dim_stride: negative, a broadcast, or above PTRDIFF_MAX",                      \
+            view ".block_stride: negative, a broadcast, or above PTRDIFF_MAX",                    \
             view ".block_tokens: must be at least 1 with a block table",                          \
             view ": its size overflows",                                                          \
             view ".dim_stride: must be 0 or 1, numbers of a row lie side by side",                \
@@ -4121,27 +4135,21 @@ static const char *rkvi_layer_rule(const rkv_config *config, const rkv_layer *la
     return NULL;
 }
 
-/* A range of bytes that a call reads or writes, and the view that spans it, if one does. */
+/* A range of bytes that a call reads or writes. If a view spans it: that view, the stride of its
+ * widest axis, and the bytes of one step of it. */
 typedef struct rkvi_range {
     uintptr_t begin;
     size_t bytes;
     const rkv_tensor *view;
+    size_t stride, step;
 } rkvi_range;
 
 static rkvi_range rkvi_range_of(const void *data, size_t bytes)
 {
     rkvi_range range;
+    memset(&range, 0, sizeof range);
     range.begin = (uintptr_t)data;
     range.bytes = data ? bytes : 0;
-    range.view = NULL;
-    return range;
-}
-
-/* Only its table knows where a paged view ends: an empty range, which overlaps nothing. */
-static rkvi_range rkvi_range_of_view(const rkv_tensor *t)
-{
-    rkvi_range range = rkvi_range_of(t->block_table ? NULL : t->data, rkvi_extent(t));
-    range.view = t;
     return range;
 }
 
@@ -4165,6 +4173,28 @@ static rkvi_grid rkvi_grid_of(const rkvi_range *range)
     return grid;
 }
 
+/* Only its table knows where a paged view ends: an empty range, which overlaps nothing. */
+static rkvi_range rkvi_range_of_view(const rkv_tensor *t)
+{
+    rkvi_range range = rkvi_range_of(t->block_table ? NULL : t->data, rkvi_extent(t));
+    rkvi_grid grid;
+    const rkvi_axis *widest;
+    range.view = t;
+    if (!range.bytes) return range;
+    grid = rkvi_grid_of(&range);
+    if (!grid.n_axes) return range;
+    widest = &grid.axes[grid.n_axes - 1];
+    range.stride = widest->stride;
+    range.step = range.bytes - (widest->n - 1) * widest->stride;
+    return range;
+}
+
+/* How far after a step of a the next step of b begins, for equal strides. */
+static size_t rkvi_apart(uintptr_t a, uintptr_t b, size_t stride)
+{
+    return b >= a ? (b - a) % stride : (stride - (a - b) % stride) % stride;
+}
+
 /* Two views that interleave (K and V of one buffer, say) overlap as ranges without sharing a byte.
  * Where their widest strides are equal it is enough to compare one step of b with the two steps of
  * a next to it: b begins `apart` bytes after the one and `stride - apart` before the other. */
@@ -4178,8 +4208,7 @@ static int rkvi_grids_overlap(rkvi_grid a, rkvi_grid b)
     a.bytes -= (a.axes[a.n_axes].n - 1) * stride;
     b.bytes -= (b.axes[b.n_axes].n - 1) * stride;
     if (a.bytes > stride || b.bytes > stride) return 1; /* rows of queries may overlap */
-    apart = b.begin >= a.begin ? (b.begin - a.begin) % stride
-                               : (stride - (a.begin - b.begin) % stride) % stride;
+    apart = rkvi_apart(a.begin, b.begin, stride);
     a.begin = stride;
     b.begin = stride + apart;
     if (rkvi_grids_overlap(a, b)) return 1;
@@ -4191,7 +4220,12 @@ static int rkvi_ranges_overlap(const rkvi_range *a, const rkvi_range *b)
 {
     if (!a->bytes || !b->bytes) return 0;
     if (a->begin + a->bytes <= b->begin || b->begin + b->bytes <= a->begin) return 0;
-    return !a->view || !b->view || rkvi_grids_overlap(rkvi_grid_of(a), rkvi_grid_of(b));
+    if (!a->view || !b->view) return 1;
+    if (a->stride && a->stride == b->stride) { /* [token][layer]: many pairs, decided quickly */
+        size_t apart = rkvi_apart(a->begin, b->begin, a->stride);
+        if (apart >= a->step && apart + b->step <= a->stride) return 0;
+    }
+    return rkvi_grids_overlap(rkvi_grid_of(a), rkvi_grid_of(b));
 }
 
 /* keys, values, kept, positions, scores, shared scores, pins; queries, which are only read */
@@ -4472,6 +4506,22 @@ RKV_API rkv_tensor rkv_tensor_make(void *data, rkv_dtype dtype, int heads, int t
     tensor.heads = heads;
     tensor.tokens = tokens;
     tensor.dim = dim;
+    return tensor;
+}
+
+/* Stride 0 of an axis with steps becomes negative, which validation refuses. */
+static int64_t rkvi_literal_stride(int64_t stride, int n)
+{
+    return n < 2 ? 0 : stride == 0 ? -1 : stride;
+}
+
+RKV_API rkv_tensor rkv_tensor_strided(void *data, rkv_dtype dtype, int heads, int tokens, int dim,
+                                      int64_t head_stride, int64_t token_stride, int64_t dim_stride)
+{
+    rkv_tensor tensor = rkv_tensor_make(data, dtype, heads, tokens, dim);
+    tensor.head_stride = rkvi_literal_stride(head_stride, heads);
+    tensor.token_stride = rkvi_literal_stride(token_stride, tokens);
+    tensor.dim_stride = rkvi_literal_stride(dim_stride, dim);
     return tensor;
 }
 
@@ -5238,6 +5288,19 @@ RKV_API rkv_status rkv_cache_compress(rkv_cache *cache, int *n_evicted)
     return rkvi_cache_round(cache, n_evicted);
 }
 
+/* Every row that a round has kept was finite, so a key that is not lies behind them, in order. The
+ * token of a query is the newest with its slot in the ring. */
+RKV_API int rkv_cache_error_position(const rkv_cache *cache)
+{
+    const rkv_error *error = rkv_cache_error(cache);
+    int last, window;
+    if (cache == NULL || error->status != RKV_ERROR_NONFINITE || error->token < 0) return -1;
+    if (strcmp(error->rule, RKVI_RULE_KEY) == 0) return error->token + cache->evicted;
+    window = cache->config.compress.window;
+    last = rkv_cache_position(cache, 0) - 1;
+    return last - (last - error->token % window + window) % window;
+}
+
 RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position)
 {
     int l, rows;
@@ -5736,6 +5799,7 @@ struct rkv_threads {
     int stop;
     int n_workers;      /* the caller is one thread more */
     pthread_t *workers; /* [n_workers] */
+    pid_t process;      /* that they live in: a child of fork() has none of them */
 };
 
 /* Runs tasks until no index is left. The mutex is held on entry and on return. */
@@ -5813,6 +5877,7 @@ RKV_API rkv_status rkv_threads_create(rkv_threads **out, int n_threads)
         free(threads);
         return RKV_ERROR_MEMORY;
     }
+    threads->process = getpid();
     threads->workers = (pthread_t *)(void *)(threads + 1); /* room for n_threads - 1, and more */
     while (threads->n_workers < n_threads - 1) {
         pthread_t *worker = &threads->workers[threads->n_workers];
@@ -5830,6 +5895,10 @@ RKV_API void rkv_threads_destroy(rkv_threads *threads)
 {
     int i;
     if (threads == NULL) return;
+    if (threads->process != getpid()) {
+        free(threads);
+        return;
+    }
     pthread_mutex_lock(&threads->mutex);
     threads->stop = 1;
     pthread_cond_broadcast(&threads->wake);
