@@ -369,8 +369,8 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
 /* A fixed pool of POSIX threads; the caller is one of the n_threads (at least 1). rkv_threads_use
  * points a config at it (NULL: at none); the pool must outlive every config and cache that uses
  * it. Calls from several threads take turns; none may come from inside a task.
- * create: RKV_ERROR_NULL or RKV_ERROR_MEMORY; *out is then NULL. destroy takes NULL. In a child of
- * fork() the pool has the calling thread only; destroy it there too, unless a call was under way. */
+ * create: RKV_ERROR_NULL or RKV_ERROR_MEMORY; *out is then NULL. destroy takes NULL. After fork()
+ * the child's pool has the calling thread only; destroy it there too, unless a call was running. */
 typedef struct rkv_threads rkv_threads;
 RKV_API rkv_status rkv_threads_create(rkv_threads **out, int n_threads);
 RKV_API void rkv_threads_destroy(rkv_threads *threads);
