@@ -47,7 +47,8 @@ help:
 	@echo '  make test-cuda-ptx  the compiled kernels without a GPU, of every architecture (nvcc)'
 	@echo '  make count-cuda     what the compiled kernels execute, counted without a GPU (nvcc)'
 	@echo '  make bench-cuda     the timings on a GPU (make cuda: the object file alone)'
-	@echo '  make install        header and pkg-config file (PREFIX=$(PREFIX), DESTDIR=)'
+	@echo '  make install        headers, CMake package, pkg-config file (PREFIX=$(PREFIX), DESTDIR=)'
+	@echo '  make test-install   installed and used with CMake and pkg-config; built as in OSS-Fuzz'
 	@echo '  make uninstall, make clean'
 
 # ---- Programs -----------------------------------------------------------------------------------
@@ -191,19 +192,22 @@ $(BUILD)/fuzz/fuzz_compress: tests/fuzz_compress.c tests/rkv_impl.c rkv.h Makefi
 
 # ---- Install ------------------------------------------------------------------------------------
 
-.PHONY: install uninstall clean
+.PHONY: install uninstall test-install clean
+INSTALLED = $(DESTDIR)$(PREFIX)
 install:
-	mkdir -p $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/pkgconfig \
-	    $(DESTDIR)$(PREFIX)/share/doc/rkv
-	cp rkv.h $(wildcard rkv_cuda.cu) $(DESTDIR)$(PREFIX)/include/
-	cp LICENSE README.md CHANGELOG.md $(DESTDIR)$(PREFIX)/share/doc/rkv/
+	mkdir -p $(INSTALLED)/include $(INSTALLED)/share/pkgconfig $(INSTALLED)/share/cmake/rkv \
+	    $(INSTALLED)/share/doc/rkv
+	cp rkv.h rkv_cuda.cu $(INSTALLED)/include/
+	cp LICENSE README.md CHANGELOG.md $(INSTALLED)/share/doc/rkv/
+	cp .cmake/rkvConfig.cmake .cmake/rkvConfigVersion.cmake $(INSTALLED)/share/cmake/rkv/
 	printf '%s\n' 'prefix=$(PREFIX)' 'Name: rkv' 'Version: $(VERSION)' \
 	    'Description: R-KV key/value cache compression in one header' \
-	    'Cflags: -I$${prefix}/include' 'Libs: -lm' \
-	    >$(DESTDIR)$(PREFIX)/share/pkgconfig/rkv.pc
+	    'Cflags: -I$${prefix}/include' 'Libs: -lm' >$(INSTALLED)/share/pkgconfig/rkv.pc
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/include/rkv.h $(DESTDIR)$(PREFIX)/include/rkv_cuda.cu \
-	    $(DESTDIR)$(PREFIX)/share/pkgconfig/rkv.pc
-	rm -rf $(DESTDIR)$(PREFIX)/share/doc/rkv
+	rm -f $(INSTALLED)/include/rkv.h $(INSTALLED)/include/rkv_cuda.cu \
+	    $(INSTALLED)/share/pkgconfig/rkv.pc
+	rm -rf $(INSTALLED)/share/cmake/rkv $(INSTALLED)/share/doc/rkv
+test-install:
+	@MAKE='$(MAKE)' CC='$(CC)' CXX='$(CXX)' sh tests/test_install.sh
 clean:
 	rm -rf $(BUILD)
