@@ -32,7 +32,7 @@ help:
 	@echo '  make check          README, licence and version agree with the header'
 	@echo '  make lint           clang-format, cppcheck, clang-tidy'
 	@echo '  make format         lets clang-format rewrite the sources'
-	@echo '  make fuzz           libFuzzer, or its target on random bytes (FUZZ_SECONDS=60)'
+	@echo '  make fuzz           libFuzzer, or its targets on random bytes (FUZZ_SECONDS=60)'
 	@echo '  make test-std       the header as C99, C11, C++11, C++17, with gcc and clang'
 	@echo '  make test-symbols   what the header brings into a program'
 	@echo '  make test-mutants   wrong kernels, put in on purpose, are noticed'
@@ -175,15 +175,20 @@ format:
 
 # ---- Fuzzing ------------------------------------------------------------------------------------
 
-# libFuzzer where clang brings it; otherwise the same target under a main() that makes the bytes.
-.PHONY: fuzz
-fuzz: $(BUILD)/fuzz/fuzz_compress
-	@mkdir -p $(BUILD)/fuzz/corpus
-	@if [ -e $<.standalone ]; then $< $(FUZZ_SECONDS); else \
-	    $< -max_total_time=$(FUZZ_SECONDS) -max_len=512 -timeout=20 -verbosity=0 \
-	        -print_final_stats=1 -artifact_prefix=$(BUILD)/fuzz/ $(BUILD)/fuzz/corpus; fi
+# libFuzzer where clang brings it; otherwise the same targets under a main() that makes the bytes.
+# They share the time.
+FUZZ_TARGETS = $(patsubst tests/%.c,$(BUILD)/fuzz/%,$(sort $(wildcard tests/fuzz_*.c)))
+FUZZ_EACH    = $$(($(FUZZ_SECONDS) / $(words $(FUZZ_TARGETS))))
 
-$(BUILD)/fuzz/fuzz_compress: tests/fuzz_compress.c tests/rkv_impl.c rkv.h Makefile
+.PHONY: fuzz
+fuzz: $(FUZZ_TARGETS)
+	@set -e; for target in $^; do echo "$$target"; mkdir -p $$target.corpus; \
+	    if [ -e $$target.standalone ]; then $$target $(FUZZ_EACH); else \
+	        $$target -max_total_time=$(FUZZ_EACH) -max_len=512 -len_control=0 -timeout=20 \
+	            -verbosity=0 -print_final_stats=1 -artifact_prefix=$(BUILD)/fuzz/ \
+	            $$target.corpus; fi; done
+
+$(BUILD)/fuzz/fuzz_%: tests/fuzz_%.c tests/rkv_impl.c tests/fuzz.h rkv.h Makefile
 	@mkdir -p $(@D)
 	@rm -f $@.standalone
 	clang $(C_FLAGS) -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
