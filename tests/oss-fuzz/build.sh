@@ -13,5 +13,5 @@ for source in tests/fuzz_*.c; do
     # shellcheck disable=SC2086
     $CXX $CXXFLAGS "$WORK/$name.o" "$WORK/rkv_impl.o" $LIB_FUZZING_ENGINE -lm -pthread \
         -o "$OUT/$name"
-    printf '[libfuzzer]\nmax_len = 512\ntimeout = 20\n' >"$OUT/$name.options"
+    printf '[libfuzzer]\nmax_len = 512\nlen_control = 0\ntimeout = 20\n' >"$OUT/$name.options"
 done
