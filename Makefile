@@ -32,7 +32,7 @@ help:
 	@echo '  make check          README, licence and version agree with the header'
 	@echo '  make lint           clang-format, cppcheck, clang-tidy'
 	@echo '  make format         lets clang-format rewrite the sources'
-	@echo '  make fuzz           libFuzzer, or its target on random bytes (FUZZ_SECONDS=60)'
+	@echo '  make fuzz           libFuzzer, or its targets on random bytes (FUZZ_SECONDS=60)'
 	@echo '  make test-std       the header as C99, C11, C++11, C++17, with gcc and clang'
 	@echo '  make test-symbols   what the header brings into a program'
 	@echo '  make test-mutants   wrong kernels, put in on purpose, are noticed'
@@ -48,7 +48,8 @@ help:
 	@echo '                      (PTX_ARCHS=90: of one)'
 	@echo '  make count-cuda     what the compiled kernels execute, counted without a GPU (nvcc)'
 	@echo '  make bench-cuda     the timings on a GPU (make cuda: the object file alone)'
-	@echo '  make install        header and pkg-config file (PREFIX=$(PREFIX), DESTDIR=)'
+	@echo '  make install        headers, CMake package, pkg-config file (PREFIX=$(PREFIX), DESTDIR=)'
+	@echo '  make test-install   installed and used with CMake and pkg-config; built as in OSS-Fuzz'
 	@echo '  make uninstall, make clean'
 
 # ---- Programs -----------------------------------------------------------------------------------
@@ -178,15 +179,20 @@ format:
 
 # ---- Fuzzing ------------------------------------------------------------------------------------
 
-# libFuzzer where clang brings it; otherwise the same target under a main() that makes the bytes.
-.PHONY: fuzz
-fuzz: $(BUILD)/fuzz/fuzz_compress
-	@mkdir -p $(BUILD)/fuzz/corpus
-	@if [ -e $<.standalone ]; then $< $(FUZZ_SECONDS); else \
-	    $< -max_total_time=$(FUZZ_SECONDS) -max_len=512 -timeout=20 -verbosity=0 \
-	        -print_final_stats=1 -artifact_prefix=$(BUILD)/fuzz/ $(BUILD)/fuzz/corpus; fi
+# libFuzzer where clang brings it; otherwise the same targets under a main() that makes the bytes.
+# They share the time.
+FUZZ_TARGETS = $(patsubst tests/%.c,$(BUILD)/fuzz/%,$(sort $(wildcard tests/fuzz_*.c)))
+FUZZ_EACH    = $$(($(FUZZ_SECONDS) / $(words $(FUZZ_TARGETS))))
 
-$(BUILD)/fuzz/fuzz_compress: tests/fuzz_compress.c tests/rkv_impl.c rkv.h Makefile
+.PHONY: fuzz
+fuzz: $(FUZZ_TARGETS)
+	@set -e; for target in $^; do echo "$$target"; mkdir -p $$target.corpus; \
+	    if [ -e $$target.standalone ]; then $$target $(FUZZ_EACH); else \
+	        $$target -max_total_time=$(FUZZ_EACH) -max_len=512 -len_control=0 -timeout=20 \
+	            -verbosity=0 -print_final_stats=1 -artifact_prefix=$(BUILD)/fuzz/ \
+	            $$target.corpus; fi; done
+
+$(BUILD)/fuzz/fuzz_%: tests/fuzz_%.c tests/rkv_impl.c tests/fuzz.h rkv.h Makefile
 	@mkdir -p $(@D)
 	@rm -f $@.standalone
 	clang $(C_FLAGS) -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
@@ -195,19 +201,22 @@ $(BUILD)/fuzz/fuzz_compress: tests/fuzz_compress.c tests/rkv_impl.c rkv.h Makefi
 
 # ---- Install ------------------------------------------------------------------------------------
 
-.PHONY: install uninstall clean
+.PHONY: install uninstall test-install clean
+INSTALLED = $(DESTDIR)$(PREFIX)
 install:
-	mkdir -p $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/pkgconfig \
-	    $(DESTDIR)$(PREFIX)/share/doc/rkv
-	cp rkv.h $(wildcard rkv_cuda.cu) $(DESTDIR)$(PREFIX)/include/
-	cp LICENSE README.md CHANGELOG.md $(DESTDIR)$(PREFIX)/share/doc/rkv/
+	mkdir -p $(INSTALLED)/include $(INSTALLED)/share/pkgconfig $(INSTALLED)/share/cmake/rkv \
+	    $(INSTALLED)/share/doc/rkv
+	cp rkv.h rkv_cuda.cu $(INSTALLED)/include/
+	cp LICENSE README.md CHANGELOG.md $(INSTALLED)/share/doc/rkv/
+	cp .cmake/rkvConfig.cmake .cmake/rkvConfigVersion.cmake $(INSTALLED)/share/cmake/rkv/
 	printf '%s\n' 'prefix=$(PREFIX)' 'Name: rkv' 'Version: $(VERSION)' \
 	    'Description: R-KV key/value cache compression in one header' \
-	    'Cflags: -I$${prefix}/include' 'Libs: -lm' \
-	    >$(DESTDIR)$(PREFIX)/share/pkgconfig/rkv.pc
+	    'Cflags: -I$${prefix}/include' 'Libs: -lm' >$(INSTALLED)/share/pkgconfig/rkv.pc
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/include/rkv.h $(DESTDIR)$(PREFIX)/include/rkv_cuda.cu \
-	    $(DESTDIR)$(PREFIX)/share/pkgconfig/rkv.pc
-	rm -rf $(DESTDIR)$(PREFIX)/share/doc/rkv
+	rm -f $(INSTALLED)/include/rkv.h $(INSTALLED)/include/rkv_cuda.cu \
+	    $(INSTALLED)/share/pkgconfig/rkv.pc
+	rm -rf $(INSTALLED)/share/cmake/rkv $(INSTALLED)/share/doc/rkv
+test-install:
+	@MAKE='$(MAKE)' CC='$(CC)' CXX='$(CXX)' sh tests/test_install.sh
 clean:
 	rm -rf $(BUILD)

@@ -3,61 +3,13 @@
 #ifndef RKV_PTHREADS
 #define RKV_PTHREADS
 #endif
-#include "rkv.h"
-#include <limits.h>
-#include <stdio.h>
-#include <stdlib.h>
+#include "fuzz.h"
 #include <string.h>
-#include <time.h>
 
 #define MAX_LAYERS 3
 #define MAX_BYTES  ((size_t)1 << 16) /* of one buffer; a larger view is checked but not run */
 
-/* Ends the program, so that the fuzzer keeps the input. */
-static void require(int holds, const char *what)
-{
-    if (holds) return;
-    fprintf(stderr, "fuzz_compress: %s\n", what);
-    abort();
-}
-
 /* ==== Bytes to fields ======================================================================= */
-
-typedef struct input {
-    const uint8_t *at;
-    size_t left;
-    int tame; /* only values that make sense, so that most of these inputs run to the end */
-} input;
-
-static unsigned take(input *in)
-{
-    if (!in->left) return 0;
-    in->left--;
-    return *in->at++;
-}
-
-static int chance(input *in, int one_in)
-{
-    return (int)(take(in) % (unsigned)one_in) == one_in - 1; /* never once the bytes are used up */
-}
-
-static int wrong(input *in, int one_in)
-{
-    return !in->tame && chance(in, one_in);
-}
-
-/* One of an enumeration's `count` constants, or the first number that is none. */
-static unsigned pick(input *in, unsigned count)
-{
-    return take(in) % (in->tame ? count : count + 1);
-}
-
-static int number(input *in, int low, int high)
-{
-    static const int wild[] = { 0, -1, 1, INT_MIN, INT_MAX, 1 << 30, 65536, 4097 };
-    if (wrong(in, 48)) return wild[take(in) % 8];
-    return low + (int)(take(in) % (unsigned)(high - low + 1));
-}
 
 static float real(input *in, float usual)
 {
@@ -107,28 +59,6 @@ typedef struct view {
     void *before; /* what the memory held when the call began */
 } view;
 
-static int64_t or_usual(int64_t given, int64_t usual)
-{
-    return given ? given : usual;
-}
-
-/* Elements from the first to the last that the view can name; negative when it goes backwards. */
-static double extent(const rkv_tensor *t)
-{
-    const double dim_stride = (double)or_usual(t->dim_stride, 1);
-    const double token_stride = (double)or_usual(t->token_stride, t->dim);
-    const double rows = t->block_table ? t->block_tokens : t->tokens;
-    const double head_stride = t->head_stride ? (double)t->head_stride : rows * t->dim;
-    const double block_stride =
-        t->block_stride ? (double)t->block_stride : (double)t->heads * rows * t->dim;
-    double last;
-    if (t->heads < 1 || t->tokens < 1 || t->dim < 1 || rows < 1) return -1;
-    if (head_stride < 0 || token_stride < 0 || dim_stride < 0 || block_stride < 0) return -1;
-    last = (t->heads - 1) * head_stride + (rows - 1) * token_stride + (t->dim - 1) * dim_stride;
-    if (t->block_table) last += (double)((t->tokens - 1) / t->block_tokens) * block_stride;
-    return last + 1;
-}
-
 /* Blocks in descending order; now and then one is wrong: negative, or listed twice. */
 static void make_table(input *in, view *v)
 {
@@ -169,9 +99,7 @@ static void make_view(input *in, view *v, int heads, int tokens, int dim, int is
         break;
     default: break;
     }
-    const size_t element = t->element_bytes > 0  ? (size_t)t->element_bytes
-                           : t->dtype == RKV_F32 ? 4
-                                                 : 2;
+    const size_t element = element_size(t);
     const double elements = extent(t);
     t->data = exact(elements, element);
     if (!t->data) return;
@@ -369,7 +297,6 @@ static void run_all(input *in, round *r, const rkv_backend *backend)
     free(workspace);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     input in = { data, size, 0 };
@@ -393,27 +320,3 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     return 0;
 }
-
-#ifdef FUZZ_STANDALONE
-/* fuzz_compress [SECONDS [SEED]]: the same on random bytes, where there is no libFuzzer. */
-int main(int argc, char **argv)
-{
-    const long seconds = argc > 1 ? atol(argv[1]) : 10;
-    uint64_t state = argc > 2 ? strtoull(argv[2], NULL, 0) : 1;
-    const time_t end = time(NULL) + (time_t)seconds;
-    uint8_t bytes[512];
-    unsigned long inputs = 0;
-    do {
-        const uint64_t seed = state;
-        for (size_t i = 0; i < sizeof bytes; i++) {
-            state = state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
-            bytes[i] = (uint8_t)(state >> 56);
-        }
-        if (inputs++ % 4096 == 0)
-            printf("%lu inputs, seed %llu\n", inputs - 1, (unsigned long long)seed);
-        LLVMFuzzerTestOneInput(bytes, 64 + (size_t)(seed >> 40) % (sizeof bytes - 63));
-    } while (time(NULL) < end);
-    printf("%lu inputs, none failed\n", inputs);
-    return 0;
-}
-#endif
