@@ -450,7 +450,8 @@ RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
  *     rkv_cache_truncate(cache, rkv_cache_error_position(cache))
  * forgets it and what came after. Decode these tokens again, or give up on the sequence.
  * rkv_cache_error_position: the position of the token that the last round found to hold a number
- * that is not finite; -1 if the last error was another.
+ * that is not finite; 0 if it is older than truncation reaches (a tampered snapshot), so that the
+ * same line empties the cache; -1 if the last error was another.
  * On a device backend a round waits for the device and reports what it found, unless
  * compress.device_error was given: then it does not wait, and a fault that you find there means
  * that the cache is lost: empty it, or load a snapshot. */
@@ -5025,6 +5026,12 @@ static int rkvi_cache_fixed_rows(const rkv_cache_config *config, int evicted)
     return evicted > 0 ? config->compress.budget - config->compress.protect : 0;
 }
 
+/* The position of the first row that truncation can drop. */
+static int rkvi_cache_first_position(const rkv_cache *cache)
+{
+    return cache->evicted + rkvi_cache_fixed_rows(&cache->config, cache->evicted);
+}
+
 /* A view of the rows in use; its head stride no longer follows from `tokens`. */
 static rkv_tensor rkvi_cache_view(const rkv_layer *layer, const rkv_tensor *reserved)
 {
@@ -5288,17 +5295,20 @@ RKV_API rkv_status rkv_cache_compress(rkv_cache *cache, int *n_evicted)
     return rkvi_cache_round(cache, n_evicted);
 }
 
-/* Every row that a round has kept was finite, so a key that is not lies behind them, in order. The
+/* Every row that a round has kept was finite, so a key that is not comes after them, in order. The
  * token of a query is the newest with its slot in the ring. */
 RKV_API int rkv_cache_error_position(const rkv_cache *cache)
 {
     const rkv_error *error = rkv_cache_error(cache);
-    int last, window;
+    int position, last, window;
     if (cache == NULL || error->status != RKV_ERROR_NONFINITE || error->token < 0) return -1;
-    if (strcmp(error->rule, RKVI_RULE_KEY) == 0) return error->token + cache->evicted;
-    window = cache->config.compress.window;
-    last = rkv_cache_position(cache, 0) - 1;
-    return last - (last - error->token % window + window) % window;
+    position = error->token + cache->evicted;
+    if (strcmp(error->rule, RKVI_RULE_QUERY) == 0) {
+        window = cache->config.compress.window;
+        last = rkv_cache_position(cache, 0) - 1;
+        position = last - (last - error->token % window + window) % window;
+    }
+    return position < rkvi_cache_first_position(cache) ? 0 : position;
 }
 
 RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position)
@@ -5310,7 +5320,7 @@ RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position)
         rkvi_cache_empty(cache);
         return RKV_OK;
     }
-    if (position < cache->evicted + rkvi_cache_fixed_rows(&cache->config, cache->evicted))
+    if (position < rkvi_cache_first_position(cache))
         return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT,
                                  "position: before what a round has left in order", -1);
     rows = position - cache->evicted;
