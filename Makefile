@@ -38,6 +38,7 @@ help:
 	@echo '  make test-mutants   wrong kernels, put in on purpose, are noticed'
 	@echo '  make test-sanitize  the tests under the address and undefined behaviour sanitizers'
 	@echo '  make test-valgrind  the tests under valgrind'
+	@echo '  make test-float     the tests with other rounding, flush-to-zero, traps in the caller'
 	@echo '  make test-qemu      the tests on AArch64 (NEON) and s390x (big-endian), emulated'
 	@echo '  make test-windows   the header tests built by mingw-w64, under wine'
 	@echo '  make test-peer      the model in another runtime, word for word (transformers)'
@@ -161,6 +162,15 @@ test-windows:
 	$(call suite,x86_64-w64-mingw32-gcc wine,windows,CC=x86_64-w64-mingw32-gcc LDFLAGS=-static \
 	    RUNNER='env WINEDEBUG=-all wine' PROGRAM_TEST= \
 	    TESTS='$(patsubst %,$(BUILD)/windows/tests/test_%,api cache errors golden random)')
+
+# The library must not care what its caller has set: rounding, flush-to-zero, traps.
+FLOAT_MODES = down up zero ftz daz traps mixed
+FLOAT_TESTS = $(patsubst %,$(BUILD)/tests/test_%,golden random properties errors)
+.PHONY: test-float
+test-float: $(FLOAT_TESTS) $(BUILD)/tests/test_float
+	@set -e; for mode in $(FLOAT_MODES); do echo "RKV_TEST_FLOAT=$$mode"; \
+	    RKV_TEST_FLOAT=$$mode sh tests/run.sh $(FLOAT_TESTS) | tail -n 1; \
+	done; sh tests/run.sh $(BUILD)/tests/test_float
 
 .PHONY: test-std test-symbols test-mutants check lint format
 test-std:

@@ -981,13 +981,20 @@ int float_mode_leave(const char *at, float_mode mode)
     return expect_int(at, (int)mode, now, mode_registers[mode]);
 }
 
+static float_mode mode_of_calls = FLOAT_USUAL;
+
+void float_mode_of_calls(float_mode mode)
+{
+    mode_of_calls = mode;
+}
+
 /* The mode of the next call or task, as RKV_TEST_FLOAT says. */
 static float_mode wanted_mode(void)
 {
     static unsigned turn;
     const char *wanted = getenv("RKV_TEST_FLOAT");
     int mode;
-    if (!wanted || !*wanted) return FLOAT_USUAL;
+    if (!wanted || !*wanted) return mode_of_calls;
     if (strcmp(wanted, "mixed") == 0) return (float_mode)(turn++ % N_FLOAT_MODES);
     for (mode = 0; mode < N_FLOAT_MODES; mode++)
         if (strcmp(wanted, float_modes[mode]) == 0) return (float_mode)mode;

@@ -185,7 +185,8 @@ typedef enum float_mode {
 } float_mode;
 const char *float_mode_name(float_mode mode);
 int float_mode_exists(float_mode mode);
-void float_mode_enter(float_mode mode); /* flags clear */
+void float_mode_of_calls(float_mode mode); /* without RKV_TEST_FLOAT: that of call_with */
+void float_mode_enter(float_mode mode);    /* flags clear */
 /* The mode is as entered, no flag is raised; then the usual mode again. */
 int float_mode_leave(const char *at, float_mode mode);
 
