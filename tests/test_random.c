@@ -462,7 +462,7 @@ static void note_fault(fault *f, stage_function call, const char *rule, rkv_stat
 {
     f->call = call;
     f->record.rule = rule;
-    f->record.status = status;
+    f->record.status = (int32_t)status;
     f->record.layer = layer;
     f->record.head = head;
     f->record.token = token;
