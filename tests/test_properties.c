@@ -298,6 +298,37 @@ static void test_place_of_a_pair(const rkv_backend *backend)
     expect_true("both came up", seen[0] > 10 && seen[1] > 10);
 }
 
+/* Few tokens, many of them similar by a threshold below 0: the search meets columns that are no
+ * whole register, whose unused lanes hold zeros, and no zero is a similar key. */
+static void test_small_spans(const rkv_backend *backend, rkv_variant variant)
+{
+    enum { W = 4, D = 24, MOST = 70 };
+    rng r = rng_seed(34);
+    int n, recent, k;
+    case_begin("%s: few tokens, a negative threshold, variant %d", backend->name, (int)variant);
+    for (n = W + 2; n <= MOST; n++)
+        for (recent = 1; recent <= 9; recent += 4) {
+            rkv_config config = rkv_config_default(W + 1);
+            shape s = plain_shape(1, 1, D, n);
+            oracle_head want;
+            job j;
+            config.window = W;
+            config.variant = variant;
+            config.threshold = -0.15f;
+            config.recent = recent;
+            config.lambda = 0;
+            s.kind = KEYS_ISOTROPIC;
+            job_make(&j, &r, &config, &s);
+            run(rkv_score, backend, &config, &j, 1);
+            oracle_score(&want, &config, j.keys_f32, j.queries_f32, n, D, 1, 0, 0);
+            for (k = 0; k < n - W && want.margin > 5e-6; k++)
+                expect_near("score", n * 100 + k, (double)job_scores(&j)[k], want.score[k],
+                            oracle_tolerance(&want, &config));
+            oracle_free(&want);
+            job_free(&j);
+        }
+}
+
 /* ---- ties and no-ops ---- */
 /* All scores equal: the pinned rows, those with a pin of their own and the newest stay. */
 static void test_ties(const rkv_backend *backend, float lambda, rkv_scope scope, int pinned)
@@ -878,6 +909,8 @@ static void test_all(const rkv_backend *backend)
     test_query_order(backend);
     test_independence(backend);
     test_place_of_a_pair(backend);
+    test_small_spans(backend, RKV_PUBLISHED);
+    test_small_spans(backend, RKV_PAPER);
     test_half_codes(backend, RKV_F16);
     test_half_codes(backend, RKV_BF16);
     for (pinned = 0; pinned <= 5; pinned += 5) {
