@@ -1,6 +1,7 @@
 /* The reader of golden files: see golden_file.h. Built by
  *     make test */
 #include "golden_file.h"
+#include "harness.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -3,7 +3,13 @@
 #ifndef RKV_TESTS_GOLDEN_FILE_H
 #define RKV_TESTS_GOLDEN_FILE_H
 
-#include "harness.h"
+#include <stddef.h>
+#include <stdint.h>
+
+#ifndef RKV_PTHREADS
+#define RKV_PTHREADS
+#endif
+#include "rkv.h"
 
 /* Little endian on disk, numbers of this machine here. */
 typedef struct golden_round {

@@ -178,7 +178,7 @@ fault list-twice any '/^static const char \*rkvi_list_rule/,/^}/s/kept\[i\] <= k
 fault list-without-pins any '/^static const char \*rkvi_list_rule/,/^}/s/else if (pins\[row\])/else if (0)/'
 fault pins-unchecked any '/^static rkv_status rkvi_check_pins/,/^}/s/if (n_pins > n_keep)/if (0)/'
 fault pins-miscounted any '/^static rkv_status rkvi_check_pins/,/^}/s/if (n_pins > n_keep)/if (n_pins >= n_keep)/'
-fault record-uncleared any '/^static rkv_status rkvi_run_stage/,/^}/s/rkvi_clear_error(config);//'
+fault record-uncleared any '/^static void rkvi_clear_error/,/^}/s/if (config->error)/if (0)/'
 fault record-token any '/^static rkv_status rkvi_chunk_norms/,/^}/s/h->index, first + r)/h->index, r)/'
 fault record-of-a-later-layer any '/^static rkv_status rkvi_first_error/,/^}/s/error.layer < first->error.layer/error.layer > first->error.layer/'
 fault stuck-image any '/^static const char \*rkvi_image_counts_rule/,/^}/s/if (rows + (window - n_queries) > capacity \&\& rows > 0)/if (0)/'
