@@ -56,7 +56,7 @@ help:
 # ---- Programs -----------------------------------------------------------------------------------
 
 TESTS       = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/test_*.c)))
-TEST_SHARED = $(patsubst %,$(BUILD)/obj/tests/%.o,harness oracle rkv_impl)
+TEST_SHARED = $(patsubst %,$(BUILD)/obj/tests/%.o,harness oracle golden_file rkv_impl)
 EXAMPLES    = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard examples/*.c)))
 
 # tests/cuda/cuda.mk may add programs to EXTRA_TESTS and targets to EXTRA_CHECKS.
@@ -88,7 +88,7 @@ $(EXAMPLES): $(BUILD)/examples/%: $(BUILD)/obj/examples/%.o
 $(BUILD)/obj/bench/bench.o $(BUILD)/obj/bench/decode.o: C_FLAGS += -DBENCH_FLAGS='"$(OPT) $(CFLAGS)"'
 $(BUILD)/bench/bench: LIBS += -ldl
 $(BUILD)/bench/bench: $(patsubst %,$(BUILD)/obj/%.o, \
-        bench/bench bench/job bench/machine tests/harness tests/rkv_impl)
+        bench/bench bench/job bench/machine tests/harness tests/golden_file tests/rkv_impl)
 	$(link)
 
 $(BUILD)/bench/decode: $(patsubst %,$(BUILD)/obj/%.o, bench/decode bench/job bench/machine \
