@@ -2784,7 +2784,8 @@ static rkv_status rkvi_score_head(const rkvi_head *h, rkvi_scratch *s)
  *   1. the 2 newest columns, for all rows: part of a pass over K that is needed anyway
  *      (rkvi_read_columns);
  *   2. the 16 columns before, for the rows that are still open (rkvi_find_similar_keys);
- *   3. chunks of 48 columns, from the newest to the oldest (rkvi_search_all):
+ *   3. chunks of 48 columns, from the newest to the oldest (rkvi_search_all), packed while many
+ *      rows search, where they lie for the last few (rkvi_search_few):
  *
  *       columns   0             first    end           span
  *       rows    0 +---------------+-------+
@@ -3101,6 +3102,48 @@ static void rkvi_stop_waiting(const rkvi_scratch *s, rkvi_waiting *waiting)
     waiting->n = n;
 }
 
+/* So few rows search without packing. In most heads of real models one row resembles no other, the
+ * first token's. */
+#define RKVI_FEW 12
+
+/* Token j, if it is similar to row i: dot_tile's order of additions, for one pair. */
+static void rkvi_match_exactly(const rkvi_head *h, rkvi_scratch *s, int i, const float *row, int j,
+                               const float *column)
+{
+    float cosine = 0;
+    size_t d;
+    for (d = 0; d < h->dim; d++) cosine = rkvi_fma(row[d], column[d], cosine);
+    cosine *= s->inverse[i] * s->inverse[j];
+    if (cosine > h->config->threshold) rkvi_record_match(h, s, i, j, cosine);
+}
+
+/* n <= RKVI_FEW waiting rows meet the tokens [first, end), at most RKVI_CHUNK. Four rows at a time
+ * meet the columns where they lie; what may be similar is decided exactly. */
+static void rkvi_search_few(const rkvi_head *h, rkvi_scratch *s, const rkvi_waiting *waiting,
+                            const int *next, int n, int first, int end)
+{
+    const float maybe = h->config->threshold - rkvi_rounding_band(h);
+    const rkvi_rows columns = rkvi_key_chunk(h, first, s->rows);
+    float cosines[4 * RKVI_CHUNK], inverse[4];
+    int r, v, j;
+    for (r = 0; r < n; r += 4) {
+        for (v = 0; v < 4; v++) {
+            int token = r + v < n ? waiting->token[next[r + v]] : -1;
+            rkvi_load_key(h, token, s->gathered + (size_t)v * h->dim);
+            inverse[v] = token < 0 ? 0 : s->inverse[token];
+        }
+        h->kernels->cosine_tile(s->gathered, inverse, columns.data, columns.stride,
+                                s->inverse + first, h->dim, cosines);
+        for (v = 0; v < 4 && r + v < n; v++) {
+            const int row = waiting->token[next[r + v]];
+            for (j = end - first - 1; j >= 0 && s->wanted[row] > 0; j--)
+                if (cosines[4 * j + v] > maybe)
+                    rkvi_match_exactly(h, s, row, s->gathered + (size_t)v * h->dim, first + j,
+                                       columns.data + (size_t)j * columns.stride);
+        }
+    }
+}
+
 /* Waiting rows search, a chunk of columns at a time, while more than `most` wait or `enough` can
  * search together. */
 static void rkvi_search_waiting(const rkvi_head *h, rkvi_scratch *s, rkvi_waiting *waiting,
@@ -3110,10 +3153,14 @@ static void rkvi_search_waiting(const rkvi_head *h, rkvi_scratch *s, rkvi_waitin
     rkvi_packed packed;
     packed.n = 0;
     while ((n = rkvi_next_waiting(waiting, next)) > 0 && (waiting->n > most || n >= enough)) {
-        rkvi_pack_waiting(h, s, waiting, next, n, &packed);
         end = waiting->end[next[0]];
         first = rkvi_chunk_before(end);
-        rkvi_search_chunk(h, s, first, end, &packed, RKVI_PACKED_SEARCH);
+        if (n <= RKVI_FEW) {
+            rkvi_search_few(h, s, waiting, next, n, first, end);
+        } else {
+            rkvi_pack_waiting(h, s, waiting, next, n, &packed);
+            rkvi_search_chunk(h, s, first, end, &packed, RKVI_PACKED_SEARCH);
+        }
         for (i = 0; i < n; i++) waiting->end[next[i]] = first;
         rkvi_stop_waiting(s, waiting);
     }
@@ -3154,7 +3201,7 @@ static void rkvi_search_all(const rkvi_head *h, rkvi_scratch *s, int *rows, int 
     rkvi_search search;
     search.waiting.n = 0;
     if (end > 0) rkvi_wait(&search.waiting, rows + n_older, n_rows - n_older, end);
-    for (n_rows = n_older; n_rows > 0; n_rows = rkvi_drop_finished(s, rows, n_older)) {
+    for (n_rows = n_older; n_rows > RKVI_FEW; n_rows = rkvi_drop_finished(s, rows, n_older)) {
         first = rkvi_chunk_before(end);
         n_older = rkvi_count_before(rows, n_rows, first);
         rkvi_pack_columns(h, s, first, end, &search.columns);
@@ -3164,6 +3211,7 @@ static void rkvi_search_all(const rkvi_head *h, rkvi_scratch *s, int *rows, int 
         rkvi_search_waiting(h, s, &search.waiting, RKVI_CHUNK, RKVI_LANES);
         end = first;
     }
+    rkvi_wait(&search.waiting, rows, n_rows, end);
     rkvi_search_waiting(h, s, &search.waiting, 0, 1);
 }
 
