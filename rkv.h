@@ -623,7 +623,7 @@ RKVI_INLINE int rkvi_top_bit(uint64_t bits)
 #define RKVI_X86
 #include <immintrin.h>
 #if defined(_MSC_VER) && defined(__clang__)
-/* Leaves out of immintrin.h what the command line does not ask for. */
+/* clang-cl leaves out of immintrin.h what the command line does not enable. */
 #include <smmintrin.h>
 #include <avxintrin.h>
 #include <avx2intrin.h>
@@ -644,7 +644,7 @@ RKVI_INLINE int rkvi_top_bit(uint64_t bits)
 #endif
 #endif
 
-/* Brings a cache line close; a hint only. */
+/* Prefetches a cache line. */
 #if defined(__GNUC__)
 #define RKVI_PREFETCH(address) __builtin_prefetch(address, 0, 2)
 #elif defined(_MSC_VER) && defined(RKVI_X86)
@@ -805,10 +805,10 @@ static uint32_t rkvi_bits_from_float(float value)
     return bits;
 }
 
-/* a * b + c, rounded once: libm's fmaf is slow without such an instruction and in some C libraries
- * (mingw-w64) not exact. In double the product is exact and the sum loses `lost`; with an odd last
- * bit where something is lost ("round to odd"), rounding to float afterwards is as good as at once
- * (Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008). */
+/* a * b + c, rounded once. Without an FMA instruction libm's fmaf is slow, and in some C libraries
+ * (mingw-w64) not exact. In double the product is exact and the sum loses `lost`. Where something
+ * is lost, the sum is rounded to odd; rounding it to float then gives the same result as rounding
+ * once (Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008). */
 RKVI_INLINE float rkvi_fma(float a, float b, float c)
 {
 #ifdef FP_FAST_FMAF
@@ -863,8 +863,8 @@ static size_t rkvi_element_bytes(const rkv_tensor *tensor)
     return tensor->element_bytes ? (size_t)tensor->element_bytes : rkvi_dtype_bytes(tensor->dtype);
 }
 
-/* Strides come out in elements here, in bytes from rkvi_view_of; rkv_check has made sure that
- * neither overflows. */
+/* Strides are in elements here, in bytes in rkvi_view_of. Validation has made sure that neither
+ * overflows. */
 static rkvi_view rkvi_view_in_elements(const rkv_tensor *tensor)
 {
     rkvi_view view;
@@ -902,23 +902,23 @@ static unsigned char *rkvi_row(const rkvi_view *view, int head, int token)
 }
 
 /* ==== 9. Scalar kernels =====================================================================
- * The definition that every other kernel is held to, bit for bit. All arithmetic is IEEE single
- * precision; every multiply-add is fused and spelled out, so no compiler flag changes a bit.
+ * The definition: every other kernel must give the same bits. All arithmetic is IEEE single
+ * precision. Every multiply-add is fused and written out, so no compiler flag changes a bit.
  * Lengths are multiples of 16 floats (the callers pad with zeros), so no kernel has a tail.
- * "Lanes": a dot product over i keeps 16 partial sums, i mod 16, each in ascending i, and adds
- * them up in one fixed tree (rkvi_reduce_scalar): one AVX-512 register, two of AVX2, four of
- * NEON. */
+ * "In lanes": a dot product over i keeps 16 partial sums, one per i mod 16, each in ascending i,
+ * and adds them up in one fixed tree (rkvi_reduce_scalar): one AVX-512 register, two of AVX2, four
+ * of NEON. */
 
 #define RKVI_LANES      16
-#define RKVI_CHUNK      48 /* rows of K that are read, and summed, together        */
-#define RKVI_TILE_ROWS  12 /* rows of one dot_tile                                 */
-#define RKVI_FOLD_LANES 8  /* query lanes that fold_group transposes at a time     */
+#define RKVI_CHUNK      48 /* rows of K that are read and summed together     */
+#define RKVI_TILE_ROWS  12 /* rows of one dot_tile                            */
+#define RKVI_FOLD_LANES 8  /* queries that fold_group transposes at a time    */
 
 #define RKVI_NORM_EPSILON 1e-8f /* k^ = k / (||k|| + 1e-8) */
 
-/* exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2)/2; the polynomial for exp(r) is that
- * of the Cephes library (expf), whose error is below 2e-7. Below -86 the result is 0: no
- * subnormal is ever made. */
+/* exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2)/2. The polynomial for exp(r) is that of
+ * the Cephes library (expf); its error is below 2e-7. Below -86 the result is 0, so no subnormal
+ * number arises. */
 #define RKVI_EXP_LOWEST  (-86.0f)
 #define RKVI_LOG2E       1.44269504f
 #define RKVI_ROUND_MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer */
@@ -931,8 +931,8 @@ static unsigned char *rkvi_row(const rkvi_view *view, int head, int token)
 #define RKVI_EXP_C4      1.6666665459e-1f
 #define RKVI_EXP_C5      5.0000001201e-1f
 
-/* Rows that will be read soon, prefetched line by line between other work, which hides the way
- * from memory behind the arithmetic. */
+/* Rows that will be read soon. They are prefetched a line at a time between other work, so that the
+ * arithmetic hides the latency of memory. */
 typedef struct rkvi_fetch {
     const unsigned char *const *rows;
     int n_rows;
@@ -950,8 +950,8 @@ RKVI_INLINE void rkvi_fetch_line(rkvi_fetch *fetch)
     fetch->n_rows--;
 }
 
-/* Dot products out[r][v] of RKVI_TILE_ROWS rows and width = 16 or 32 vectors, queries or keys, that
- * lie interleaved, panel[i][v]. A line of `fetch` is fetched per step of i. */
+/* Dot products out[r][v] of RKVI_TILE_ROWS rows and width = 16 or 32 vectors (queries or keys). The
+ * vectors are interleaved: panel[i][v]. Each step of i prefetches one line of `fetch`. */
 typedef struct rkvi_dot_tile {
     const float *panel;
     int width;
@@ -976,7 +976,7 @@ typedef struct rkvi_kernels {
                      size_t n);
     /* One chain over i, ascending, per dot product: no lanes. */
     void (*dot_tile)(const rkvi_dot_tile *tile);
-    /* Four rows a, one behind the other, against RKVI_CHUNK rows b, in lanes:
+    /* Four adjacent rows a against RKVI_CHUNK rows b, in lanes:
      * out[b][a] = dot(a, b) * (inv_a[a] * inv_b[b]) */
     void (*cosine_tile)(const float *a, const float *inv_a, const float *b, size_t b_stride,
                         const float *inv_b, size_t dim, float *out);
@@ -1075,7 +1075,7 @@ static void rkvi_dot_tile_scalar(const rkvi_dot_tile *tile)
     }
 }
 
-/* The rows of a tile from `first` on, for the paths that take them in several goes. */
+/* The rows of a tile from `first` on, for paths that need several steps for a tile. */
 RKVI_INLINE rkvi_dot_tile rkvi_dot_rows_from(const rkvi_dot_tile *tile, int first)
 {
     rkvi_dot_tile rest = *tile;
@@ -1131,7 +1131,7 @@ static float rkvi_exp_scalar(float x)
     y = rkvi_fma(y, r, RKVI_EXP_C4);
     y = rkvi_fma(y, r, RKVI_EXP_C5);
     y = rkvi_fma(y, r * r, r) + 1.0f;
-    if (!(x >= RKVI_EXP_LOWEST)) return 0; /* -infinity too, which made y a NaN */
+    if (!(x >= RKVI_EXP_LOWEST)) return 0; /* also for -infinity, where y is NaN */
     return rkvi_float_from_bits(rkvi_bits_from_float(y) + (rkvi_bits_from_float(shifted) << 23));
 }
 
@@ -1183,7 +1183,7 @@ RKVI_TARGET_AVX2 static void rkvi_load_f16_avx2(float *dst, const unsigned char 
         __m128i half_x8 = _mm_loadu_si128((const __m128i *)(const void *)(src + 2 * i));
         _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(half_x8));
     }
-    _mm256_zeroupper(); /* gcc 12 forgets it before a tail call, and SSE code then crawls */
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
     rkvi_load_f16_scalar(dst + i, src + 2 * i, n - i);
 }
 
@@ -1195,12 +1195,12 @@ RKVI_TARGET_AVX2 static void rkvi_load_bf16_avx2(float *dst, const unsigned char
         __m256i bits_x8 = _mm256_slli_epi32(_mm256_cvtepu16_epi32(half_x8), 16);
         _mm256_storeu_ps(dst + i, _mm256_castsi256_ps(bits_x8));
     }
-    _mm256_zeroupper(); /* gcc 12 forgets it before a tail call, and SSE code then crawls */
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
     rkvi_load_bf16_scalar(dst + i, src + 2 * i, n - i);
 }
 #endif
 
-/* The last three levels of the tree, of eight sums. */
+/* The last three levels of the tree: eight sums. */
 RKVI_TARGET_AVX2 RKVI_INLINE float rkvi_reduce8_avx2(__m256 sums_x8)
 {
     __m128 x4 = _mm_add_ps(_mm256_castps256_ps128(sums_x8), _mm256_extractf128_ps(sums_x8, 1));
@@ -1208,8 +1208,8 @@ RKVI_TARGET_AVX2 RKVI_INLINE float rkvi_reduce8_avx2(__m256 sums_x8)
     return _mm_cvtss_f32(_mm_add_ss(x2, _mm_shuffle_ps(x2, x2, 1)));
 }
 
-/* fold_group: for eight rows at a time, fold the groups in registers, eight window queries wide,
- * and transpose the 8 x 8 result. */
+/* fold_group takes eight rows at a time: it folds the groups in registers, eight window queries
+ * wide, and transposes the 8 x 8 result. */
 RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_transpose8_avx2(__m256 row[8])
 {
     __m256 pair[8], quad[8];
@@ -1271,7 +1271,7 @@ RKVI_TARGET_AVX2 static void rkvi_max_into_avx2(float *dst, const float *src, si
     }
 }
 
-/* The scaling at the end of cosine_tile, over the raw dot products in out. */
+/* The end of cosine_tile: scales the raw dot products in out. */
 RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_scale_cosines_avx2(const float *inv_a, const float *inv_b,
                                                           float *out)
 {
@@ -1342,13 +1342,13 @@ RKVI_TARGET_AVX2 static void rkvi_add_rows_avx2(float *sum, const float *rows, s
     for (; i < n; i += 16) rkvi_add_columns_avx2(sum + i, rows + i, stride, weights, n_rows, 2);
 }
 
-/* n_rows x n_vectors accumulators: 3 x 4 or 6 x 2, twelve of the sixteen registers. There is room
- * for the fewer of keys and query vectors besides; the others pass one at a time. */
+/* n_rows x n_vectors accumulators: 3 x 4 or 6 x 2, twelve of the sixteen registers. The smaller
+ * operand stays in the others; the larger is streamed. */
 RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dot_rows_avx2(const rkvi_dot_tile *tile, int n_rows,
                                                      int n_vectors)
 {
     const int n_held = n_rows < n_vectors ? n_rows : n_vectors;
-    const int n_passing = n_rows < n_vectors ? n_vectors : n_rows;
+    const int n_streamed = n_rows < n_vectors ? n_vectors : n_rows;
     const float *panel = tile->panel, *rows = tile->rows;
     const size_t stride = tile->stride, dim = tile->dim;
     rkvi_fetch fetch = *tile->fetch;
@@ -1356,7 +1356,7 @@ RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dot_rows_avx2(const rkvi_dot_tile *tile, 
     size_t i;
     int p, k;
     RKVI_UNROLL
-    for (p = 0; p < n_passing; p++) {
+    for (p = 0; p < n_streamed; p++) {
         RKVI_UNROLL
         for (k = 0; k < n_held; k++) dot_x8[p][k] = _mm256_setzero_ps();
     }
@@ -1367,17 +1367,17 @@ RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dot_rows_avx2(const rkvi_dot_tile *tile, 
             held_x8[k] = n_rows < n_vectors ? _mm256_broadcast_ss(rows + (size_t)k * stride + i)
                                             : _mm256_loadu_ps(panel + 8 * k);
         RKVI_UNROLL
-        for (p = 0; p < n_passing; p++) {
-            __m256 passing_x8 = n_rows < n_vectors
-                                    ? _mm256_loadu_ps(panel + 8 * p)
-                                    : _mm256_broadcast_ss(rows + (size_t)p * stride + i);
+        for (p = 0; p < n_streamed; p++) {
+            __m256 streamed_x8 = n_rows < n_vectors
+                                     ? _mm256_loadu_ps(panel + 8 * p)
+                                     : _mm256_broadcast_ss(rows + (size_t)p * stride + i);
             RKVI_UNROLL
             for (k = 0; k < n_held; k++)
-                dot_x8[p][k] = _mm256_fmadd_ps(passing_x8, held_x8[k], dot_x8[p][k]);
+                dot_x8[p][k] = _mm256_fmadd_ps(streamed_x8, held_x8[k], dot_x8[p][k]);
         }
     }
     RKVI_UNROLL
-    for (p = 0; p < n_passing; p++) {
+    for (p = 0; p < n_streamed; p++) {
         RKVI_UNROLL
         for (k = 0; k < n_held; k++) {
             int row = n_rows < n_vectors ? k : p, vector = n_rows < n_vectors ? p : k;
@@ -1542,7 +1542,7 @@ RKVI_TARGET_AVX512 static void rkvi_load_f16_avx512(float *dst, const unsigned c
         __m256i half_x16 = _mm256_loadu_si256((const __m256i *)(const void *)(src + 2 * i));
         _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(half_x16));
     }
-    _mm256_zeroupper(); /* gcc 12 forgets it before a tail call, and SSE code then crawls */
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
     rkvi_load_f16_scalar(dst + i, src + 2 * i, n - i);
 }
 
@@ -1554,7 +1554,7 @@ RKVI_TARGET_AVX512 static void rkvi_load_bf16_avx512(float *dst, const unsigned 
         __m512i bits_x16 = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half_x16), 16);
         _mm512_storeu_ps(dst + i, _mm512_castsi512_ps(bits_x16));
     }
-    _mm256_zeroupper(); /* gcc 12 forgets it before a tail call, and SSE code then crawls */
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
     rkvi_load_bf16_scalar(dst + i, src + 2 * i, n - i);
 }
 
@@ -1631,7 +1631,7 @@ RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_dot_rows_avx512(const rkvi_dot_tile *ti
     __m512 dot_x16[RKVI_TILE_ROWS][2];
     size_t i;
     int r, v;
-    /* Every third row by a pointer, the others by stride: twelve would not fit the registers. */
+    /* A pointer for every third row, strides for the others: twelve would not fit. */
     RKVI_UNROLL
     for (r = 0; r < RKVI_TILE_ROWS; r += 3) third[r / 3] = tile->rows + (size_t)r * stride;
     RKVI_UNROLL
@@ -2115,9 +2115,9 @@ static const rkvi_kernels rkvi_kernels_avx512 = RKVI_KERNELS(avx512);
 #endif
 
 /* ==== 13. Plans =============================================================================
- * In: a checked config and layers.  Out: where in the workspace everything of a call lies.
- * Knows the sizes of all stages and nothing of what they compute. Everything per layer is O(n)
- * per kv head; what a worker needs to score one kv head, its scratch, exists once per thread. */
+ * In: a checked config and layers.  Out: where in the workspace each array of a call lies.
+ * Knows the sizes of all stages, not what they compute. Each layer needs O(n) memory per KV head.
+ * What a worker needs to score one KV head, its scratch, exists once per thread. */
 
 /* clang-format off */
 typedef struct rkvi_plan {
@@ -2127,7 +2127,7 @@ typedef struct rkvi_plan {
     int owner;           /* the layer whose set this layer keeps; not itself in RKV_PER_SEQUENCE */
     int scored;          /* its tokens get scores and are chosen by them                        */
     float scale;         /* of the logits, resolved                                             */
-    size_t score_stride; /* floats per kv head                                                  */
+    size_t score_stride; /* floats per KV head                                                  */
     float *scores;       /* [kv_heads][score_stride]                                            */
     float *shared;       /* [score_stride], with a shared scope                                 */
     int32_t *kept;       /* [sets][budget]: the caller's list, or one in the workspace          */
@@ -2183,14 +2183,14 @@ static int rkvi_reads_queries(const rkv_config *config)
     return config->lambda > 0;
 }
 
-/* Entries of a block table that cover n_tokens, and slots of a hash set that holds them. */
+/* Entries of a block table that cover n_tokens. */
 static size_t rkvi_n_blocks(const rkv_tensor *tensor, int n_tokens)
 {
     if (!tensor->block_table) return 0;
     return ((size_t)n_tokens + (size_t)tensor->block_tokens - 1) / (size_t)tensor->block_tokens;
 }
 
-/* The largest needs among the layers: what a worker's scratch is sized for. */
+/* The largest sizes among the layers: a worker's scratch must hold them. */
 typedef struct rkvi_needs {
     size_t tokens, dim, queries, blocks;
     int any_scored, any_moved;
@@ -2224,7 +2224,7 @@ static rkvi_needs rkvi_needs_of(const rkv_config *config, const rkv_layer *layer
     return needs;
 }
 
-/* Pooling looks L before and R behind a token; both are clipped to what can matter. */
+/* Pooling looks at L tokens before and R after a token, both clipped to n_tokens. */
 static int rkvi_pool_before(const rkv_config *config, int n_tokens)
 {
     return rkvi_min(config->pool / 2, n_tokens);
@@ -2235,8 +2235,7 @@ static int rkvi_pool_after(const rkv_config *config, int n_tokens)
     return rkvi_min((config->pool - 1) / 2, n_tokens);
 }
 
-/* Floats of the pooling row: the tokens between borders of zeros, and as much again as the widest
- * shift looks behind them. */
+/* Floats of the pooling row: the tokens between borders of zeros, and room for the widest shift. */
 static size_t rkvi_pool_floats(const rkv_config *config, int n_tokens)
 {
     size_t width =
@@ -2348,7 +2347,7 @@ static void rkvi_carve_layer(rkvi_arena *arena, const rkv_config *config, const 
     plan->sets = sets;
 }
 
-/* Threads that find something to do: no more than there are kv heads. */
+/* Threads that have work: no more than there are KV heads. */
 static int rkvi_workers(const rkv_config *config, const rkv_layer *layers, int n_layers)
 {
     size_t heads = 0;
@@ -2358,7 +2357,7 @@ static int rkvi_workers(const rkv_config *config, const rkv_layer *layers, int n
     return heads < (size_t)config->n_threads ? (int)heads : config->n_threads;
 }
 
-/* Lays a whole call out in arena; job is NULL when only measuring. */
+/* Lays out a whole call in arena; job is NULL when only measuring. */
 static void rkvi_carve(rkvi_arena *arena, const rkv_config *config, const rkv_layer *layers,
                        int n_layers, rkvi_job *job)
 {
@@ -2428,8 +2427,8 @@ typedef struct rkvi_rows {
     size_t stride; /* floats */
 } rkvi_rows;
 
-/* Key rows that can be used where they lie: f32, aligned, no padding needed, evenly spaced. A
- * spacing of whole 4 KiB would put a chunk's rows into the same few cache sets. */
+/* Can key rows be used in place? They must be f32, aligned, evenly spaced and need no padding. A
+ * spacing of a multiple of 4 KiB would put a chunk's rows into the same few cache sets. */
 static int rkvi_rows_in_place(const rkvi_head *h)
 {
     const rkvi_view *keys = h->keys;
@@ -2438,7 +2437,7 @@ static int rkvi_rows_in_place(const rkvi_head *h)
            keys->head_stride % sizeof(float) == 0 && (uintptr_t)keys->data % sizeof(float) == 0;
 }
 
-/* Key rows that lie one behind the other and need no padding: many can be loaded as one. */
+/* Are key rows adjacent, without padding? Then many can be loaded as one. */
 static int rkvi_rows_adjacent(const rkvi_head *h)
 {
     const rkvi_view *keys = h->keys;
@@ -2446,7 +2445,7 @@ static int rkvi_rows_adjacent(const rkvi_head *h)
            keys->token_stride == h->dim * keys->element;
 }
 
-/* RKVI_CHUNK keys from `first` on as f32, behind the last one zeros. */
+/* RKVI_CHUNK keys from `first` on as f32; zeros after the last one. */
 static rkvi_rows rkvi_key_chunk(const rkvi_head *h, int first, float *stage)
 {
     rkvi_rows rows;
@@ -2482,8 +2481,8 @@ static rkv_status rkvi_nonfinite(rkvi_scratch *s, const rkvi_head *h, const char
 /* Squares of norms up to here keep every product in range; NaN compares false. */
 #define RKVI_MAX_SQUARE 1e36f
 
-/* A panel holds n vectors interleaved for dot_tile, [block][dim][block width], zeros behind the
- * last. Width of the block that starts at vector v: 32, or 16 at the end. */
+/* A panel holds n vectors interleaved for dot_tile, [block][dim][block width], with zeros after the
+ * last. The block that starts at vector v is 32 wide, or 16 at the end. */
 static int rkvi_block_width(int n, int v)
 {
     return n - v > RKVI_LANES ? 2 * RKVI_LANES : RKVI_LANES;
@@ -2509,7 +2508,7 @@ static rkv_status rkvi_pack_queries(const rkvi_head *h, rkvi_scratch *s)
     const size_t dim = (size_t)h->queries->dim;
     float *row = s->rows, square;
     int q;
-    if (h->n_queries == 0) return RKV_OK; /* the view may then say anything */
+    if (h->n_queries == 0) return RKV_OK; /* the view may be anything */
     rkvi_clear_panel(s->panel, h->n_queries, h->dim);
     memset(row + dim, 0, (h->dim - dim) * sizeof *row);
     for (q = 0; q < h->n_queries; q++) {
@@ -2535,7 +2534,7 @@ static rkv_status rkvi_chunk_norms(const rkvi_head *h, rkvi_scratch *s, rkvi_row
     return RKV_OK;
 }
 
-/* The keys [first, first + RKVI_TILE_ROWS), as far as there are any, to be fetched. */
+/* The keys [first, first + RKVI_TILE_ROWS), as far as they exist, to be prefetched. */
 static rkvi_fetch rkvi_fetch_keys(const rkvi_head *h, int first,
                                   const unsigned char *rows[RKVI_TILE_ROWS])
 {
@@ -2581,8 +2580,8 @@ static void rkvi_chunk_logits(const rkvi_head *h, rkvi_scratch *s, rkvi_rows row
                            h->softcap > 0 ? 1.0f : h->scale, s->logits + first, logit_stride);
 }
 
-/* The pass over K: norms, the sum of the normalised keys (chunk by chunk, which fixes the order
- * of additions and keeps their error small at any n), and the logits. */
+/* The first pass over K: norms, the sum of the unit keys, and the logits. The sum is made chunk by
+ * chunk, which fixes the order of additions and keeps the error small for any n. */
 static rkv_status rkvi_read_keys(const rkvi_head *h, rkvi_scratch *s, size_t logit_stride)
 {
     size_t i;
@@ -2604,8 +2603,8 @@ static rkv_status rkvi_read_keys(const rkvi_head *h, rkvi_scratch *s, size_t log
     return RKV_OK;
 }
 
-/* Max-pools x[n] in place over [j - before, j + after], clipped; values are not negative, so zeros
- * stand for what is outside. Doubles the width of the maxima until one overlap is left. */
+/* Max-pools x[n] in place over [j - before, j + after], clipped. Values are not negative, so zeros
+ * can stand for what is outside. Doubles the width of the maxima; one overlapping step ends it. */
 static void rkvi_pool(const rkvi_head *h, rkvi_scratch *s, float *x, int n)
 {
     int before = rkvi_pool_before(h->config, n), after = rkvi_pool_after(h->config, n);
@@ -2619,7 +2618,8 @@ static void rkvi_pool(const rkvi_head *h, rkvi_scratch *s, float *x, int n)
     memcpy(x, s->pool, (size_t)n * sizeof *x);
 }
 
-/* x[n] -> exp(x - max), zeros up to a whole register; returns the sum, or NaN if x overflowed. */
+/* x[n] becomes exp(x - max), with zeros up to a whole register. Returns the sum; NaN if x
+ * overflowed. */
 static float rkvi_exponentials(const rkvi_head *h, float *x, int n)
 {
     size_t padded = rkvi_round_up((size_t)n, RKVI_LANES), i;
@@ -2629,7 +2629,7 @@ static float rkvi_exponentials(const rkvi_head *h, float *x, int n)
     return max <= FLT_MAX ? h->kernels->exp_sum(x, padded, max) : max - max;
 }
 
-/* Softmax over the candidates per window query, mean over these, pooling after or before. */
+/* Softmax over the candidates for each window query, then the mean; pooling after it or before. */
 static rkv_status rkvi_importance(const rkvi_head *h, rkvi_scratch *s, size_t logit_stride,
                                   float *importance)
 {
@@ -2670,13 +2670,13 @@ static void rkvi_redundancy(const rkvi_head *h, rkvi_scratch *s, float *redundan
             if (s->wanted[i] < 0 || s->wanted[i] == recent) /* found none */
                 s->exempt[0] += (int64_t)((double)s->first[i] * RKVI_EXEMPT_UNIT);
     for (i = 0; i < span; i++) {
-        double exempt = (double)s->exempt[i] * unit; /* a power of two: exact, fused or not */
+        double exempt = (double)s->exempt[i] * unit; /* exact: unit is a power of two */
         redundancy[i] = (float)(((double)s->column[i] - (double)s->self[i] - exempt) * share);
     }
     *total = rkvi_exponentials(h, redundancy, span);
 }
 
-/* One kv head, from keys and queries to scores. */
+/* One KV head, from keys and queries to scores. */
 static rkv_status rkvi_score_head(const rkvi_head *h, rkvi_scratch *s)
 {
     const float lambda = h->config->lambda;
@@ -2851,7 +2851,7 @@ static void rkvi_search_tile(const rkvi_head *h, rkvi_scratch *s, const rkvi_til
     }
 }
 
-/* The n listed keys where they lie, if evenly, or gathered. */
+/* The n listed keys: in place if they are adjacent and usable there, else gathered. */
 static void rkvi_gather(const rkvi_head *h, rkvi_scratch *s, const int *tokens, int n,
                         rkvi_tile_rows *rows)
 {
@@ -2881,7 +2881,7 @@ static void rkvi_search_columns(const rkvi_head *h, rkvi_scratch *s, const int *
     }
 }
 
-/* All tokens [first, end), at most RKVI_CHUNK of them, and the packed keys. */
+/* All tokens [first, end), at most RKVI_CHUNK, meet the packed keys. */
 static void rkvi_search_chunk(const rkvi_head *h, rkvi_scratch *s, int first, int end,
                               const rkvi_packed *packed, int who)
 {
@@ -2905,8 +2905,8 @@ static float rkvi_rounding_band(const rkvi_head *h)
     return 2.0f * (float)(h->dim + 8) / 16777216.0f;
 }
 
-/* The rows [first, end) of a chunk and the two newest columns of the span, cosines[4 * row + 1] and
- * [4 * row + 2]. */
+/* The rows [first, end) of a chunk meet the two newest columns of the span. The cosines are in
+ * cosines[4 * row + 1] and [4 * row + 2]. */
 static void rkvi_search_newest(const rkvi_head *h, rkvi_scratch *s, int first, int end,
                                const float *cosines)
 {
@@ -3133,9 +3133,8 @@ static uint32_t rkvi_rank(float score)
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* The rank of the n_keep-th largest of n ranks, by radix: 11 bits at a time from the highest that
- * differs, until what is left of a bin is kept whole. *n_ties is how many of that very rank are
- * kept. */
+/* The rank of the n_keep-th largest of n ranks, by radix: 11 bits at a time from the highest bit
+ * that differs, until a bin is kept whole. *n_ties is how many of that very rank are kept. */
 static uint32_t rkvi_cut(const uint32_t *ranks, int n, int n_keep, int32_t *histogram, int *n_ties)
 {
     uint32_t same = 0xffffffffu, any = 0, prefix, mask;
@@ -3155,7 +3154,7 @@ static uint32_t rkvi_cut(const uint32_t *ranks, int n, int n_keep, int32_t *hist
         for (; histogram[bin] < n_keep; bin--) n_keep -= histogram[bin];
         mask = 0xffffffffu << shift;
         prefix |= bin << shift;
-        if (histogram[bin] == n_keep && prefix > 0) { /* all that is left: ranks above prefix - 1 */
+        if (histogram[bin] == n_keep && prefix > 0) { /* keep all ranks above prefix - 1 */
             *n_ties = 0;
             return prefix - 1;
         }
@@ -3164,11 +3163,11 @@ static uint32_t rkvi_cut(const uint32_t *ranks, int n, int n_keep, int32_t *hist
     return prefix;
 }
 
-/* Above the rank of every score: candidates that are pinned by a byte of their own. */
+/* The rank of candidates that rkv_layer.pins names: above every score. */
 #define RKVI_PINNED_RANK 0xffffffffu
 
-/* pinned tokens, the best candidates, the protected tokens. pins: NULL, or a byte per row, of which
- * no more are set among the candidates than can be kept. */
+/* Keeps the pinned tokens, the best candidates and the protected tokens. pins: NULL, or a byte per
+ * row; no more candidates are pinned than can be kept. */
 static void rkvi_choose(const rkv_config *config, const float *scores, const uint8_t *pins,
                         int n_tokens, rkvi_scratch *s, int32_t *kept)
 {
@@ -3208,7 +3207,7 @@ static rkvi_pieces rkvi_pieces_of(const rkvi_view *view)
     return pieces;
 }
 
-/* Rows kept[from ...] that lie one behind the other: how many, up to n_kept. */
+/* How many of the rows kept[from ...] are adjacent. */
 static int rkvi_run_length(const int32_t *kept, int from, int n_kept)
 {
     int n = 1;
@@ -3241,11 +3240,11 @@ static void rkvi_move_rows(const rkvi_view *view, int head, const int32_t *kept,
 }
 
 /* ==== 18. CPU backends ======================================================================
- * In: checked arguments.  Out: the stages of rkv_backend, over any of the kernel tables. Spreads
- * (layer, kv head) pairs over the caller's threads; what reads lists in the caller's memory is
- * checked here, before the first byte is written. */
+ * In: checked arguments.  Out: rkv_backend, for each table of kernels. Spreads the (layer, KV head)
+ * pairs over the caller's threads. Checks what needs the caller's data (block tables, lists, pins)
+ * before the first byte is written. */
 
-/* A phase: something done for every item, kv head or set, of every layer that loses rows. */
+/* A phase does something for every item (KV head or set) of every layer that loses rows. */
 typedef void (*rkvi_item)(const rkvi_job *job, rkvi_scratch *s, int layer, int index);
 typedef enum rkvi_per { RKVI_HEADS, RKVI_SETS, RKVI_OWNERS } rkvi_per;
 typedef struct rkvi_phase {
@@ -3312,7 +3311,7 @@ static void rkvi_score_item(const rkvi_job *job, rkvi_scratch *s, int l, int ind
     if (rkvi_score_head(&h, s) != RKV_OK) s->error.layer = l;
 }
 
-/* The sum over the set's layers of the mean over their heads. */
+/* For each set: the sum over its layers of the mean over their heads. */
 static void rkvi_share_item(const rkvi_job *job, rkvi_scratch *s, int l, int index)
 {
     rkvi_plan *plan = &job->plans[l];
@@ -3417,8 +3416,8 @@ static void rkvi_keep_all(const rkvi_job *job)
     }
 }
 
-/* The blocks that a view uses are in range and each of them once: -1, else the first row of the
- * first that is not. An open-addressed set of 2 n. */
+/* -1 if no block of a view is negative or used twice, else the first row of the first that is. The
+ * set is open-addressed, with 2 n slots. */
 static int rkvi_bad_block(const rkv_tensor *tensor, int n_tokens, int32_t *set)
 {
     size_t n = rkvi_n_blocks(tensor, n_tokens), i, slot;
@@ -3458,7 +3457,7 @@ static rkv_status rkvi_check_blocks(const rkvi_job *job)
     return RKV_OK;
 }
 
-/* No set pins more candidates than there are places for. */
+/* Refuses sets that pin more candidates than can be kept. */
 static rkv_status rkvi_check_pins(const rkvi_job *job)
 {
     const rkv_config *config = job->config;
@@ -3478,7 +3477,7 @@ static rkv_status rkvi_check_pins(const rkvi_job *job)
     return RKV_OK;
 }
 
-/* What a kept list breaks, NULL if nothing; *at gets the first entry or row that does. */
+/* The rule that a kept list breaks, or NULL; *at gets the entry, or the row, at fault. */
 static const char *rkvi_list_rule(const rkv_config *config, const int32_t *kept, int n_kept,
                                   int n_tokens, const uint8_t *pins, int *at)
 {
@@ -3499,7 +3498,7 @@ static const char *rkvi_list_rule(const rkv_config *config, const int32_t *kept,
     return NULL;
 }
 
-/* Lists given to rkv_compact: of n_kept rows, which need not be what rkv_select chose. */
+/* Lists given to rkv_compact: n_kept rows, not necessarily those that rkv_select chose. */
 static rkv_status rkvi_check_lists(const rkvi_job *job)
 {
     const rkv_config *config = job->config;
@@ -3540,8 +3539,8 @@ static rkv_status rkvi_take_scores(const rkvi_job *job)
     return RKV_OK;
 }
 
-/* The earliest error that any worker met. Every worker takes its items in ascending order, so it
- * is the same one for any number of threads. */
+/* The earliest error that any worker met. Workers take their items in ascending order, so it is the
+ * same one for any number of threads. */
 static rkv_status rkvi_first_error(const rkvi_job *job)
 {
     const rkvi_scratch *first = NULL;
@@ -3770,7 +3769,7 @@ RKV_API const rkv_backend *rkv_backend_find(const char *name)
     return NULL;
 }
 
-/* NULL, or what is missing. */
+/* The rule that a backend breaks, or NULL. */
 static const char *rkvi_backend_rule(const rkv_backend *b)
 {
     if (!b) return "backend: is NULL";
@@ -3836,7 +3835,7 @@ static const char *rkvi_config_rule(const rkv_config *c)
     return NULL;
 }
 
-/* Bytes from the first to behind the last of n steps of `stride`, on top of `bytes`. */
+/* *bytes grows by n - 1 steps of `stride`; 0 if that overflows. */
 static int rkvi_add_steps(size_t *bytes, size_t n, size_t stride)
 {
     size_t reach;
@@ -3851,7 +3850,7 @@ typedef struct rkvi_axis {
 
 enum { RKVI_AXES = 4 };
 
-/* The axes of a view from the tightest to the widest, those of one step left out. */
+/* The axes of a view from the tightest to the widest, without those of a single step. */
 static int rkvi_axes_of(const rkv_tensor *t, const rkvi_view *view, rkvi_axis axes[RKVI_AXES])
 {
     rkvi_axis all[RKVI_AXES];
@@ -3893,8 +3892,7 @@ static int rkvi_has_contiguous_size(const rkv_tensor *t)
            n <= PTRDIFF_MAX / 8;
 }
 
-/* Bytes from the view's first to behind its last; 0 where they overflow. Paged: of as many blocks
- * as the table names. */
+/* Bytes that a view spans, 0 if they overflow. Paged: of as many blocks as the table has. */
 static size_t rkvi_extent(const rkv_tensor *t)
 {
     rkvi_view view = rkvi_view_in_elements(t);
@@ -4080,10 +4078,10 @@ static rkvi_range rkvi_range_of_view(const rkv_tensor *t)
     return range;
 }
 
-/* The bytes of a view: from `begin` on n steps along each axis, strides in bytes, widest last. */
+/* The bytes of a view: from `begin`, n steps along each axis; strides in bytes, the widest last. */
 typedef struct rkvi_grid {
     uintptr_t begin;
-    size_t bytes; /* from the first to behind the last */
+    size_t bytes; /* of the whole span */
     int n_axes;
     rkvi_axis axes[RKVI_AXES];
 } rkvi_grid;
@@ -4112,7 +4110,7 @@ static int rkvi_grids_overlap(rkvi_grid a, rkvi_grid b)
     if (stride != b.axes[--b.n_axes].stride) return 1;
     a.bytes -= (a.axes[a.n_axes].n - 1) * stride;
     b.bytes -= (b.axes[b.n_axes].n - 1) * stride;
-    if (a.bytes > stride || b.bytes > stride) return 1; /* queries may lie over each other */
+    if (a.bytes > stride || b.bytes > stride) return 1; /* rows of queries may overlap */
     apart = b.begin >= a.begin ? (b.begin - a.begin) % stride
                                : (stride - (a.begin - b.begin) % stride) % stride;
     a.begin = stride;
@@ -4263,7 +4261,7 @@ static const char *rkvi_validate(const rkv_config *given, const rkv_layer *layer
     return with_data ? rkvi_data_rule(&config, layers, n_layers, layer) : NULL;
 }
 
-/* What a stage cannot do without, in layer l. */
+/* What one stage needs of one layer. */
 static const char *rkvi_stage_rule(const rkv_config *config, const rkv_layer *layer, int is_owner,
                                    rkv_stage stage)
 {
@@ -4478,7 +4476,7 @@ RKV_API rkv_status rkv_compact(const rkv_backend *backend, const rkv_config *con
     return rkvi_run_stage(RKV_COMPACT, backend, config, layers, n_layers, workspace, bytes);
 }
 
-/* Is a kept list sound where the number of rows before the round is n_tokens? */
+/* Does a kept list ascend, within [0, n_tokens)? */
 static int rkvi_list_is_sound(const int32_t *kept, int n_kept, int n_tokens)
 {
     int i;
@@ -4545,11 +4543,11 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
  * The host knows where every row lies, because a round always keeps min(n_tokens, budget) rows. It
  * reads back from the backend's memory only to see whether a round succeeded.
  *
- * One block of the backend's memory, capacity rows per layer and kv head:
+ * One block of the backend's memory, capacity rows per layer and KV head:
  *     keys       [layer][kv_head][capacity][head_dim]
  *     values     [layer][kv_head][capacity][value_dim]
  *     queries    [layer][query_head][window][head_dim]   ring: slot = position % window
- *     positions  [set][capacity]                         a set per layer and kv head, per layer,
+ *     positions  [set][capacity]                         a set per layer and KV head, per layer,
  *                                                        or one, as the scope says
  *     error      one rkv_error                           where a device reports a fault
  *
@@ -4569,11 +4567,11 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
  * keep n_queries >= min(window, largest length) - behind. Where capacity is budget + buffer,
  * rkv_cache_step is due at the largest possible length; there behind is 0 and the window whole. The
  * window can be partial only with a larger capacity, or when a round is forced. There is always
- * room for the tokens that make it whole: rows + (window - n_queries) <= capacity (rkv_cache_load checks
- * it, nothing else can break it). */
+ * room for the tokens that make it whole: rows + (window - n_queries) <= capacity. rkv_cache_load
+ * checks this; nothing else can break it. */
 #ifndef RKV_NO_CACHE
-#define RKVI_CACHE_ALIGN  ((size_t)256) /* of the four parts: what cudaMalloc gives a block */
-#define RKVI_CACHE_BUFFER 128           /* published: a compression every 128 new tokens */
+#define RKVI_CACHE_ALIGN  ((size_t)256) /* of each part: the alignment of cudaMalloc */
+#define RKVI_CACHE_BUFFER 128           /* published: a round every 128 new tokens */
 
 typedef struct rkvi_cache_plan {
     size_t key_bytes, value_bytes, query_bytes; /* of one layer; query_bytes 0: no ring */
@@ -4632,7 +4630,7 @@ static int rkvi_cache_has_memory_functions(const rkv_backend *backend)
            backend->fill_positions && backend->synchronize;
 }
 
-/* The rule that a config breaks, as far as can be seen without memory; its zeros are filled in. */
+/* The rule that a config breaks, or NULL: its zeros are then filled in. */
 static const char *rkvi_cache_config_rule(rkv_cache_config *config)
 {
     rkv_config *compress = &config->compress;
@@ -4712,7 +4710,7 @@ static int rkvi_cache_measure(const rkv_cache_config *config, rkvi_cache_plan *p
            rkvi_cache_add_part(&plan->total, sizeof(rkv_error), 1, &plan->error);
 }
 
-/* The set of positions that this kv head of this layer shares or owns. */
+/* The set of positions that this KV head of this layer shares or owns. */
 static int32_t *rkvi_cache_set(const rkv_cache *cache, int layer, int head)
 {
     size_t set = 0;
@@ -4744,7 +4742,7 @@ static void rkvi_cache_describe_layer(rkv_cache *cache, int index)
         layer->positions = rkvi_cache_set(cache, index, 0);
 }
 
-/* The device record of a cache that has one of its own; NULL where the caller reads his. */
+/* The cache's own device record; NULL if the caller gave one, and so reads it himself. */
 static rkv_error *rkvi_cache_device_error(const rkv_cache *cache)
 {
     rkv_error *own = (rkv_error *)(void *)(cache->memory + cache->plan.error);
@@ -4762,7 +4760,7 @@ static void rkvi_cache_empty(rkv_cache *cache)
     cache->rounds = 0;
 }
 
-/* Takes the backend's memory and describes it; what it took is in `cache`, also on an error. */
+/* Takes the backend's memory and describes it. On an error, what it took is in `cache`. */
 static rkv_status rkvi_cache_reserve(rkv_cache *cache)
 {
     rkv_cache_config *config = &cache->config;
@@ -4793,8 +4791,8 @@ static rkv_status rkvi_cache_reserve(rkv_cache *cache)
     return rkvi_cache_result(cache, status, "cache: the device refused a copy", -1);
 }
 
-/* The host's records in one allocation: the cache, its layers, their counters. The order is that
- * of falling alignment. */
+/* The host's records in one allocation, in the order of falling alignment: the cache, its layers,
+ * their counters. */
 static rkv_cache *rkvi_cache_new_record(const rkv_cache_config *config, const rkvi_cache_plan *plan)
 {
     const size_t n_layers = (size_t)config->n_layers;
@@ -4869,7 +4867,7 @@ static int rkvi_cache_has_layer(const rkv_cache *cache, int layer)
     return cache != NULL && layer >= 0 && layer < cache->config.n_layers;
 }
 
-/* Rows of the longest layer: within a token's forward pass the first layers are ahead. */
+/* Rows of the longest layer: during a forward pass the first layers are ahead. */
 static int rkvi_cache_most_rows(const rkv_cache *cache)
 {
     int l, most = 0;
@@ -4878,7 +4876,7 @@ static int rkvi_cache_most_rows(const rkv_cache *cache)
     return most;
 }
 
-/* Rows below this one differ from head to head; see (1) at the room's head. */
+/* Rows below this one differ from head to head: see (1) above. */
 static int rkvi_cache_fixed_rows(const rkv_cache_config *config, int evicted)
 {
     return evicted > 0 ? config->compress.budget - config->compress.protect : 0;
@@ -4958,7 +4956,7 @@ RKV_API rkv_cache_stats rkv_cache_get_stats(const rkv_cache *cache)
 
 /* ---- Append ---- */
 
-/* The rule that a view given to append breaks; `which` of the three it is. */
+/* The rule that a view given to append breaks; `which` is one of RKVI_KEYS, ... */
 static const char *rkvi_cache_view_rule(const rkv_cache *cache, const rkv_tensor *view, int which,
                                         int n_tokens)
 {
@@ -4987,8 +4985,8 @@ static rkv_status rkvi_cache_fill(const rkv_cache *cache, int layer, int row, in
                                            config->capacity, row, row + cache->evicted, n);
 }
 
-/* Brings the newest min(n_tokens, window) queries into the ring; in two copies where they wrap.
- * The slots they take are those of the oldest queries, which a failed copy leaves undefined. */
+/* Copies the newest min(n_tokens, window) queries into the ring; two copies if they wrap. They
+ * replace the oldest queries, which a failed copy leaves undefined. */
 static rkv_status rkvi_cache_push_queries(rkv_cache *cache, int layer, int n_tokens,
                                           const rkv_tensor *queries)
 {
@@ -5008,7 +5006,7 @@ static rkv_status rkvi_cache_push_queries(rkv_cache *cache, int layer, int n_tok
     return status;
 }
 
-/* Rows at and behind n_tokens are nobody's until the count moves; the ring goes last, as its slots
+/* Rows from n_tokens on are unused until the count grows. The ring comes last, because its slots
  * still belong to older tokens. */
 static rkv_status rkvi_cache_copy_in(rkv_cache *cache, int layer, int n_tokens,
                                      const rkv_tensor *keys, const rkv_tensor *values,
@@ -5018,7 +5016,7 @@ static rkv_status rkvi_cache_copy_in(rkv_cache *cache, int layer, int n_tokens,
     const rkv_layer *held = &cache->layers[layer];
     const int row = held->n_tokens;
     const int fills = cache->config.compress.scope != RKV_PER_SEQUENCE ||
-                      row + n_tokens > rkvi_cache_most_rows(cache); /* else another layer has */
+                      row + n_tokens > rkvi_cache_most_rows(cache); /* else done already */
     rkv_status status = backend->copy_rows(backend, &held->keys, row, keys, 0, n_tokens);
     if (status == RKV_OK)
         status = backend->copy_rows(backend, &held->values, row, values, 0, n_tokens);
@@ -5077,7 +5075,7 @@ static int rkvi_cache_window_whole(const rkv_cache *cache)
     return 1;
 }
 
-/* What the device found in the round before, once it has got there. */
+/* Waits for the round and returns what the device found. */
 static rkv_status rkvi_cache_look(const rkv_cache *cache)
 {
     const rkv_backend *backend = cache->config.backend;
@@ -5109,7 +5107,7 @@ static rkv_status rkvi_cache_round(rkv_cache *cache, int *n_evicted)
     return RKV_OK;
 }
 
-/* The common part of step and compress: is there a round to make? *status says why not. */
+/* Is a round due? If not, *status says whether that is an error. */
 static int rkvi_cache_is_due(const rkv_cache *cache, int more_rows_than, int *n_evicted,
                              rkv_status *status)
 {
@@ -5205,7 +5203,7 @@ RKV_API rkv_status rkv_cache_fork(const rkv_cache *cache, rkv_cache **out)
     if (cache == NULL) return RKV_ERROR_NULL;
     config = cache->config;
     if (rkvi_cache_device_error(cache) != NULL) config.compress.device_error = NULL;
-    status = rkv_cache_create(&fork, &config); /* what it finds, the parent's record says */
+    status = rkv_cache_create(&fork, &config); /* writes errors to the parent's record */
     if (status != RKV_OK) return status;
     if (config.compress.error == &cache->error) fork->config.compress.error = &fork->error;
     to = rkvi_cache_position_view(fork);
@@ -5236,8 +5234,7 @@ RKV_API rkv_status rkv_cache_fork(const rkv_cache *cache, rkv_cache **out)
  *     rows, n_queries                                                 [layer] 2 x u32
  *     positions of the first `fixed` rows                             [set][fixed] u32
  *     keys, values, query ring (stale slots zero)                     [layer], rows in use
- *     FNV-1a of all bytes before                                      u64
- * FNV-1a's steps are bijections of its state, so no single damaged byte goes unseen. */
+ *     checksum of all bytes before                                    u64 */
 
 #define RKVI_IMAGE_VERSION 2
 #define RKVI_IMAGE_SHAPE   13
@@ -5258,12 +5255,35 @@ static uint64_t rkvi_image_get(const unsigned char *image, int n_bytes)
     return value;
 }
 
+static int rkvi_host_is_little_endian(void)
+{
+    const uint16_t one = 1;
+    return *(const unsigned char *)&one == 1;
+}
+
+/* For a given word a bijection of the sum, for a given sum one of the word. */
+static uint64_t rkvi_checksum_step(uint64_t sum, uint64_t word)
+{
+    sum ^= word;
+    return (sum << 29 | sum >> 35) * UINT64_C(0x9e3779b97f4a7c15);
+}
+
+/* Four sums over 8-byte words in turn, at the speed of memory, then one over these and the rest.
+ * All steps are bijections, so any single damaged word is noticed. */
 static uint64_t rkvi_image_checksum(const unsigned char *image, size_t bytes)
 {
-    uint64_t hash = UINT64_C(0xcbf29ce484222325);
-    size_t i;
-    for (i = 0; i < bytes; i++) hash = (hash ^ image[i]) * UINT64_C(0x100000001b3);
-    return hash;
+    uint64_t sum[4] = { 1, 2, 3, 4 }, word, total = bytes;
+    size_t at = 0;
+    int i;
+    for (; bytes - at >= 32; at += 32)
+        for (i = 0; i < 4; i++) {
+            memcpy(&word, image + at + 8 * i, 8);
+            if (!rkvi_host_is_little_endian()) word = rkvi_image_get(image + at + 8 * i, 8);
+            sum[i] = rkvi_checksum_step(sum[i], word);
+        }
+    for (i = 0; i < 4; i++) total = rkvi_checksum_step(total, sum[i]);
+    for (; at < bytes; at++) total = rkvi_checksum_step(total, image[at]);
+    return total;
 }
 
 /* What must be equal in the image and in the cache that loads it. */
@@ -5290,8 +5310,8 @@ static size_t rkvi_image_header_bytes(const rkv_cache *cache)
     return RKVI_IMAGE_LAYERS + 8 * (size_t)cache->config.n_layers;
 }
 
-/* Bytes of an image with so many rows in all layers together. Each part is at most as large as
- * the part of the cache's own memory that it comes from: no sum can overflow. */
+/* Bytes of an image with total_rows rows in all layers together. No part is larger than the memory
+ * it is copied from, so no sum overflows. */
 static size_t rkvi_image_size(const rkv_cache *cache, int fixed_rows, size_t total_rows)
 {
     const size_t n_layers = (size_t)cache->config.n_layers;
@@ -5325,17 +5345,11 @@ static void rkvi_image_write_header(const rkv_cache *cache, unsigned char *image
     }
 }
 
-/* Where a transfer stands; `out` when saving, `in` when loading, the other is NULL. */
+/* The position of a transfer: `out` when saving, `in` when loading; the other is NULL. */
 typedef struct rkvi_image_cursor {
     unsigned char *out;
     const unsigned char *in;
 } rkvi_image_cursor;
-
-static int rkvi_host_is_little_endian(void)
-{
-    const uint16_t one = 1;
-    return *(const unsigned char *)&one == 1;
-}
 
 static void rkvi_image_swap(unsigned char *dst, const unsigned char *src, size_t bytes,
                             size_t element_bytes)
@@ -5349,7 +5363,7 @@ static void rkvi_image_swap(unsigned char *dst, const unsigned char *src, size_t
         }
 }
 
-/* Big-endian hosts: turns the elements round on their way, through a small buffer. */
+/* Big-endian hosts: swaps the bytes of each element, through a small buffer. */
 static rkv_status rkvi_image_load_swapped(const rkv_backend *backend, unsigned char *rows,
                                           const unsigned char *image, size_t bytes,
                                           size_t element_bytes)
@@ -5368,7 +5382,7 @@ static rkv_status rkvi_image_load_swapped(const rkv_backend *backend, unsigned c
     return RKV_OK;
 }
 
-/* Moves `bytes` bytes of the backend's memory to or from the image and advances the cursor. */
+/* Copies `bytes` bytes of the backend's memory to or from the image and advances the cursor. */
 static rkv_status rkvi_image_transfer(const rkv_backend *backend, rkvi_image_cursor *cursor,
                                       void *rows, size_t bytes, size_t element_bytes)
 {
@@ -5403,8 +5417,8 @@ static rkv_status rkvi_image_transfer_rows(const rkv_backend *backend, rkvi_imag
     return RKV_OK;
 }
 
-/* Ring slots whose queries are not in use become zeros: no stray memory in a file, and equal
- * caches make equal images. `ring` is the layer's ring in the image. */
+/* Writes zeros over ring slots that are not in use, so that no stray memory gets into a file and
+ * equal caches make equal images. `ring` is the layer's ring in the image. */
 static void rkvi_image_blank_stale(const rkv_cache *cache, int layer, unsigned char *ring)
 {
     const int window = cache->config.compress.window;
@@ -5433,7 +5447,7 @@ static rkv_status rkvi_image_transfer_ring(const rkv_cache *cache, rkvi_image_cu
     return status;
 }
 
-/* Everything between the counters and the checksum, for the counters that the cache has. */
+/* Everything between the counters and the checksum. */
 static rkv_status rkvi_image_transfer_body(const rkv_cache *cache, rkvi_image_cursor *cursor)
 {
     const rkv_backend *backend = cache->config.backend;
@@ -5474,7 +5488,7 @@ RKV_API rkv_status rkv_cache_save(const rkv_cache *cache, void *memory, size_t b
     return rkvi_cache_result(cache, status, "cache: the device refused a copy", -1);
 }
 
-/* What an image must have in common with the cache, in the order of rkvi_image_shape. */
+/* The rule for each number of rkvi_image_shape. */
 static const char *const rkvi_image_shape_rules[RKVI_IMAGE_SHAPE] = {
     "memory: a snapshot of another version of rkv.h",
     "memory: a snapshot of a cache with another number of layers",
@@ -5502,7 +5516,7 @@ static const char *rkvi_image_shape_rule(const rkv_cache *cache, const unsigned 
     return NULL;
 }
 
-/* An image's counters, once read and found possible for this cache. */
+/* An image's counters, checked against this cache. */
 typedef struct rkvi_image_counts {
     int64_t rounds;
     int evicted, fixed_rows;
@@ -5615,8 +5629,8 @@ RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t b
 
 /* ==== 22. Thread pool =======================================================================
  * In: a task and a count.  Out: every index done once.  Knows nothing of caches.
- * Workers sleep until a call leaves indices to take; the caller takes indices too. Tasks are
- * whole kv heads, so one lock for each costs nothing, and C99 has no atomics. */
+ * Workers sleep until a call offers indices; the caller takes indices too. A task is a whole KV
+ * head, so a lock per task costs nothing, and C99 has no atomics. */
 #ifdef RKV_PTHREADS
 struct rkv_threads {
     pthread_mutex_t turn;  /* held for a whole call: calls from several threads queue */
@@ -5631,7 +5645,7 @@ struct rkv_threads {
     pthread_t *workers; /* [n_workers] */
 };
 
-/* Runs indices until none is left to take. The mutex is held on entry and on return. */
+/* Runs tasks until no index is left. The mutex is held on entry and on return. */
 static void rkvi_threads_run(rkv_threads *threads)
 {
     while (threads->next < threads->n_tasks) {
@@ -5675,7 +5689,7 @@ static void rkvi_threads_for(void *handle, int n_tasks, void (*task)(void *arg, 
     pthread_mutex_unlock(&threads->turn);
 }
 
-/* Initialises the four in order; on a failure takes back those before. */
+/* Initialises all four; on a failure destroys those that it has made. */
 static int rkvi_threads_init_locks(rkv_threads *threads)
 {
     if (pthread_mutex_init(&threads->turn, NULL) != 0) return 0;

@@ -680,11 +680,33 @@ int config_window(const rkv_config *config)
     return config->window ? config->window : 8;
 }
 
+int config_protect(const rkv_config *config)
+{
+    return config->protect > config_window(config) ? config->protect : config_window(config);
+}
+
+/* As many rows as asked for, and no more among the candidates than can be kept. */
+static void make_pins(job *j, rng *r, const rkv_config *config, int stride)
+{
+    int first = config->pinned, end = j->shape.n_tokens - config_protect(config), set, row;
+    block_make(&j->pins, (size_t)j->sets * (size_t)stride, 0, rng_below(r, 2));
+    j->layer.pins = j->pins.data;
+    for (set = 0; set < j->sets; set++) {
+        int left = config->budget - config_protect(config) - first;
+        for (row = 0; row < stride; row++) {
+            int is_candidate = row >= first && row < end;
+            int pin = rng_below(r, 100) < j->shape.pins && (!is_candidate || left-- > 0);
+            j->layer.pins[set * stride + row] = (uint8_t)(pin ? 1 + rng_below(r, 255) : 0);
+        }
+    }
+    block_remember(&j->pins);
+}
+
 /* Outputs of a job: memory for as many sets as the scope has, sentinels in it. */
 static void make_outputs(job *j, rng *r, const rkv_config *config)
 {
     const shape *s = &j->shape;
-    int stride = s->position_stride ? s->position_stride : s->capacity, set, row;
+    int stride = s->row_stride ? s->row_stride : s->capacity, set, row;
     size_t scored = s->n_tokens > j->window ? (size_t)(s->n_tokens - j->window) : 0;
     size_t sets = (size_t)j->sets, heads = (size_t)s->kv_heads;
     int32_t *positions;
@@ -695,7 +717,7 @@ static void make_outputs(job *j, rng *r, const rkv_config *config)
     block_make(&j->positions, sets * (size_t)stride * sizeof(int32_t), 0, rng_below(r, 2));
     j->layer.kept = (int32_t *)(void *)j->kept.data;
     positions = j->layer.positions = (int32_t *)(void *)j->positions.data;
-    j->layer.position_stride = s->position_stride;
+    j->layer.row_stride = s->row_stride;
     for (set = 0; set < j->sets; set++) {
         int32_t position = rng_below(r, 5);
         for (row = 0; row < s->n_tokens; row++) {
@@ -704,6 +726,7 @@ static void make_outputs(job *j, rng *r, const rkv_config *config)
         }
     }
     block_remember(&j->positions);
+    if (s->pins) make_pins(j, r, config, stride);
     if (config->scope == RKV_PER_HEAD) return;
     block_make(&j->shared, scored * sizeof(float), 0, rng_below(r, 2));
     j->layer.shared_scores = (float *)(void *)j->shared.data;
@@ -778,6 +801,7 @@ void job_free(job *j)
     view_free(&j->queries);
     block_free(&j->kept);
     block_free(&j->positions);
+    block_free(&j->pins);
     block_free(&j->scores);
     block_free(&j->shared);
     memset(j, 0, sizeof *j);
@@ -790,6 +814,7 @@ void job_restore(job *j)
     view_restore(&j->queries);
     if (j->kept.base) block_restore(&j->kept);
     if (j->positions.base) block_restore(&j->positions);
+    if (j->pins.base) block_restore(&j->pins);
     if (j->scores.base) block_restore(&j->scores);
     if (j->shared.base) block_restore(&j->shared);
     j->layer = j->remembered;
@@ -798,18 +823,18 @@ void job_restore(job *j)
 int job_inputs_unchanged(const char *at, const job *j)
 {
     return view_unchanged(at, &j->keys) & view_unchanged(at, &j->values) &
-           view_unchanged(at, &j->queries) & block_unchanged(at, &j->positions);
+           view_unchanged(at, &j->queries) & block_unchanged(at, &j->positions) &
+           block_unchanged(at, &j->pins);
 }
 
 static int layer_unchanged(const char *at, const rkv_layer *now, const rkv_layer *before)
 {
     int same = now->keys.data == before->keys.data && now->values.data == before->values.data &&
                now->queries.data == before->queries.data && now->kept == before->kept &&
-               now->positions == before->positions && now->scores == before->scores &&
-               now->shared_scores == before->shared_scores;
+               now->positions == before->positions && now->pins == before->pins &&
+               now->scores == before->scores && now->shared_scores == before->shared_scores;
     return expect_true(at, same) & expect_int(at, 0, now->n_tokens, before->n_tokens) &
-           expect_int(at, 1, now->n_kept, before->n_kept) &
-           expect_int(at, 2, now->n_evicted, before->n_evicted);
+           expect_int(at, 1, now->n_kept, before->n_kept);
 }
 
 int job_unchanged(const char *at, const job *j)
@@ -823,23 +848,27 @@ int job_guards(const char *at, const job *j)
 {
     return block_guards(at, &j->keys.memory) & block_guards(at, &j->values.memory) &
            block_guards(at, &j->queries.memory) & block_guards(at, &j->kept) &
-           block_guards(at, &j->positions) & block_guards(at, &j->scores) &
-           block_guards(at, &j->shared);
+           block_guards(at, &j->positions) & block_guards(at, &j->pins) &
+           block_guards(at, &j->scores) & block_guards(at, &j->shared);
 }
 
-/* Positions of each set: gathered in front, all others as they were. */
+/* Positions and pins of each set: gathered in front, all others as they were. */
 static int positions_gathered(const char *at, const job *j, const int32_t *sets, int budget,
                               int n_kept)
 {
     const int32_t *before = (const int32_t *)(const void *)block_before(&j->positions);
     const int32_t *now = (const int32_t *)(const void *)j->positions.data;
-    int stride = j->shape.position_stride ? j->shape.position_stride : j->shape.capacity;
+    const uint8_t *pins_before = block_before(&j->pins);
+    int stride = j->shape.row_stride ? j->shape.row_stride : j->shape.capacity;
     int set, row;
     if (j->positions.base == NULL || j->layer.positions == NULL) return 1;
     for (set = 0; set < j->sets; set++)
         for (row = 0; row < stride; row++) {
             int from = row < n_kept ? sets[set * budget + row] : row;
             if (!expect_int(at, row, now[set * stride + row], before[set * stride + from]))
+                return 0;
+            if (j->layer.pins && !expect_int("pins", row, j->pins.data[set * stride + row],
+                                             pins_before[set * stride + from]))
                 return 0;
         }
     return 1;
@@ -859,6 +888,12 @@ int job_compacted(const char *at, const job *j, const int32_t *sets, int budget,
 const int32_t *job_kept(const job *j)
 {
     return (const int32_t *)(const void *)j->kept.data;
+}
+
+const uint8_t *job_pins(const job *j, int set)
+{
+    int stride = j->shape.row_stride ? j->shape.row_stride : j->shape.capacity;
+    return j->layer.pins ? block_before(&j->pins) + (ptrdiff_t)set * stride : NULL;
 }
 
 const float *job_scores(const job *j)

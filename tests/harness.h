@@ -134,7 +134,8 @@ typedef struct shape {
     double sharpness; /* spread of the logits; 0 means 1 */
     int key_exponent; /* keys times 2^e, queries times 2^-e */
     size_t misalign;
-    int position_stride;
+    int row_stride; /* of positions and pins */
+    int pins;       /* 0: none; else so many rows in a hundred */
     int sequence;
     int follower; /* RKV_PER_SEQUENCE: not the first layer of its sequence */
 } shape;
@@ -146,10 +147,11 @@ typedef struct job {
     int window, sets;
     float *keys_f32, *queries_f32;
     view keys, values, queries;
-    block kept, positions, scores, shared;
+    block kept, positions, pins, scores, shared;
     rkv_layer layer, remembered;
 } job;
 int config_window(const rkv_config *config);
+int config_protect(const rkv_config *config); /* newest tokens that are always kept */
 void job_make(job *j, rng *r, const rkv_config *config, const shape *s);
 /* The same from given numbers instead of generated ones. */
 void job_make_from(job *j, rng *r, const rkv_config *config, const shape *s, const float *keys,
@@ -157,12 +159,13 @@ void job_make_from(job *j, rng *r, const rkv_config *config, const shape *s, con
 void job_free(job *j);
 void job_restore(job *j);                               /* every buffer and the layer as made */
 int job_unchanged(const char *at, const job *j);        /* nothing at all was written */
-int job_inputs_unchanged(const char *at, const job *j); /* keys, values, queries, positions */
+int job_inputs_unchanged(const char *at, const job *j); /* keys, values, queries, positions, pins */
 int job_guards(const char *at, const job *j);
 /* After compaction: rows, positions and layer are what gathering by hand gives. `sets` lists
  * [sets][budget] as kept was. */
 int job_compacted(const char *at, const job *j, const int32_t *sets, int budget, int n_kept);
 const int32_t *job_kept(const job *j);
+const uint8_t *job_pins(const job *j, int set); /* as made; NULL without pins */
 const float *job_scores(const job *j);
 const float *job_shared(const job *j);
 
