@@ -64,6 +64,9 @@
  * Precision  Keys and queries are read as f32, f16 or bf16 and computed in f32. Scores and kept
  *            sets are bit-identical on every CPU path, for any number of threads, and from
  *            machine to machine where float is float (FLT_EVAL_METHOD 0: not x87, not s390x).
+ *            The caller's floating-point environment (rounding mode, flush-to-zero, traps) makes
+ *            no difference: each call and each lent task sets its own and restores the caller's,
+ *            flags included.
  *
  * Before you ship:
  *  - Compress confirmed tokens only: an evicted token does not come back when a speculative
@@ -197,8 +200,8 @@ typedef struct rkv_config {
  *     view.token_stride = heads * dim;                          these two, for [row][head][dim]
  *     view.head_stride = dim;
  * Element [head][token][i] lies at data + head * head_stride + token * token_stride
- *     + i * dim_stride, in elements. A stride of 0 means contiguous: dim_stride 1, token_stride
- * dim, head_stride tokens * dim. With a block table it lies at
+ *     + i * dim_stride, in elements. A stride of 0 means contiguous, never a broadcast: dim_stride
+ * 1, token_stride dim, head_stride tokens * dim. With a block table it lies at
  *     data + table[token / block_tokens] * block_stride + (token % block_tokens) * token_stride
  *          + head * head_stride + i * dim_stride,
  * where 0 means head_stride block_tokens * dim and block_stride heads * block_tokens * dim.
@@ -279,8 +282,14 @@ RKV_API rkv_config rkv_config_paper(int budget);
 RKV_API rkv_config rkv_config_snapkv(int budget);
 RKV_API rkv_config rkv_config_streaming(int budget);
 
-/* A contiguous [heads][tokens][dim] view; change its strides for any other layout. */
+/* rkv_tensor_make: a contiguous [heads][tokens][dim] view; change its strides for other layouts.
+ * rkv_tensor_strided: a view with the strides that another library tells (PyTorch's stride(), in
+ * elements). Here 0 is 0: a broadcast view (expand) has rows that share memory, and every call
+ * refuses it. */
 RKV_API rkv_tensor rkv_tensor_make(void *data, rkv_dtype dtype, int heads, int tokens, int dim);
+RKV_API rkv_tensor rkv_tensor_strided(void *data, rkv_dtype dtype, int heads, int tokens, int dim,
+                                      int64_t head_stride, int64_t token_stride,
+                                      int64_t dim_stride);
 
 /* rkv_backend_find: a backend by name: "scalar", "avx2", "avx512", "neon" or a registered one
  * ("cuda"). NULL asks for the best CPU path of this machine. Returns NULL when there is none of
@@ -360,7 +369,8 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
 /* A fixed pool of POSIX threads; the caller is one of the n_threads (at least 1). rkv_threads_use
  * points a config at it (NULL: at none); the pool must outlive every config and cache that uses
  * it. Calls from several threads take turns; none may come from inside a task.
- * create: RKV_ERROR_NULL or RKV_ERROR_MEMORY; *out is then NULL. destroy takes NULL. */
+ * create: RKV_ERROR_NULL or RKV_ERROR_MEMORY; *out is then NULL. destroy takes NULL. After fork()
+ * the child's pool has the calling thread only; destroy it there too, unless a call was running. */
 typedef struct rkv_threads rkv_threads;
 RKV_API rkv_status rkv_threads_create(rkv_threads **out, int n_threads);
 RKV_API void rkv_threads_destroy(rkv_threads *threads);
@@ -435,12 +445,19 @@ RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
  * all of the last `window` tokens. After rkv_cache_truncate some are missing until as many tokens
  * as it took have been appended again; until then compress returns RKV_ERROR_ARGUMENT, and step
  * does nothing and returns RKV_OK: there is always room for the tokens that are still to come.
- * Other errors as rkv_compress; on an error the cache is as it was.
+ * Other errors as rkv_compress; on an error the cache is as it was. A NaN in a key or query
+ * (RKV_ERROR_NONFINITE) fails every round until its token is gone, and room runs out:
+ *     rkv_cache_truncate(cache, rkv_cache_error_position(cache))
+ * forgets it and what came after. Decode these tokens again, or give up on the sequence.
+ * rkv_cache_error_position: the position of the token that the last round found to hold a number
+ * that is not finite; 0 if it is older than truncation reaches (a tampered snapshot), so that the
+ * same line empties the cache; -1 if the last error was another.
  * On a device backend a round waits for the device and reports what it found, unless
  * compress.device_error was given: then it does not wait, and a fault that you find there means
  * that the cache is lost: empty it, or load a snapshot. */
 RKV_API rkv_status rkv_cache_step(rkv_cache *cache, int *n_evicted);
 RKV_API rkv_status rkv_cache_compress(rkv_cache *cache, int *n_evicted);
+RKV_API int rkv_cache_error_position(const rkv_cache *cache);
 
 /* Views for attention, in the backend's memory; `data` and strides never change, `tokens` are the
  * rows in use, the same for all heads. data is NULL when there is no such layer. */
@@ -562,6 +579,7 @@ RKV_API rkv_status rkv_backend_register(const rkv_backend *backend, rkv_error *e
 #error "rkv.h needs IEEE arithmetic: compile the implementing file without -ffast-math"
 #endif
 
+#include <fenv.h>
 #include <float.h>
 #include <limits.h>
 #include <math.h>
@@ -571,30 +589,34 @@ RKV_API rkv_status rkv_backend_register(const rkv_backend *backend, rkv_error *e
 #endif
 #ifdef RKV_PTHREADS
 #include <pthread.h>
+#include <unistd.h>
 #endif
 
-#if defined(_MSC_VER) && !defined(__clang__)
+#if defined(__TINYC__) || !(defined(__GNUC__) || defined(_MSC_VER))
+#define RKVI_INLINE static /* a compiler without intrinsics that are known here: scalar code */
+#define RKVI_TARGET(isa)
+#define RKVI_UNROLL
+#elif defined(_MSC_VER) && !defined(__clang__)
+#define RKVI_INTRINSICS
 #define RKVI_INLINE static __forceinline
 #define RKVI_TARGET(isa)
 #define RKVI_UNROLL
 #elif defined(__clang__)
+#define RKVI_INTRINSICS
 #define RKVI_INLINE      static __inline__ __attribute__((always_inline))
 #define RKVI_TARGET(isa) __attribute__((target(isa)))
 #define RKVI_UNROLL      _Pragma("clang loop unroll(full)")
-#elif defined(__GNUC__)
+#else
+#define RKVI_INTRINSICS
 #define RKVI_INLINE      static __inline__ __attribute__((always_inline))
 #define RKVI_TARGET(isa) __attribute__((target(isa)))
 #define RKVI_UNROLL      _Pragma("GCC unroll 16")
-#else
-#define RKVI_INLINE static
-#define RKVI_TARGET(isa)
-#define RKVI_UNROLL
 #endif
 
 #define RKVI_CACHE_LINE 64
 
 /* A pointer that any thread may read and write. Without atomic operations nothing is stored. */
-#if defined(__GNUC__)
+#if defined(__GNUC__) && defined(RKVI_INTRINSICS)
 #define RKVI_ATOMIC_LOAD(at)         __atomic_load_n(at, __ATOMIC_RELAXED)
 #define RKVI_ATOMIC_STORE(at, value) __atomic_store_n(at, value, __ATOMIC_RELAXED)
 #elif defined(_MSC_VER) /* aligned pointers are loaded and stored whole */
@@ -608,7 +630,7 @@ RKV_API rkv_status rkv_backend_register(const rkv_backend *backend, rkv_error *e
 /* The number of the highest bit that is set; bits is not 0. */
 RKVI_INLINE int rkvi_top_bit(uint64_t bits)
 {
-#if defined(__GNUC__)
+#if defined(__GNUC__) && defined(RKVI_INTRINSICS)
     return 63 - __builtin_clzll(bits);
 #else
     int top = 0, half;
@@ -618,7 +640,8 @@ RKVI_INLINE int rkvi_top_bit(uint64_t bits)
 #endif
 }
 
-#if defined(__x86_64__) || (defined(_M_X64) && !defined(_M_ARM64EC))
+#ifndef RKVI_INTRINSICS
+#elif defined(__x86_64__) || (defined(_M_X64) && !defined(_M_ARM64EC))
 #if !defined(RKV_NO_AVX2) || !defined(RKV_NO_AVX512)
 #define RKVI_X86
 #include <immintrin.h>
@@ -645,7 +668,7 @@ RKVI_INLINE int rkvi_top_bit(uint64_t bits)
 #endif
 
 /* Prefetches a cache line. */
-#if defined(__GNUC__)
+#if defined(__GNUC__) && defined(RKVI_INTRINSICS)
 #define RKVI_PREFETCH(address) __builtin_prefetch(address, 0, 2)
 #elif defined(_MSC_VER) && defined(RKVI_X86)
 #define RKVI_PREFETCH(address) _mm_prefetch((const char *)(address), _MM_HINT_T1)
@@ -700,6 +723,57 @@ static int rkvi_usable_avx512(void)
 #endif
 #define RKVI_TARGET_AVX2   RKVI_TARGET("avx2,fma,f16c")
 #define RKVI_TARGET_AVX512 RKVI_TARGET("avx512f,avx2,fma,f16c")
+#endif
+
+/* The floating-point environment of the calling thread. rkv computes in one of its own: round to
+ * nearest, subnormal numbers as they are, no traps. The caller's comes back afterwards, flags
+ * included. "memory": no load or store moves across. */
+#if defined(RKVI_INTRINSICS) && defined(__GNUC__) && defined(__x86_64__)
+typedef unsigned rkvi_float_mode; /* MXCSR */
+static rkvi_float_mode rkvi_enter_float_mode(void)
+{
+    const unsigned masked = 0x1f80;
+    unsigned saved;
+    __asm__ volatile("stmxcsr %0\n\tldmxcsr %1" : "=m"(saved) : "m"(masked) : "memory");
+    return saved;
+}
+static void rkvi_leave_float_mode(rkvi_float_mode saved)
+{
+    __asm__ volatile("ldmxcsr %0" : : "m"(saved) : "memory");
+}
+#elif defined(RKVI_INTRINSICS) && defined(__GNUC__) && defined(__aarch64__)
+typedef struct rkvi_float_mode {
+    uint64_t control, status; /* FPCR, FPSR */
+} rkvi_float_mode;
+static rkvi_float_mode rkvi_enter_float_mode(void)
+{
+    rkvi_float_mode saved;
+    __asm__ volatile("mrs %0, fpcr\n\tmrs %1, fpsr\n\tmsr fpcr, xzr"
+                     : "=&r"(saved.control), "=&r"(saved.status)
+                     :
+                     : "memory");
+    return saved;
+}
+static void rkvi_leave_float_mode(rkvi_float_mode saved)
+{
+    __asm__ volatile("msr fpcr, %0\n\tmsr fpsr, %1"
+                     :
+                     : "r"(saved.control), "r"(saved.status)
+                     : "memory");
+}
+#else
+typedef fenv_t rkvi_float_mode;
+static rkvi_float_mode rkvi_enter_float_mode(void)
+{
+    rkvi_float_mode saved;
+    fegetenv(&saved);
+    fesetenv(FE_DFL_ENV);
+    return saved;
+}
+static void rkvi_leave_float_mode(rkvi_float_mode saved)
+{
+    fesetenv(&saved);
+}
 #endif
 
 static int rkvi_usable_scalar(void)
@@ -2662,7 +2736,7 @@ static void rkvi_find_similar_keys(const rkvi_head *h, rkvi_scratch *s); /* room
 static void rkvi_redundancy(const rkvi_head *h, rkvi_scratch *s, float *redundancy, float *total)
 {
     const int span = h->n_span, recent = h->config->recent;
-    const double unit = 1.0 / RKVI_EXEMPT_UNIT, share = 1.0 / span;
+    const double unit = 1.0 / RKVI_EXEMPT_UNIT, share = (double)1 / span;
     int i;
     rkvi_find_similar_keys(h, s);
     if (h->config->variant == RKV_PUBLISHED)
@@ -3276,6 +3350,14 @@ static void rkvi_work(void *arg, int worker)
     }
 }
 
+/* rkvi_work on a thread that the caller lends. */
+static void rkvi_task(void *arg, int worker)
+{
+    const rkvi_float_mode saved = rkvi_enter_float_mode();
+    rkvi_work(arg, worker);
+    rkvi_leave_float_mode(saved);
+}
+
 static void rkvi_run(const rkvi_job *job, rkvi_item item, rkvi_per per)
 {
     rkvi_phase phase;
@@ -3285,7 +3367,7 @@ static void rkvi_run(const rkvi_job *job, rkvi_item item, rkvi_per per)
     if (job->n_workers == 1)
         rkvi_work(&phase, 0);
     else
-        job->config->parallel_for(job->config->pool_handle, job->n_workers, rkvi_work, &phase);
+        job->config->parallel_for(job->config->pool_handle, job->n_workers, rkvi_task, &phase);
 }
 
 static void rkvi_score_item(const rkvi_job *job, rkvi_scratch *s, int l, int index)
@@ -3934,10 +4016,10 @@ typedef enum rkvi_view_rule {
         view ": it or its data is NULL", view ".dtype: no such type",                             \
             view ".element_bytes: must not be negative", view ".heads: must be at least 1",       \
             view ".tokens: must not be negative", view ".dim: must be at least 1",                \
-            view ".head_stride: must not be negative, or above PTRDIFF_MAX",                      \
-            view ".token_stride: must not be negative, or above PTRDIFF_MAX",                     \
-            view ".dim_stride: must not be negative, or above PTRDIFF_MAX",                       \
-            view ".block_stride: must not be negative, or above PTRDIFF_MAX",                     \
+            view ".head_stride: negative, a broadcast, or above PTRDIFF_MAX",                     \
+            view ".token_stride: negative, a broadcast, or above PTRDIFF_MAX",                    \
+            view ".dim_stride: negative, a broadcast, or above PTRDIFF_MAX",                      \
+            view ".block_stride: negative, a broadcast, or above PTRDIFF_MAX",                    \
             view ".block_tokens: must be at least 1 with a block table",                          \
             view ": its size overflows",                                                          \
             view ".dim_stride: must be 0 or 1, numbers of a row lie side by side",                \
@@ -4054,27 +4136,21 @@ static const char *rkvi_layer_rule(const rkv_config *config, const rkv_layer *la
     return NULL;
 }
 
-/* A range of bytes that a call reads or writes, and the view that spans it, if one does. */
+/* A range of bytes that a call reads or writes. If a view spans it: that view, the stride of its
+ * widest axis, and the bytes of one step of it. */
 typedef struct rkvi_range {
     uintptr_t begin;
     size_t bytes;
     const rkv_tensor *view;
+    size_t stride, step;
 } rkvi_range;
 
 static rkvi_range rkvi_range_of(const void *data, size_t bytes)
 {
     rkvi_range range;
+    memset(&range, 0, sizeof range);
     range.begin = (uintptr_t)data;
     range.bytes = data ? bytes : 0;
-    range.view = NULL;
-    return range;
-}
-
-/* Only its table knows where a paged view ends: an empty range, which overlaps nothing. */
-static rkvi_range rkvi_range_of_view(const rkv_tensor *t)
-{
-    rkvi_range range = rkvi_range_of(t->block_table ? NULL : t->data, rkvi_extent(t));
-    range.view = t;
     return range;
 }
 
@@ -4098,6 +4174,28 @@ static rkvi_grid rkvi_grid_of(const rkvi_range *range)
     return grid;
 }
 
+/* Only its table knows where a paged view ends: an empty range, which overlaps nothing. */
+static rkvi_range rkvi_range_of_view(const rkv_tensor *t)
+{
+    rkvi_range range = rkvi_range_of(t->block_table ? NULL : t->data, rkvi_extent(t));
+    rkvi_grid grid;
+    const rkvi_axis *widest;
+    range.view = t;
+    if (!range.bytes) return range;
+    grid = rkvi_grid_of(&range);
+    if (!grid.n_axes) return range;
+    widest = &grid.axes[grid.n_axes - 1];
+    range.stride = widest->stride;
+    range.step = range.bytes - (widest->n - 1) * widest->stride;
+    return range;
+}
+
+/* How far after a step of a the next step of b begins, for equal strides. */
+static size_t rkvi_apart(uintptr_t a, uintptr_t b, size_t stride)
+{
+    return b >= a ? (b - a) % stride : (stride - (a - b) % stride) % stride;
+}
+
 /* Two views that interleave (K and V of one buffer, say) overlap as ranges without sharing a byte.
  * Where their widest strides are equal it is enough to compare one step of b with the two steps of
  * a next to it: b begins `apart` bytes after the one and `stride - apart` before the other. */
@@ -4111,8 +4209,7 @@ static int rkvi_grids_overlap(rkvi_grid a, rkvi_grid b)
     a.bytes -= (a.axes[a.n_axes].n - 1) * stride;
     b.bytes -= (b.axes[b.n_axes].n - 1) * stride;
     if (a.bytes > stride || b.bytes > stride) return 1; /* rows of queries may overlap */
-    apart = b.begin >= a.begin ? (b.begin - a.begin) % stride
-                               : (stride - (a.begin - b.begin) % stride) % stride;
+    apart = rkvi_apart(a.begin, b.begin, stride);
     a.begin = stride;
     b.begin = stride + apart;
     if (rkvi_grids_overlap(a, b)) return 1;
@@ -4124,7 +4221,12 @@ static int rkvi_ranges_overlap(const rkvi_range *a, const rkvi_range *b)
 {
     if (!a->bytes || !b->bytes) return 0;
     if (a->begin + a->bytes <= b->begin || b->begin + b->bytes <= a->begin) return 0;
-    return !a->view || !b->view || rkvi_grids_overlap(rkvi_grid_of(a), rkvi_grid_of(b));
+    if (!a->view || !b->view) return 1;
+    if (a->stride && a->stride == b->stride) { /* [token][layer]: many pairs, decided quickly */
+        size_t apart = rkvi_apart(a->begin, b->begin, a->stride);
+        if (apart >= a->step && apart + b->step <= a->stride) return 0;
+    }
+    return rkvi_grids_overlap(rkvi_grid_of(a), rkvi_grid_of(b));
 }
 
 /* keys, values, kept, positions, scores, shared scores, pins; queries, which are only read */
@@ -4408,13 +4510,28 @@ RKV_API rkv_tensor rkv_tensor_make(void *data, rkv_dtype dtype, int heads, int t
     return tensor;
 }
 
-RKV_API rkv_status rkv_workspace_size(const rkv_backend *backend, const rkv_config *config,
-                                      const rkv_layer *layers, int n_layers, size_t *bytes)
+/* Stride 0 of an axis with steps becomes negative, which validation refuses. */
+static int64_t rkvi_literal_stride(int64_t stride, int n)
+{
+    return n < 2 ? 0 : stride == 0 ? -1 : stride;
+}
+
+RKV_API rkv_tensor rkv_tensor_strided(void *data, rkv_dtype dtype, int heads, int tokens, int dim,
+                                      int64_t head_stride, int64_t token_stride, int64_t dim_stride)
+{
+    rkv_tensor tensor = rkv_tensor_make(data, dtype, heads, tokens, dim);
+    tensor.head_stride = rkvi_literal_stride(head_stride, heads);
+    tensor.token_stride = rkvi_literal_stride(token_stride, tokens);
+    tensor.dim_stride = rkvi_literal_stride(dim_stride, dim);
+    return tensor;
+}
+
+static rkv_status rkvi_measure(const rkv_backend *backend, const rkv_config *config,
+                               const rkv_layer *layers, int n_layers, size_t *bytes)
 {
     rkv_config resolved;
     const char *rule;
     int layer;
-    if (!bytes || !config) return RKV_ERROR_NULL;
     rule = rkvi_validate(config, layers, n_layers, 0, &layer);
     if (rule) return rkvi_refuse(config, RKV_ERROR_ARGUMENT, rule, layer, -1, -1);
     if (!backend) backend = rkvi_best();
@@ -4425,15 +4542,26 @@ RKV_API rkv_status rkv_workspace_size(const rkv_backend *backend, const rkv_conf
     return backend->workspace_size(backend, &resolved, layers, n_layers, bytes);
 }
 
-static rkv_status rkvi_run_stage(rkv_stage stage, const rkv_backend *backend,
-                                 const rkv_config *config, rkv_layer *layers, int n_layers,
-                                 void *workspace, size_t bytes)
+RKV_API rkv_status rkv_workspace_size(const rkv_backend *backend, const rkv_config *config,
+                                      const rkv_layer *layers, int n_layers, size_t *bytes)
+{
+    rkvi_float_mode saved;
+    rkv_status status;
+    if (!bytes || !config) return RKV_ERROR_NULL;
+    saved = rkvi_enter_float_mode();
+    status = rkvi_measure(backend, config, layers, n_layers, bytes);
+    rkvi_leave_float_mode(saved);
+    return status;
+}
+
+static rkv_status rkvi_check_and_run(rkv_stage stage, const rkv_backend *backend,
+                                     const rkv_config *config, rkv_layer *layers, int n_layers,
+                                     void *workspace, size_t bytes)
 {
     rkv_config resolved;
     rkv_call call;
     const char *rule;
     int layer;
-    if (!config) return RKV_ERROR_NULL;
     rule = rkvi_validate(config, layers, n_layers, 1, &layer);
     if (rule) return rkvi_refuse(config, RKV_ERROR_ARGUMENT, rule, layer, -1, -1);
     if (!backend) backend = rkvi_best();
@@ -4450,6 +4578,19 @@ static rkv_status rkvi_run_stage(rkv_stage stage, const rkv_backend *backend,
     if (rule) return rkvi_refuse(config, RKV_ERROR_ARGUMENT, rule, layer, -1, -1);
     rkvi_clear_error(config);
     return backend->run(backend, &call);
+}
+
+static rkv_status rkvi_run_stage(rkv_stage stage, const rkv_backend *backend,
+                                 const rkv_config *config, rkv_layer *layers, int n_layers,
+                                 void *workspace, size_t bytes)
+{
+    rkvi_float_mode saved;
+    rkv_status status;
+    if (!config) return RKV_ERROR_NULL;
+    saved = rkvi_enter_float_mode();
+    status = rkvi_check_and_run(stage, backend, config, layers, n_layers, workspace, bytes);
+    rkvi_leave_float_mode(saved);
+    return status;
 }
 
 RKV_API rkv_status rkv_compress(const rkv_backend *backend, const rkv_config *config,
@@ -4819,12 +4960,15 @@ RKV_API rkv_status rkv_cache_create(rkv_cache **out, const rkv_cache_config *con
     rkvi_cache_plan plan;
     rkv_cache *cache;
     const char *rule;
+    rkvi_float_mode saved;
     rkv_status status;
     if (out == NULL) return RKV_ERROR_NULL;
     *out = NULL;
     if (config == NULL) return RKV_ERROR_NULL;
     resolved = *config;
+    saved = rkvi_enter_float_mode();
     rule = rkvi_cache_config_rule(&resolved);
+    rkvi_leave_float_mode(saved);
     if (!rule && !rkvi_cache_measure(&resolved, &plan)) rule = "cache: its size overflows";
     if (rule) return rkvi_refuse(&config->compress, RKV_ERROR_ARGUMENT, rule, -1, -1, -1);
     if (resolved.backend == NULL) resolved.backend = rkvi_best();
@@ -4880,6 +5024,12 @@ static int rkvi_cache_most_rows(const rkv_cache *cache)
 static int rkvi_cache_fixed_rows(const rkv_cache_config *config, int evicted)
 {
     return evicted > 0 ? config->compress.budget - config->compress.protect : 0;
+}
+
+/* The position of the first row that truncation can drop. */
+static int rkvi_cache_first_position(const rkv_cache *cache)
+{
+    return cache->evicted + rkvi_cache_fixed_rows(&cache->config, cache->evicted);
 }
 
 /* A view of the rows in use; its head stride no longer follows from `tokens`. */
@@ -5145,6 +5295,22 @@ RKV_API rkv_status rkv_cache_compress(rkv_cache *cache, int *n_evicted)
     return rkvi_cache_round(cache, n_evicted);
 }
 
+/* Every row that a round has kept was finite, so a key that is not comes after them, in order. The
+ * token of a query is the newest with its slot in the ring. */
+RKV_API int rkv_cache_error_position(const rkv_cache *cache)
+{
+    const rkv_error *error = rkv_cache_error(cache);
+    int position, last, window;
+    if (cache == NULL || error->status != RKV_ERROR_NONFINITE || error->token < 0) return -1;
+    position = error->token + cache->evicted;
+    if (strcmp(error->rule, RKVI_RULE_QUERY) == 0) {
+        window = cache->config.compress.window;
+        last = rkv_cache_position(cache, 0) - 1;
+        position = last - (last - error->token % window + window) % window;
+    }
+    return position < rkvi_cache_first_position(cache) ? 0 : position;
+}
+
 RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position)
 {
     int l, rows;
@@ -5154,7 +5320,7 @@ RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position)
         rkvi_cache_empty(cache);
         return RKV_OK;
     }
-    if (position < cache->evicted + rkvi_cache_fixed_rows(&cache->config, cache->evicted))
+    if (position < rkvi_cache_first_position(cache))
         return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT,
                                  "position: before what a round has left in order", -1);
     rows = position - cache->evicted;
@@ -5643,6 +5809,7 @@ struct rkv_threads {
     int stop;
     int n_workers;      /* the caller is one thread more */
     pthread_t *workers; /* [n_workers] */
+    pid_t process;      /* that they live in: a child of fork() has none of them */
 };
 
 /* Runs tasks until no index is left. The mutex is held on entry and on return. */
@@ -5720,6 +5887,7 @@ RKV_API rkv_status rkv_threads_create(rkv_threads **out, int n_threads)
         free(threads);
         return RKV_ERROR_MEMORY;
     }
+    threads->process = getpid();
     threads->workers = (pthread_t *)(void *)(threads + 1); /* room for n_threads - 1, and more */
     while (threads->n_workers < n_threads - 1) {
         pthread_t *worker = &threads->workers[threads->n_workers];
@@ -5737,6 +5905,10 @@ RKV_API void rkv_threads_destroy(rkv_threads *threads)
 {
     int i;
     if (threads == NULL) return;
+    if (threads->process != getpid()) {
+        free(threads);
+        return;
+    }
     pthread_mutex_lock(&threads->mutex);
     threads->stop = 1;
     pthread_cond_broadcast(&threads->wake);
