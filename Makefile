@@ -95,7 +95,9 @@ $(EXAMPLE_TEST): tests/test_examples.sh $(EXAMPLES)
 # examples/cuda.c runs on a GPU, or on the host over tests/cuda/shim.h.
 .PHONY: examples-cuda
 examples-cuda:
-	@if $(HAVE_GPU); then program=$(CUDA_DIR)/example; else program=$(BUILD)/examples/cuda; fi; \
+	@if $(HAVE_GPU); then program=$(CUDA_DIR)/example; \
+	elif command -v $(CXX) >/dev/null; then program=$(BUILD)/examples/cuda; \
+	else echo 'skip  examples-cuda: no C++ compiler'; exit 0; fi; \
 	$(MAKE) --no-print-directory $$program && sh tests/test_examples.sh $$program
 
 $(CUDA_DIR)/example: $(BUILD)/obj/examples/cuda.o $(CUDA_DIR)/rkv_cuda.o
