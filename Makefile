@@ -57,7 +57,7 @@ help:
 # ---- Programs -----------------------------------------------------------------------------------
 
 TESTS       = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/test_*.c)))
-TEST_SHARED = $(patsubst %,$(BUILD)/obj/tests/%.o,harness oracle rkv_impl)
+TEST_SHARED = $(patsubst %,$(BUILD)/obj/tests/%.o,harness oracle golden_file rkv_impl)
 EXAMPLES    = $(patsubst %.c,$(BUILD)/%,$(sort $(filter-out examples/cuda.c, \
                   $(wildcard examples/*.c))))
 
@@ -109,7 +109,7 @@ $(BUILD)/examples/cuda: $(BUILD)/obj/examples/cuda.o $(CUDA_DIR)/shim/kernels.o
 $(BUILD)/obj/bench/bench.o $(BUILD)/obj/bench/decode.o: C_FLAGS += -DBENCH_FLAGS='"$(OPT) $(CFLAGS)"'
 $(BUILD)/bench/bench: LIBS += -ldl
 $(BUILD)/bench/bench: $(patsubst %,$(BUILD)/obj/%.o, \
-        bench/bench bench/job bench/machine tests/harness tests/rkv_impl)
+        bench/bench bench/job bench/machine tests/harness tests/golden_file tests/rkv_impl)
 	$(link)
 
 $(BUILD)/bench/decode: $(patsubst %,$(BUILD)/obj/%.o, bench/decode bench/job bench/machine \
