@@ -104,8 +104,8 @@ int main(void)
         while (j < budget && whole.kept[j] < ranks[0].kept[i]) j++;
         n_same += j < budget && whole.kept[j] == ranks[0].kept[i];
     }
-    printf("2 ranks keep the same %d of %d tokens; %d of them are those of 1 rank\n",
-           ranks[1].layer.n_tokens, n_tokens, n_same);
+    printf("2 ranks keep %s %d of %d tokens; %d of them are those of 1 rank\n",
+           n_different == 0 ? "the same" : "different", budget, n_tokens, n_same);
     for (int r = 0; r < n_ranks; r++) free(ranks[r].workspace);
     free(whole.workspace);
     /* The sums of the two are rounded in another order: near the edge a token may differ. */
