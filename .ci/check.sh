@@ -59,7 +59,7 @@ awk -v out="$out" '
         }
         next
     }
-    inside && /^({|static |enum |typedef |#|struct .*{$)/ { scope = 1 }
+    inside && /^([{]|static |enum |typedef |#|struct .*[{]$)/ { scope = 1 }
     inside { block = block $0 "\n" }
     END {
         if (declared) printf "#include \"rkv.h\"\n%s", declared > (out "/declared.c")
