@@ -29,7 +29,7 @@ help:
 	@echo '                      (BENCH=--full: the worst case in every type and length)'
 	@echo '  make bench-decode   what compressing costs and saves a decode loop, at the sizes of real'
 	@echo '                      layers; CSV in $(BUILD)/'
-	@echo '  make check          README, licence and version agree with the header'
+	@echo '  make check          README, examples, licence and version agree with the header'
 	@echo '  make lint           clang-format, cppcheck, clang-tidy'
 	@echo '  make format         lets clang-format rewrite the sources'
 	@echo '  make fuzz           libFuzzer, or its targets on random bytes (FUZZ_SECONDS=60)'
@@ -43,6 +43,7 @@ help:
 	@echo '  make test-windows   the header tests built by mingw-w64, under wine'
 	@echo '  make test-peer      the model in another runtime, word for word (transformers)'
 	@echo '  make test-cuda      the tests on a GPU'
+	@echo '  make examples-cuda  the example for a GPU, on one or on the host'
 	@echo '  make test-cuda-race the GPU kernels without a GPU: races, stray accesses'
 	@echo '                      (MUTANTS=all: each barrier taken out is noticed)'
 	@echo '  make test-cuda-ptx  the compiled kernels without a GPU, of every architecture (nvcc)'
@@ -57,7 +58,8 @@ help:
 
 TESTS       = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/test_*.c)))
 TEST_SHARED = $(patsubst %,$(BUILD)/obj/tests/%.o,harness oracle golden_file rkv_impl)
-EXAMPLES    = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard examples/*.c)))
+EXAMPLES    = $(patsubst %.c,$(BUILD)/%,$(sort $(filter-out examples/cuda.c, \
+                  $(wildcard examples/*.c))))
 
 # tests/cuda/cuda.mk may add programs to EXTRA_TESTS and targets to EXTRA_CHECKS.
 -include tests/cuda/cuda.mk
@@ -85,6 +87,25 @@ $(BUILD)/tests/test_%: $(BUILD)/obj/tests/test_%.o $(TEST_SHARED)
 $(EXAMPLES): $(BUILD)/examples/%: $(BUILD)/obj/examples/%.o
 	$(link)
 
+EXAMPLE_TEST = $(BUILD)/tests/test_examples
+$(EXAMPLE_TEST): tests/test_examples.sh $(EXAMPLES)
+	@mkdir -p $(@D)
+	@printf '#!/bin/sh\nexec sh $< $(EXAMPLES)\n' >$@ && chmod +x $@
+
+# examples/cuda.c runs on a GPU, or on the host over tests/cuda/shim.h.
+.PHONY: examples-cuda
+examples-cuda:
+	@if $(HAVE_GPU); then program=$(CUDA_DIR)/example; \
+	elif command -v $(CXX) >/dev/null; then program=$(BUILD)/examples/cuda; \
+	else echo 'skip  examples-cuda: no C++ compiler'; exit 0; fi; \
+	$(MAKE) --no-print-directory $$program && sh tests/test_examples.sh $$program
+
+$(CUDA_DIR)/example: $(BUILD)/obj/examples/cuda.o $(CUDA_DIR)/rkv_cuda.o
+	$(NVCC) $(GPU_FLAGS) $^ -o $@ -lm
+$(BUILD)/examples/cuda: $(BUILD)/obj/examples/cuda.o $(CUDA_DIR)/shim/kernels.o
+	@mkdir -p $(@D)
+	$(CXX) $^ -o $@ $(LIBS)
+
 $(BUILD)/obj/bench/bench.o $(BUILD)/obj/bench/decode.o: C_FLAGS += -DBENCH_FLAGS='"$(OPT) $(CFLAGS)"'
 $(BUILD)/bench/bench: LIBS += -ldl
 $(BUILD)/bench/bench: $(patsubst %,$(BUILD)/obj/%.o, \
@@ -110,8 +131,8 @@ demo: $(BUILD)/examples/hello
 endif
 
 .PHONY: test
-test: $(TESTS) $(PROGRAM_TEST) $(EXTRA_TESTS) $(EXTRA_CHECKS) $(EXAMPLES)
-	@sh tests/run.sh $(TESTS) $(PROGRAM_TEST) $(EXTRA_TESTS)
+test: $(TESTS) $(EXAMPLE_TEST) $(PROGRAM_TEST) $(EXTRA_TESTS) $(EXTRA_CHECKS)
+	@sh tests/run.sh $(TESTS) $(EXAMPLE_TEST) $(PROGRAM_TEST) $(EXTRA_TESTS)
 
 .PHONY: bench bench-decode bench-smoke
 bench: $(BUILD)/bench/bench $(BUILD)/bench/libpeer.so
@@ -175,7 +196,7 @@ test-float: $(FLOAT_TESTS) $(BUILD)/tests/test_float
 .PHONY: test-std test-symbols test-mutants check lint format
 test-std:
 	@BUILD=$(BUILD) sh .ci/std.sh
-check:
+check: $(EXAMPLE_TEST)
 	@BUILD=$(BUILD) CC='$(CC)' sh .ci/check.sh
 test-symbols:
 	@CC='$(CC)' sh tests/symbols.sh

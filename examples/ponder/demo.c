@@ -86,11 +86,13 @@ static void think(const model *m, const options *o, const problem *p, const poli
 {
     const model_shape *s = model_get_shape(m);
     managed_cache c;
+    char why[256];
     int positions[TASK_MAX_TOKENS], column = 0, n_evicted, n_new = p->n_prompt;
     prng random = { o->seed };
     model_scratch *scratch = model_scratch_create(m, p->n_prompt);
     rkv_status status = managed_cache_create(&c, s, rule, p->n_prompt);
-    if (!scratch || status != RKV_OK) die("cannot set the cache up: %s", rkv_status_string(status));
+    if (status != RKV_OK) die("no cache: %s", rkv_explain(&c.error, why, sizeof why));
+    if (!scratch) die("out of memory");
     t->policy = *rule;
     t->n_sets = s->n_layers * s->n_kv_heads;
     t->n_prompt = t->n_tokens = p->n_prompt;
@@ -99,8 +101,8 @@ static void think(const model *m, const options *o, const problem *p, const poli
     for (;;) { /* the prompt, then token by token: the last n_new tokens are new to the cache */
         float *logits = model_forward(m, scratch, n_new, t->tokens + t->n_tokens - n_new, positions,
                                       managed_cache_attend, &c);
-        status = rkv_cache_step(c.rows, &n_evicted);
-        if (status != RKV_OK) die("compression failed: %s", rkv_status_string(status));
+        status = managed_cache_step(&c, &n_evicted);
+        if (status != RKV_OK) die("%s", rkv_explain(&c.error, why, sizeof why));
         if (n_evicted > 0) note_round(t, &c);
         const int next = model_choose(logits + (ptrdiff_t)(n_new - 1) * s->vocabulary,
                                       s->vocabulary, (float)o->temperature, &random);

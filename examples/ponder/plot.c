@@ -14,7 +14,6 @@ static const struct {
                { "rkv-paper-pool1", "#a78bda" },
                { "snapkv", "#d55e00" },
                { "h2o", "#009e73" },
-               { "h2o-last", "#86c06c" },
                { "streaming", "#cc79a7" },
                { "random", "#999999" } };
 
