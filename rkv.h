@@ -37,7 +37,7 @@
  *         for (l = 0; l < n_layers; l++) layers[l].n_tokens = rows;
  *         status = rkv_compress(NULL, &config, layers, n_layers, workspace, bytes);
  *         if (status != RKV_OK) puts(rkv_explain(&error, text, sizeof text));
- *         rows = layers[0].n_kept;                     1024; on an error nothing has changed
+ *         rows = layers[0].n_tokens;                   1024; on an error as many as before
  *     }
  *
  * Every other layout ([token][head][dim], pages, lists of cells, transposed values) is a matter of
@@ -229,7 +229,7 @@ typedef struct rkv_tensor {
 /* One attention layer of one sequence; a call takes any number of them. Most callers write
  *     layer.keys = ...; layer.values = ...; layer.queries = ...;               once
  *     layer.n_tokens = rows;                                                   before each round
- *     rows = layer.n_kept;                                                     after it
+ *     rows = layer.n_tokens;                                                   after it
  * "Sets" below: the kept sets of this layer, kv_heads of them with RKV_PER_HEAD, else 1. With
  * RKV_PER_SEQUENCE, adjacent layers with the same `sequence` share one set: give kept, positions,
  * pins and shared_scores in the first of them only, NULL in the others. */
