@@ -1,5 +1,5 @@
-/* Reads one golden file: see tests/golden/README.md. Part of test_golden and of bench/bench.c, built
- * by `make test` and `make bench`. */
+/* Reads one golden file: see tests/golden/README.md. Part of test_golden and of bench/bench.c:
+ * make test, make bench. */
 #ifndef RKV_TESTS_GOLDEN_FILE_H
 #define RKV_TESTS_GOLDEN_FILE_H
 

@@ -251,9 +251,9 @@ static int pair_is_exempt(const rkv_backend *backend, rkv_config config, const f
     return is;
 }
 
-/* Two keys are similar or not, wherever they lie: in the newest columns, which the second pass over
- * K meets, and further back, among keys that resemble none, even where their cosine is the threshold
- * up to rounding. */
+/* Two keys are similar or not, wherever they lie: in the newest columns, which the second pass
+ * over K meets, and further back, among keys that resemble none, even where their cosine is the
+ * threshold up to rounding. */
 static void test_place_of_a_pair(const rkv_backend *backend)
 {
     enum { N = 72, W = 8, PLACES = 5, PAIRS = 8, MOST = 100 };

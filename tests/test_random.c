@@ -1,5 +1,6 @@
 /* Thousands of generated cases against the oracle, on every CPU path, staged and in one call, on
- * 1, 2 and 7 threads, and with a fault in each: make test     one case again: build/tests/test_random SEED
+ * 1, 2 and 7 threads, and with a fault in each.
+ *     make test                                  one case again: build/tests/test_random SEED
  *     build/tests/test_random FIRST COUNT runs a range; RKV_TEST_CASES sets the default count. */
 #include "harness.h"
 #include "oracle.h"
@@ -551,9 +552,10 @@ static void plant_entry(trial *t, rng *r, fault *f)
     const int i = rng_below(r, t->n_jobs), budget = t->config.budget;
     job *j = &t->jobs[i];
     const int set = rng_below(r, j->sets);
-    int32_t *list = (int32_t *)(void *)j->kept.data + set * budget;
+    int32_t *list;
     int k, at = rng_below(r, budget);
     if (j->shape.follower || !loses_rows(t, i)) return;
+    list = (int32_t *)(void *)j->kept.data + set * budget;
     for (k = 0; k < t->n_jobs; k++) {
         job *each = &t->jobs[k];
         each->layer.n_kept = each->shape.n_tokens < budget ? each->shape.n_tokens : budget;
