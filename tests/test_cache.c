@@ -2,6 +2,7 @@
  *     make test        or: build/tests/test_cache */
 #include "harness.h"
 
+#include <limits.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,7 +28,7 @@ static void store_element(rkv_dtype dtype, unsigned char *at, float x)
         memcpy(at, &half, sizeof half);
 }
 
-/* One of twelve contents of this head, and some noise: tokens have look-alikes. */
+/* One of twelve contents of this head, and some noise: tokens have similar keys. */
 static void make_row(rkv_dtype dtype, row_kind kind, int layer, int head, int position,
                      uint64_t token, int dim, unsigned char *row)
 {
@@ -46,9 +47,8 @@ typedef struct setup {
     const char *name;
     rkv_config (*preset)(int budget);
     int budget, buffer, capacity; /* capacity 0: budget + buffer                                 */
-    int window, pinned;           /* 0: the preset's                                             */
+    int window, pinned, protect;  /* 0: the preset's                                             */
     rkv_scope scope;
-    rkv_order order;
     rkv_dtype dtype;
     int n_layers, kv_heads, query_heads, head_dim, value_dim;
     float scale, softcap;
@@ -61,26 +61,43 @@ static rkv_config redundancy_alone(int budget)
     return config;
 }
 
+/* Attention of the newest token alone, and no pooling. */
+static rkv_config newest_query(int budget)
+{
+    rkv_config config = rkv_config_snapkv(budget);
+    config.window = 1;
+    config.pool = 1;
+    return config;
+}
+
 /* clang-format off */
 static const setup setups[] = {
-    { "f32, per head", rkv_config_default, 32, 16, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_F32, 2, 2, 4, 16, 0, 0, 0 },
-    { "f16, per head, pinned", rkv_config_default, 40, 8, 0, 4, 5, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_F16, 2, 2, 2, 20, 0, 0, 0 },
-    { "bf16, per layer", rkv_config_paper, 32, 32, 0, 0, 0, RKV_PER_LAYER, RKV_BY_POSITION,
-      RKV_BF16, 3, 2, 6, 16, 24, 0.4f, 0.5f },
-    { "f32, per sequence", rkv_config_default, 24, 9, 0, 0, 2, RKV_PER_SEQUENCE, RKV_BY_POSITION,
-      RKV_F32, 3, 2, 4, 16, 8, 0.7f, 0 },
-    { "f16, by score", rkv_config_default, 32, 16, 0, 0, 0, RKV_PER_HEAD, RKV_BY_SCORE, RKV_F16,
-      1, 3, 3, 16, 0, 0, 0 },
-    { "bf16, streaming", rkv_config_streaming, 32, 16, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_BF16, 2, 1, 4, 16, 5, 0, 0 },
-    { "f32, h2o, one new row", rkv_config_h2o, 16, 1, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_F32, 1, 2, 4, 7, 0, 0, 0 },
-    { "f32, redundancy alone", redundancy_alone, 24, 12, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_F32, 2, 2, 4, 16, 0, 0, 0 },
-    { "f16, room for a long prompt", rkv_config_snapkv, 32, 16, 300, 5, 0, RKV_PER_HEAD,
-      RKV_BY_POSITION, RKV_F16, 2, 2, 4, 16, 0, 0, 0 },
+    { "f32, per head", rkv_config_default, 32, 16, 0, 0, 0, 0, RKV_PER_HEAD, RKV_F32,
+      2, 2, 4, 16, 0, 0, 0 },
+    { "f16, per head, pinned", rkv_config_default, 40, 8, 0, 4, 5, 0, RKV_PER_HEAD, RKV_F16,
+      2, 2, 2, 20, 0, 0, 0 },
+    { "bf16, per layer", rkv_config_paper, 32, 32, 0, 0, 0, 0, RKV_PER_LAYER, RKV_BF16,
+      3, 2, 6, 16, 24, 0.4f, 0.5f },
+    { "f32, per sequence", rkv_config_default, 24, 9, 0, 0, 2, 0, RKV_PER_SEQUENCE, RKV_F32,
+      3, 2, 4, 16, 8, 0.7f, 0 },
+    { "f16, protect beyond the window", rkv_config_default, 32, 16, 0, 0, 0, 19, RKV_PER_HEAD,
+      RKV_F16, 1, 3, 3, 16, 0, 0, 0 },
+    { "bf16, streaming", rkv_config_streaming, 32, 16, 0, 0, 0, 0, RKV_PER_HEAD, RKV_BF16,
+      2, 1, 4, 16, 5, 0, 0 },
+    { "f32, newest query, one new row", newest_query, 16, 1, 0, 0, 0, 0, RKV_PER_HEAD, RKV_F32,
+      1, 2, 4, 7, 0, 0, 0 },
+    { "f32, redundancy alone", redundancy_alone, 24, 12, 0, 0, 0, 0, RKV_PER_HEAD, RKV_F32,
+      2, 2, 4, 16, 0, 0, 0 },
+    { "bf16, pinned and protected fill the budget", rkv_config_default, 32, 12, 0, 0, 7, 25,
+      RKV_PER_LAYER, RKV_BF16, 2, 2, 4, 16, 0, 0, 0 },
+    { "f32, per sequence, protect and pinned", rkv_config_default, 40, 9, 0, 3, 3, 14,
+      RKV_PER_SEQUENCE, RKV_F32, 3, 2, 4, 16, 8, 0, 0 },
+    { "bf16, protect below the window", rkv_config_paper, 32, 8, 0, 0, 0, 5, RKV_PER_LAYER,
+      RKV_BF16, 2, 2, 2, 8, 0, 0, 0 },
+    { "f32, protect all but one", newest_query, 24, 6, 40, 0, 0, 23, RKV_PER_HEAD, RKV_F32,
+      2, 2, 2, 8, 0, 0, 0 },
+    { "f16, room for a long prompt", rkv_config_snapkv, 32, 16, 300, 5, 0, 0, RKV_PER_HEAD,
+      RKV_F16, 2, 2, 4, 16, 0, 0, 0 },
 };
 /* clang-format on */
 enum { N_SETUPS = (int)(sizeof setups / sizeof *setups) };
@@ -100,8 +117,8 @@ static rkv_config setup_options(const setup *s)
     rkv_config options = s->preset(s->budget);
     if (s->window) options.window = s->window;
     if (s->pinned) options.pinned = s->pinned;
+    if (s->protect) options.protect = s->protect;
     options.scope = s->scope;
-    options.order = s->order;
     return options;
 }
 
@@ -327,7 +344,7 @@ static void plain_round(plain *p, const rkv_backend *backend, int text)
         layers[l].scale = s->scale;
         layers[l].softcap = s->softcap;
         layers[l].n_tokens = p->rows;
-        layers[l].position_stride = setup_capacity(s);
+        layers[l].row_stride = setup_capacity(s);
         if (l == 0 || s->scope != RKV_PER_SEQUENCE) layers[l].positions = plain_positions(p, l, 0);
     }
     expect_status("size by hand",
@@ -516,32 +533,82 @@ static void test_drafts(const setup *s)
     rkv_cache_destroy(want);
 }
 
-/* How far back: to the start at first, then over the new tokens and the window. */
+/* How far back: to the start at first, then over the new tokens and the protected ones. */
 static void test_truncate_reach(const setup *s)
 {
-    const int window = setup_options(s).window, evicted = s->buffer;
-    const int oldest = s->budget + evicted - window;
+    const rkv_config options = setup_options(s);
+    const int protect = config_protect(&options), evicted = s->buffer;
+    const int oldest = s->budget + evicted - protect;
     rkv_cache *cache = cache_of(s, NULL);
     image before;
+    int position;
     feed(s, cache, 1, s->budget - 1);
-    expect_status("to the start", rkv_cache_truncate(cache, 0), RKV_OK);
-    expect_int("rows", 0, rkv_cache_rows(cache, 0), 0);
+    for (position = s->budget; position >= 0; position -= 1 + position / 3) {
+        expect_status("back step by step", rkv_cache_truncate(cache, position), RKV_OK);
+        expect_int("rows", position, rkv_cache_rows(cache, 0),
+                   position < s->budget ? position : s->budget - 1);
+        if (position == 0) break;
+    }
     feed(s, cache, 1, s->budget + s->buffer);
     expect_int("evicted", 0, step(cache), evicted);
     feed(s, cache, 1, 1);
     before = image_of(cache);
-    expect_status("too far", rkv_cache_truncate(cache, oldest - 1), RKV_ERROR_ARGUMENT);
-    expect_status("below 0", rkv_cache_truncate(cache, -1), RKV_ERROR_ARGUMENT);
+    for (position = -1; position < oldest; position++) {
+        if (position == 0) continue; /* empties the cache */
+        expect_status("too far", rkv_cache_truncate(cache, position), RKV_ERROR_ARGUMENT);
+        expect_true("why", strstr(rkv_cache_error(cache)->rule, "position: ") != NULL);
+    }
+    expect_status("as negative as can be", rkv_cache_truncate(cache, INT32_MIN),
+                  RKV_ERROR_ARGUMENT);
     expect_status("nothing to forget", rkv_cache_truncate(cache, rkv_cache_position(cache, 0) + 5),
                   RKV_OK);
+    expect_status("nothing to forget", rkv_cache_truncate(cache, INT32_MAX), RKV_OK);
+    expect_true("no rule", rkv_cache_error(cache)->rule == NULL);
     expect_image("unchanged", cache, &before);
     expect_status("as far as it goes", rkv_cache_truncate(cache, oldest), RKV_OK);
-    expect_int("rows", 1, rkv_cache_rows(cache, 0), s->budget - window);
+    expect_int("rows", 1, rkv_cache_rows(cache, 0), s->budget - protect);
     expect_int("position", 1, rkv_cache_position(cache, 0), oldest);
     expect_status("no further", rkv_cache_truncate(cache, oldest - 1), RKV_ERROR_ARGUMENT);
-    feed(s, cache, 1, window + 1);
+    feed(s, cache, 1, protect + 1);
     expect_image("appended again", cache, &before);
+    expect_status("to the start", rkv_cache_truncate(cache, 0), RKV_OK);
+    expect_int("rows", 2, rkv_cache_rows(cache, 0), 0);
+    expect_int("position", 2, rkv_cache_position(cache, 0), 0);
     free(before.bytes);
+    rkv_cache_destroy(cache);
+}
+
+/* After a round has kept them, protected tokens are taken back and come again as other ones. The
+ * same is done by hand. */
+static void test_protected_drafts(const setup *s)
+{
+    enum { TEXT = 21, OTHER = 22 };
+    const rkv_config options = setup_options(s);
+    const int protect = config_protect(&options), due = s->budget + s->buffer;
+    rkv_cache *cache = cache_of(s, NULL);
+    plain p;
+    int back, l, h, row;
+    for (back = 1; back <= protect; back += 1 + back / 2) {
+        plain_make(&p, s);
+        expect_status("empty", rkv_cache_truncate(cache, 0), RKV_OK);
+        feed(s, cache, TEXT, due);
+        plain_append(&p, TEXT, due);
+        expect_int("evicted", back, step(cache), s->buffer);
+        plain_round(&p, NULL, TEXT);
+        expect_status("back", rkv_cache_truncate(cache, due - back), RKV_OK);
+        p.rows -= back;
+        p.next -= back;
+        expect_like_plain(cache, &p);
+        feed(s, cache, OTHER, back);
+        plain_append(&p, OTHER, back);
+        expect_like_plain(cache, &p);
+        for (l = 0; l < s->n_layers; l++)
+            for (h = 0; h < s->kv_heads; h++)
+                for (row = s->budget - protect; row < s->budget; row++)
+                    expect_int("a protected row's position", row,
+                               rkv_cache_positions(cache, l, h)[row], row + s->buffer);
+        plain_free(&p);
+    }
     rkv_cache_destroy(cache);
 }
 
@@ -571,7 +638,7 @@ static void test_partial_window(const setup *s)
     rkv_cache_destroy(want);
 }
 
-/* ---- fork, reset, counts ---- */
+/* ---- fork, empty, counts ---- */
 
 static void test_fork(const setup *s)
 {
@@ -621,16 +688,16 @@ static void test_fork_between_layers(const setup *s)
     expect_equal_caches("fork, two rounds on", fork, cache);
     expect_equal_positions("fork, two rounds on", fork, cache, s);
     rkv_cache_destroy(fork);
-    expect_status("empty fork", rkv_cache_fork(NULL, &fork), RKV_ERROR_ARGUMENT);
+    expect_status("empty fork", rkv_cache_fork(NULL, &fork), RKV_ERROR_NULL);
     expect_true("no fork", fork == NULL);
     rkv_cache_destroy(cache);
 }
 
-static void test_reset(const setup *s)
+static void test_empty(const setup *s)
 {
     rkv_cache *cache = cache_of(s, NULL), *fresh = cache_of(s, NULL);
     decode(s, cache, 1, s->budget + s->buffer + 3);
-    rkv_cache_reset(cache);
+    expect_status("empty", rkv_cache_truncate(cache, 0), RKV_OK);
     expect_equal_caches("as created", cache, fresh);
     decode(s, cache, 2, s->budget + s->buffer + 3);
     decode(s, fresh, 2, s->budget + s->buffer + 3);
@@ -641,23 +708,9 @@ static void test_reset(const setup *s)
 
 static void test_stats(void)
 {
-    static const setup s = { "",
-                             rkv_config_default,
-                             32,
-                             16,
-                             64,
-                             0,
-                             0,
-                             RKV_PER_HEAD,
-                             RKV_BY_POSITION,
-                             RKV_F16,
-                             2,
-                             3,
-                             6,
-                             16,
-                             24,
-                             0,
-                             0 };
+    static const setup s = {
+        "", rkv_config_default, 32, 16, 64, 0, 0, 0, RKV_PER_HEAD, RKV_F16, 2, 3, 6, 16, 24, 0, 0
+    };
     rkv_cache *cache = cache_of(&s, NULL);
     rkv_cache_stats stats = rkv_cache_get_stats(cache);
     expect_int("held", 0, (int64_t)stats.bytes_held,
@@ -732,23 +785,9 @@ static void put_u32(unsigned char *at, uint32_t value)
     for (i = 0; i < 4; i++) at[i] = (unsigned char)(value >> (8 * i));
 }
 
-static const setup small = { "",
-                             rkv_config_default,
-                             6,
-                             3,
-                             0,
-                             2,
-                             1,
-                             RKV_PER_LAYER,
-                             RKV_BY_POSITION,
-                             RKV_F16,
-                             2,
-                             1,
-                             1,
-                             4,
-                             3,
-                             0,
-                             0 };
+static const setup small = {
+    "", rkv_config_default, 6, 3, 0, 2, 1, 0, RKV_PER_LAYER, RKV_F16, 2, 1, 1, 4, 3, 0, 0
+};
 enum { SMALL_EVICTED = 6 }; /* after 14 tokens: 9 - 3, + 3 - 3, + 2 */
 
 static rkv_cache *small_cache(void)
@@ -816,7 +855,8 @@ static void test_forged_images(void)
         int at;
         uint32_t value;
     } forgeries[] = {
-        { "another version", VERSION, 2 },
+        { "an older version", VERSION, 1 },
+        { "a newer version", VERSION, 3 },
         { "no rounds, but evicted", ROUNDS, 0 },
         { "more rounds than evicted", ROUNDS, SMALL_EVICTED + 1 },
         { "huge rounds", ROUNDS + 4, 1 },
@@ -827,6 +867,7 @@ static void test_forged_images(void)
         { "another number of rows", ROWS, 7 },
         { "negative rows", ROWS, 0xfffffff8u },
         { "queries beyond the window", N_QUERIES, 3 },
+        { "no room for the queries that are missing", N_QUERIES, 0 },
         { "a pinned row moved", POSITIONS, 1 },
         { "positions that do not ascend", POSITIONS + 12, 0 },
         { "a position of the window", POSITIONS + 12, SMALL_EVICTED + 4 },
@@ -898,7 +939,7 @@ static void test_foreign_images(void)
     others[5].budget = 7;
     others[6].window = 3;
     others[7].pinned = 2;
-    others[8].order = RKV_BY_SCORE;
+    others[8].protect = 3;
     others[9].scope = RKV_PER_HEAD; /* one kv head: as many sets, another meaning */
     for (i = 0; i < 10; i++) {
         rkv_cache *other = cache_of(&others[i], NULL);
@@ -910,10 +951,9 @@ static void test_foreign_images(void)
     expect_status("too short", rkv_cache_save(cache, saved.bytes, saved.size - 1),
                   RKV_ERROR_ARGUMENT);
     expect_status("nowhere", rkv_cache_save(cache, NULL, saved.size), RKV_ERROR_ARGUMENT);
-    expect_status("nothing", rkv_cache_save(NULL, saved.bytes, saved.size), RKV_ERROR_ARGUMENT);
+    expect_status("nothing", rkv_cache_save(NULL, saved.bytes, saved.size), RKV_ERROR_NULL);
     expect_int("size of nothing", 0, (int64_t)rkv_cache_save_size(NULL), 0);
-    expect_status("into nothing", rkv_cache_load(NULL, saved.bytes, saved.size),
-                  RKV_ERROR_ARGUMENT);
+    expect_status("into nothing", rkv_cache_load(NULL, saved.bytes, saved.size), RKV_ERROR_NULL);
     free(saved.bytes);
     rkv_cache_destroy(cache);
 }
@@ -923,11 +963,11 @@ static void test_image_format(void)
 {
     /* clang-format off */
     static const unsigned char head[] = {
-        'R', 'K', 'V', 'C', 'A', 'C', 'H', 'E', 1, 0, 0, 0, /* version                           */
+        'R', 'K', 'V', 'C', 'A', 'C', 'H', 'E', 2, 0, 0, 0, /* version                           */
         2, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0,                 /* layers, kv heads, query heads      */
         4, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0,                 /* head dim, value dim, f16           */
         6, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0,                 /* budget, window, pinned             */
-        1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0,                 /* per layer, by position, a ring     */
+        1, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0,                 /* per layer, 2 protected, a ring     */
         0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,     /* rounds, evicted                    */
         2, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0,     /* rows and queries of both layers    */
     };
@@ -995,17 +1035,12 @@ static void scarce_backend_free(const rkv_backend *self, void *memory)
     scarce_free(&blocks_held, memory);
 }
 
-static rkv_status scarce_copy_in(const rkv_backend *self, void *dst, const void *src, size_t bytes)
+static rkv_status scarce_copy(const rkv_backend *self, void *dst, const void *src, size_t bytes)
 {
     (void)self;
     if (!spend(&copies_left)) return RKV_ERROR_DEVICE;
     memcpy(dst, src, bytes);
     return RKV_OK;
-}
-
-static rkv_status scarce_copy_out(const rkv_backend *self, void *dst, const void *src, size_t bytes)
-{
-    return scarce_copy_in(self, dst, src, bytes);
 }
 
 static rkv_status scarce_copy_rows(const rkv_backend *self, const rkv_tensor *dst, int dst_token,
@@ -1022,8 +1057,7 @@ static rkv_backend scarce_backend(void)
     rkv_backend backend = *rkv_backend_find(NULL);
     backend.alloc = scarce_backend_alloc;
     backend.free = scarce_backend_free;
-    backend.copy_in = scarce_copy_in;
-    backend.copy_out = scarce_copy_out;
+    backend.copy = scarce_copy;
     backend.copy_rows = scarce_copy_rows;
     return backend;
 }
@@ -1069,6 +1103,16 @@ static void test_failing_allocations(const setup *s)
     expect_int("blocks held in the end", 0, blocks_held, 0);
 }
 
+static void expect_device_error(const char *at, const rkv_cache *cache, rkv_status status,
+                                int layer)
+{
+    const rkv_error *error = rkv_cache_error(cache);
+    expect_status(at, status, RKV_ERROR_DEVICE);
+    expect_int("error.status", 0, error->status, RKV_ERROR_DEVICE);
+    expect_int("error.layer", 0, error->layer, layer);
+    expect_true("error.rule", error->rule && strstr(error->rule, "cache: the device refused"));
+}
+
 /* The n-th copy fails, for every n: nothing has been appended, and trying again succeeds. */
 static void test_failing_copies(const setup *s)
 {
@@ -1089,7 +1133,7 @@ static void test_failing_copies(const setup *s)
             status = feed_layer(s, cache, l, 1, 5);
             copies_left = -1;
             if (status == RKV_OK) break;
-            expect_status("append", status, RKV_ERROR_DEVICE);
+            expect_device_error("append", cache, status, l);
             expect_int("rows", l, rkv_cache_rows(cache, l), rows);
         }
     step(cache);
@@ -1102,40 +1146,68 @@ static void test_failing_copies(const setup *s)
         status = rkv_cache_load(cache, before.bytes, before.size);
         copies_left = -1;
         if (status == RKV_OK) break;
-        expect_status("load", status, RKV_ERROR_DEVICE);
+        expect_device_error("load", cache, status, -1);
         expect_int("rows after a failed load", n, rkv_cache_rows(cache, 0), 0);
     }
     expect_image("loaded", cache, &before);
-    copies_left = 0;
-    expect_status("save", rkv_cache_save(cache, before.bytes, before.size), RKV_ERROR_DEVICE);
-    copies_left = 1;
+    for (n = 0; n < 200; n++) {
+        image again;
+        rkv_status status;
+        again.size = before.size;
+        again.bytes = (unsigned char *)alloc_checked(again.size);
+        copies_left = n;
+        status = rkv_cache_save(cache, again.bytes, again.size);
+        copies_left = -1;
+        if (status == RKV_OK) expect_bytes("saved", again.bytes, before.bytes, before.size);
+        free(again.bytes);
+        if (status == RKV_OK) break;
+        expect_device_error("save", cache, status, -1);
+    }
     rkv_cache_destroy(want);
-    expect_status("fork", rkv_cache_fork(cache, &want), RKV_ERROR_DEVICE);
-    copies_left = -1;
-    expect_true("no fork", want == NULL);
+    for (n = 0; n < 200; n++) {
+        rkv_status status;
+        copies_left = n;
+        status = rkv_cache_fork(cache, &want);
+        copies_left = -1;
+        if (status == RKV_OK) break;
+        expect_device_error("fork", cache, status, -1);
+        expect_true("no fork", want == NULL);
+    }
+    expect_true("some of them failed", n > 1);
+    expect_image("forked", want, &before);
+    rkv_cache_destroy(want);
     free(before.bytes);
     rkv_cache_destroy(cache);
     expect_int("blocks held in the end", 0, blocks_held, 0);
 }
 
-static void test_nonfinite_key(const setup *s)
+/* own: the record is the cache's. */
+static void test_nonfinite_key(const setup *s, int own)
 {
     const float bad = strtof("inf", NULL);
-    rkv_fault fault = RKV_INIT;
     rkv_cache_config config = setup_config(s, NULL);
     rkv_cache *cache = NULL;
+    const rkv_error *found;
+    rkv_error error = RKV_INIT;
     image before;
     int n_evicted = -1;
-    config.compress.fault = &fault;
+    config.compress.error = own ? NULL : &error;
     expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
+    expect_true("whose record", own || rkv_cache_error(cache) == &error);
     feed(s, cache, 1, s->budget + s->buffer);
     store_element(s->dtype, (unsigned char *)rkv_cache_keys(cache, 1).data, bad);
     before = image_of(cache);
     expect_status("step", rkv_cache_step(cache, &n_evicted), RKV_ERROR_NONFINITE);
     expect_int("evicted", 0, n_evicted, 0);
-    expect_image("unchanged", cache, &before);
-    expect_int("fault: status", 0, fault.status, RKV_ERROR_NONFINITE);
-    expect_int("fault: layer", 0, fault.layer, 1);
+    found = rkv_cache_error(cache);
+    expect_int("error.status", 0, found->status, RKV_ERROR_NONFINITE);
+    expect_int("error.layer", 0, found->layer, 1);
+    expect_int("error.head", 0, found->head, 0);
+    expect_int("error.token", 0, found->token, 0);
+    expect_true("error.rule", found->rule && strstr(found->rule, "layer.keys: "));
+    expect_image("unchanged", cache, &before); /* saving clears the record */
+    expect_int("error.status", 1, found->status, RKV_OK);
+    expect_true("error.rule", found->rule == NULL && found->layer == -1);
     free(before.bytes);
     rkv_cache_destroy(cache);
 }
@@ -1156,8 +1228,8 @@ static void test_create_arguments(void)
     rkv_backend bare = *rkv_backend_find(NULL);
     rkv_cache_config c;
     rkv_cache *cache = NULL;
-    expect_status("no out", rkv_cache_create(NULL, &good), RKV_ERROR_ARGUMENT);
-    expect_not_created("no config", NULL, RKV_ERROR_ARGUMENT);
+    expect_status("no out", rkv_cache_create(NULL, &good), RKV_ERROR_NULL);
+    expect_not_created("no config", NULL, RKV_ERROR_NULL);
 #define REFUSED(change) c = good, change, expect_not_created(#change, &c, RKV_ERROR_ARGUMENT)
     REFUSED(c.n_layers = 0);
     REFUSED(c.n_layers = -1);
@@ -1176,6 +1248,12 @@ static void test_create_arguments(void)
     REFUSED(c.compress.window = s->budget + 1);
     REFUSED(c.compress.pinned = -1);
     REFUSED(c.compress.pinned = s->budget);
+    REFUSED(c.compress.protect = -1);
+    REFUSED(c.compress.protect = s->budget + 1);
+    REFUSED((c.compress.protect = s->budget, c.compress.pinned = 1));
+    REFUSED(c.compress.variant = (rkv_variant)2);
+    REFUSED(c.scale = -1);
+    REFUSED(c.softcap = -1);
     REFUSED(c.compress.lambda = 2.0f);
     REFUSED(c.alloc = scarce_alloc);
     REFUSED(c.free = scarce_free);
@@ -1246,7 +1324,7 @@ static void test_append_arguments(void)
                 expect_int("which view, which fault", i, b, -1);
     }
     expect_status("no cache", rkv_cache_append(NULL, 0, N, &keys, &values, &queries),
-                  RKV_ERROR_ARGUMENT);
+                  RKV_ERROR_NULL);
     expect_image("unchanged", cache, &before);
     expect_status("none", rkv_cache_append(cache, 0, 0, NULL, NULL, NULL), RKV_OK);
     expect_image("unchanged", cache, &before);
@@ -1302,11 +1380,11 @@ static void test_views_out_of_range(void)
     }
     expect_true("positions", rkv_cache_positions(cache, 0, 2) == NULL);
     expect_true("positions", rkv_cache_positions(cache, 0, -1) == NULL);
-    expect_status("step", rkv_cache_step(NULL, NULL), RKV_ERROR_ARGUMENT);
-    expect_status("compress", rkv_cache_compress(NULL, NULL), RKV_ERROR_ARGUMENT);
-    expect_status("truncate", rkv_cache_truncate(NULL, 0), RKV_ERROR_ARGUMENT);
-    expect_status("fork", rkv_cache_fork(cache, NULL), RKV_ERROR_ARGUMENT);
-    rkv_cache_reset(NULL);
+    expect_status("step", rkv_cache_step(NULL, NULL), RKV_ERROR_NULL);
+    expect_status("compress", rkv_cache_compress(NULL, NULL), RKV_ERROR_NULL);
+    expect_status("truncate", rkv_cache_truncate(NULL, 0), RKV_ERROR_NULL);
+    expect_status("fork", rkv_cache_fork(cache, NULL), RKV_ERROR_NULL);
+    expect_int("the record of no cache", 0, rkv_cache_error(NULL)->status, RKV_ERROR_NULL);
     rkv_cache_destroy(cache);
 }
 
@@ -1409,9 +1487,13 @@ static void test_threads_decode(const setup *s, int n_threads)
 static void test_threads_arguments(void)
 {
     rkv_threads *threads = (rkv_threads *)(void *)&threads;
-    expect_status("no threads", rkv_threads_create(&threads, 0), RKV_ERROR_ARGUMENT);
-    expect_true("no pool", threads == NULL);
-    expect_status("no out", rkv_threads_create(NULL, 2), RKV_ERROR_ARGUMENT);
+    rkv_config config = rkv_config_default(32);
+    expect_status("no threads: one", rkv_threads_create(&threads, 0), RKV_OK);
+    rkv_threads_use(threads, &config);
+    expect_int("threads", 0, config.n_threads, 1);
+    run_tally(&config, 10);
+    rkv_threads_destroy(threads);
+    expect_status("no out", rkv_threads_create(NULL, 2), RKV_ERROR_NULL);
     rkv_threads_destroy(NULL);
     rkv_threads_use(NULL, NULL);
 }
@@ -1441,12 +1523,14 @@ static void run_on_setup(const setup *s)
     test_drafts(s);
     case_begin("%s: how far truncate reaches", s->name);
     test_truncate_reach(s);
+    case_begin("%s: protected tokens taken back", s->name);
+    test_protected_drafts(s);
     case_begin("%s: fork", s->name);
     test_fork(s);
     case_begin("%s: fork between two layers", s->name);
     test_fork_between_layers(s);
-    case_begin("%s: reset", s->name);
-    test_reset(s);
+    case_begin("%s: emptied", s->name);
+    test_empty(s);
     for (length = 0; length < 100; length += 33) {
         case_begin("%s: save after %d tokens", s->name, length);
         test_save(s, length);
@@ -1478,7 +1562,8 @@ int main(void)
     case_begin("a partial window");
     test_partial_window(&setups[N_SETUPS - 1]);
     case_begin("an infinite key");
-    test_nonfinite_key(&setups[0]);
+    test_nonfinite_key(&setups[0], 0);
+    test_nonfinite_key(&setups[0], 1);
     case_begin("stats");
     test_stats();
     case_begin("image format");
@@ -1497,6 +1582,8 @@ int main(void)
     test_no_queries(&setups[5]);
     case_begin("no queries: redundancy alone");
     test_no_queries(&setups[7]);
+    case_begin("no queries: pinned and protected tokens alone");
+    test_no_queries(&setups[8]);
     case_begin("views out of range");
     test_views_out_of_range();
     for (i = 1; i <= 8; i++) {
