@@ -528,9 +528,10 @@ struct rkv_backend {
     /* Memory for rkv_cache; NULL in all: the backend cannot hold one. copy takes host memory and
      * the backend's on either side, and is done when it returns. copy_rows copies rows
      * [src_token, + n_tokens) of src, all heads, to [dst_token, ...) of dst, same heads, dim and
-     * element size. fill_positions writes first, first + 1, ... to n entries at
-     * positions[s * stride + row] of each of n_sets sets. synchronize waits for all that came
-     * before. */
+     * element size. For a negative block in any row of src from src_token on it may return
+     * RKV_ERROR_ARGUMENT, before it writes. fill_positions writes first, first + 1, ... to n
+     * entries at positions[s * stride + row] of each of n_sets sets. synchronize waits for all
+     * that came before. */
     void *(*alloc)(const rkv_backend *self, size_t bytes);
     void (*free)(const rkv_backend *self, void *memory);
     rkv_status (*copy)(const rkv_backend *self, void *dst, const void *src, size_t bytes);
@@ -3808,7 +3809,7 @@ static rkv_status rkvi_cpu_copy_rows(const rkv_backend *self, const rkv_tensor *
     rkvi_pieces pieces = rkvi_pieces_of(&to);
     int head, token, piece;
     (void)self;
-    for (token = src_token; from.table && token < src_token + n_tokens; token++)
+    for (token = src_token; from.table && token < src->tokens; token++)
         if (from.table[token / from.block_tokens] < 0) return RKV_ERROR_ARGUMENT;
     if (from.dim_stride != from.element) pieces = rkvi_pieces_of(&from);
     for (head = 0; head < dst->heads; head++)
@@ -5184,7 +5185,8 @@ static rkv_status rkvi_cache_fill(const rkv_cache *cache, int layer, int row, in
 }
 
 /* Copies the newest min(n_tokens, window) queries into the ring; two copies if they wrap. They
- * replace the oldest queries, which a failed copy leaves undefined. */
+ * replace the oldest queries, which a failed copy leaves undefined. The first copy finds a negative
+ * block, before it writes. */
 static rkv_status rkvi_cache_push_queries(rkv_cache *cache, int layer, int n_tokens,
                                           const rkv_tensor *queries)
 {
@@ -5199,9 +5201,18 @@ static rkv_status rkvi_cache_push_queries(rkv_cache *cache, int layer, int n_tok
     rkv_status status = backend->copy_rows(backend, ring, slot, queries, skipped, n_first);
     if (status == RKV_OK && n > n_first)
         status = backend->copy_rows(backend, ring, 0, queries, skipped + n_first, n - n_first);
+    if (status == RKV_ERROR_ARGUMENT) return status;
     if (*n_queries > window - n) *n_queries = window - n;
     if (status == RKV_OK) *n_queries += n;
     return status;
+}
+
+/* The rows that append reads. A table may be shorter than `tokens` says. */
+static rkv_tensor rkvi_cache_new_rows(const rkv_tensor *view, int n_tokens)
+{
+    rkv_tensor rows = *view;
+    if (rows.block_table) rows.tokens = n_tokens;
+    return rows;
 }
 
 /* Rows from n_tokens on are unused until the count grows. The ring comes last, because its slots
@@ -5212,16 +5223,19 @@ static rkv_status rkvi_cache_copy_in(rkv_cache *cache, int layer, int n_tokens,
 {
     const rkv_backend *backend = cache->config.backend;
     const rkv_layer *held = &cache->layers[layer];
+    const rkv_tensor new_keys = rkvi_cache_new_rows(keys, n_tokens);
+    const rkv_tensor new_values = rkvi_cache_new_rows(values, n_tokens);
+    rkv_tensor new_queries;
     const int row = held->n_tokens;
     const int fills = cache->config.compress.scope != RKV_PER_SEQUENCE ||
                       row + n_tokens > rkvi_cache_most_rows(cache); /* else done already */
-    rkv_status status = backend->copy_rows(backend, &held->keys, row, keys, 0, n_tokens);
+    rkv_status status = backend->copy_rows(backend, &held->keys, row, &new_keys, 0, n_tokens);
     if (status == RKV_OK)
-        status = backend->copy_rows(backend, &held->values, row, values, 0, n_tokens);
+        status = backend->copy_rows(backend, &held->values, row, &new_values, 0, n_tokens);
     if (status == RKV_OK && fills) status = rkvi_cache_fill(cache, layer, row, n_tokens);
-    if (status == RKV_OK && cache->plan.query_bytes > 0)
-        status = rkvi_cache_push_queries(cache, layer, n_tokens, queries);
-    return status;
+    if (status != RKV_OK || cache->plan.query_bytes == 0) return status;
+    new_queries = rkvi_cache_new_rows(queries, n_tokens);
+    return rkvi_cache_push_queries(cache, layer, n_tokens, &new_queries);
 }
 
 RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
