@@ -1186,6 +1186,37 @@ static void test_failing_copies(const setup *s)
     expect_int("blocks held in the end", 0, blocks_held, 0);
 }
 
+/* A copy into the ring that breaks off: its slots hold nobody's queries, so that no round can be made
+ * until the tokens have been appended again. */
+static void test_failing_ring(const setup *s)
+{
+    enum { N = 6, COPIES_BEFORE = 2 }; /* keys, values */
+    const rkv_backend backend = scarce_backend();
+    const rkv_cache_config config = scarce_config(s, &backend);
+    const int window = setup_options(s).window, start = s->budget + 3;
+    rkv_cache *cache = NULL, *want = NULL;
+    int wraps, l;
+    for (wraps = 0; wraps < 2; wraps++) { /* the first or the second of two copies fails */
+        expect_true("the ring wraps", start % window + N > window);
+        expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
+        expect_status("create", rkv_cache_create(&want, &config), RKV_OK);
+        feed(s, cache, 1, start);
+        feed(s, want, 1, start + N);
+        copies_left = COPIES_BEFORE + wraps;
+        expect_device_error("append", cache, feed_layer(s, cache, 0, 1, N), 0);
+        copies_left = -1;
+        expect_status("compress", rkv_cache_compress(cache, NULL), RKV_ERROR_ARGUMENT);
+        expect_true("why", says(rkv_cache_error(cache), "cache: queries"));
+        for (l = 0; l < s->n_layers; l++)
+            expect_status("again", feed_layer(s, cache, l, 1, N), RKV_OK);
+        expect_equal_caches("after trying again", cache, want);
+        expect_status("compress", rkv_cache_compress(cache, NULL), RKV_OK);
+        expect_int("rows", wraps, rkv_cache_rows(cache, 0), s->budget);
+        rkv_cache_destroy(cache);
+        rkv_cache_destroy(want);
+    }
+}
+
 /* own: the record is the cache's. */
 static void test_nonfinite_key(const setup *s, int own)
 {
@@ -2182,6 +2213,8 @@ int main(void)
     test_unequal_layers(&setups[0]);
     case_begin("a partial window");
     test_partial_window(&setups[N_SETUPS - 1]);
+    case_begin("a copy into the ring that fails");
+    test_failing_ring(&setups[0]);
     case_begin("an infinite key");
     test_nonfinite_key(&setups[0], 0);
     test_nonfinite_key(&setups[0], 1);
