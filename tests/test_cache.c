@@ -1186,8 +1186,8 @@ static void test_failing_copies(const setup *s)
     expect_int("blocks held in the end", 0, blocks_held, 0);
 }
 
-/* A copy into the ring that breaks off: its slots hold nobody's queries, so that no round can be made
- * until the tokens have been appended again. */
+/* A copy into the ring that breaks off: its slots hold nobody's queries, so that no round can be
+ * made until the tokens have been appended again. */
 static void test_failing_ring(const setup *s)
 {
     enum { N = 6, COPIES_BEFORE = 2 }; /* keys, values */
