@@ -683,7 +683,7 @@ static void expect_not_registered(const char *rule, rkv_status want, const rkv_b
 static void test_backends(scene *sc)
 {
     static rkv_backend many[17];
-    static char many_names[17][8];
+    static char many_names[17][16];
     const rkv_backend *usual = sc->backend;
     const rkv_config good = sc->config;
     const char *rule;
