@@ -148,6 +148,35 @@ static void test_tensor_make(void)
     expect_int("head_stride", 0, t.head_stride ? t.head_stride : 12, 12);
 }
 
+/* Strides as they are given; 0 where it is a broadcast is refused (see test_refusals.c). */
+static void test_tensor_strided(void)
+{
+    float data[64];
+    rkv_tensor t = rkv_tensor_strided(data, RKV_F16, 2, 3, 4, 4, 8, 1);
+    rkv_layer layer = RKV_INIT;
+    rkv_config config = rkv_config_streaming(2);
+    size_t bytes = 0;
+    case_begin("rkv_tensor_strided");
+    expect_true("data", t.data == data && t.block_table == NULL);
+    expect_int("dtype", 0, t.dtype, RKV_F16);
+    expect_int("heads", 0, t.heads, 2);
+    expect_int("tokens", 0, t.tokens, 3);
+    expect_int("dim", 0, t.dim, 4);
+    expect_int("head_stride", 0, t.head_stride, 4);
+    expect_int("token_stride", 0, t.token_stride, 8);
+    expect_int("dim_stride", 0, t.dim_stride, 1);
+    layer.keys = rkv_tensor_strided(data, RKV_F16, 1, 3, 4, 0, 4, 1); /* of one head: no matter */
+    layer.n_tokens = 3;
+    expect_status("a stride of one step", rkv_workspace_size(NULL, &config, &layer, 1, &bytes),
+                  RKV_OK);
+    layer.keys = rkv_tensor_strided(data, RKV_F16, 2, 3, 4, 0, 4, 1);
+    expect_status("two heads in one", rkv_workspace_size(NULL, &config, &layer, 1, &bytes),
+                  RKV_ERROR_ARGUMENT);
+    layer.keys = rkv_tensor_strided(data, RKV_F16, 1, 3, 4, 12, 0, 1);
+    expect_status("three tokens in one", rkv_workspace_size(NULL, &config, &layer, 1, &bytes),
+                  RKV_ERROR_ARGUMENT);
+}
+
 /* ---- workspace sizes ---- */
 /* A layer of n tokens in memory that does not exist: sizes must not read it. */
 static rkv_layer absent_layer(int index, int n_tokens, int window)
@@ -647,6 +676,7 @@ int main(void)
     test_status_strings();
     test_explain();
     test_tensor_make();
+    test_tensor_strided();
     for (i = 0; i < n; i++) test_workspace_growth(backends[i]);
     test_apply();
     test_moves();

@@ -772,16 +772,26 @@ static void test_save(const setup *s, int length)
     rkv_cache_destroy(roomy);
 }
 
-/* FNV-1a, written here once more: an image with a field changed and the checksum put right. */
+static uint64_t checksum_step(uint64_t sum, uint64_t word)
+{
+    sum ^= word;
+    return (sum << 29 | sum >> 35) * 0x9e3779b97f4a7c15u;
+}
+
+/* The checksum, written here once more: for images with a field changed. */
 static void reseal(image *forged)
 {
-    uint64_t hash = 0xcbf29ce484222325u;
-    size_t i;
-    for (i = 0; i + 8 < forged->size; i++) {
-        hash ^= forged->bytes[i];
-        hash *= 0x100000001b3u;
+    const size_t bytes = forged->size - 8, n_words = bytes / 32 * 4;
+    uint64_t sums[4] = { 1, 2, 3, 4 }, total = bytes;
+    size_t word, i;
+    for (word = 0; word < n_words; word++) {
+        uint64_t value = 0;
+        for (i = 8; i-- > 0;) value = value << 8 | forged->bytes[8 * word + i];
+        sums[word % 4] = checksum_step(sums[word % 4], value);
     }
-    for (i = 0; i < 8; i++) forged->bytes[forged->size - 8 + i] = (unsigned char)(hash >> (8 * i));
+    for (i = 0; i < 4; i++) total = checksum_step(total, sums[i]);
+    for (i = 8 * n_words; i < bytes; i++) total = checksum_step(total, forged->bytes[i]);
+    for (i = 0; i < 8; i++) forged->bytes[bytes + i] = (unsigned char)(total >> (8 * i));
 }
 
 static void put_u32(unsigned char *at, uint32_t value)
