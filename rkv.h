@@ -125,7 +125,7 @@ extern "C" {
 
 typedef enum rkv_status {
     RKV_OK = 0,
-    RKV_ERROR_NULL,        /* config, cache or a result pointer is NULL: no place for a sentence  */
+    RKV_ERROR_NULL,        /* config, cache or a result pointer is NULL: maybe no record to write */
     RKV_ERROR_ARGUMENT,    /* a field is out of range or inconsistent                             */
     RKV_ERROR_WORKSPACE,   /* the workspace is NULL or smaller than rkv_workspace_size asks       */
     RKV_ERROR_NONFINITE,   /* a key, query or score is NaN, infinite or too large                 */
@@ -141,7 +141,7 @@ typedef struct rkv_error {
     int32_t status;    /* the rkv_status that was returned                                        */
     int32_t layer;     /* index into the call's layers; -1, here and below: does not apply        */
     int32_t head;      /* KV head; query head where the rule is about queries; set of a kept list */
-    int32_t token;     /* row of a key, score or view; entry of a kept list                       */
+    int32_t token;     /* row of a key, score, pin or view; entry of a kept list */
 } rkv_error;
 
 typedef enum rkv_dtype { RKV_F32 = 0, RKV_F16 = 1, RKV_BF16 = 2 } rkv_dtype;
@@ -350,9 +350,9 @@ RKV_API rkv_status rkv_compact(const rkv_backend *backend, const rkv_config *con
  *   rkv_moves         the list as moves of adjacent rows, to be done in order. dst < src; the two
  *                     may overlap: memmove, or row by row ascending. Rows that stay are left out.
  *   rkv_evicted_runs  the evicted positions as runs [begin, end), to be freed. positions: true
- *                     position of each of the n_tokens rows before compaction, ascending (else
- *                     -1); NULL means the row number. A run spans all positions between two kept
- *                     rows.
+ *                     position of each of the n_tokens rows before compaction, ascending and
+ *                     below INT32_MAX (else -1); NULL means the row number. A run spans all
+ *                     positions between two kept rows.
  * The last two return how many there are and write at most max_moves or max_runs of them. */
 typedef struct rkv_move {
     int32_t dst, src, count;
@@ -452,7 +452,8 @@ RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
  * rkv_cache_error_position: the position of the token that the last round found to hold a number
  * that is not finite; 0 if it is older than truncation reaches (a tampered snapshot), so that the
  * same line empties the cache; -1 if the last error was another.
- * On a device backend a round waits for the device and reports what it found, unless
+ * On a device backend a round waits for the device and reports what it found (RKV_ERROR_DEVICE if
+ * it cannot tell: the cache is then empty), unless
  * compress.device_error was given: then it does not wait, and a fault that you find there means
  * that the cache is lost: empty it, or load a snapshot. */
 RKV_API rkv_status rkv_cache_step(rkv_cache *cache, int *n_evicted);
@@ -506,7 +507,7 @@ RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t b
  * A backend is one implementation of the method: the CPU's are built in, rkv_cuda.cu is another.
  * Its functions get arguments that room 19 has checked and a config whose zeros are filled in;
  * `context` is the backend's own. It writes what it refuses to *config->error, or, where it finds
- * out after the call, to *config->device_error. */
+ * out after the call, to *config->device_error, which it clears when a call that scores begins. */
 typedef enum rkv_stage { RKV_SCORE, RKV_SELECT, RKV_COMPACT, RKV_COMPRESS } rkv_stage;
 
 /* One call of rkv_score, rkv_select, rkv_compact or rkv_compress. */
@@ -2756,7 +2757,7 @@ static rkv_status rkvi_score_head(const rkvi_head *h, rkvi_scratch *s)
 {
     const float lambda = h->config->lambda;
     size_t stride = rkvi_padded((size_t)h->n_tokens);
-    float *importance = s->signal, *redundancy = s->signal + stride, total;
+    float *importance = s->signal, *redundancy = s->signal + stride, total = 1;
     rkv_status status = rkvi_pack_queries(h, s);
     if (status == RKV_OK) status = rkvi_read_keys(h, s, stride);
     if (status != RKV_OK) return status;
@@ -4596,7 +4597,8 @@ RKV_API rkv_status rkv_workspace_size(const rkv_backend *backend, const rkv_conf
 {
     rkvi_float_mode saved;
     rkv_status status;
-    if (!bytes || !config) return RKV_ERROR_NULL;
+    if (!config) return RKV_ERROR_NULL;
+    if (!bytes) return rkvi_refuse(config, RKV_ERROR_NULL, "bytes: is NULL", -1, -1, -1);
     saved = rkvi_enter_float_mode();
     status = rkvi_measure(backend, config, layers, n_layers, bytes);
     rkvi_leave_float_mode(saved);
@@ -4712,6 +4714,7 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
     if (!rkvi_list_is_sound(kept, n_kept, n_tokens)) return -1;
     for (i = 1; positions && i < n_tokens; i++)
         if (positions[i] <= positions[i - 1]) return -1;
+    if (positions && n_tokens > 0 && positions[n_tokens - 1] == INT32_MAX) return -1;
     for (i = 0; i <= n_kept; i++) { /* the rows between two kept ones */
         int next = i < n_kept ? kept[i] : n_tokens;
         if (row < next) {
@@ -5011,6 +5014,8 @@ RKV_API rkv_status rkv_cache_create(rkv_cache **out, const rkv_cache_config *con
     const char *rule;
     rkvi_float_mode saved;
     rkv_status status;
+    if (config != NULL && out == NULL)
+        return rkvi_refuse(&config->compress, RKV_ERROR_NULL, "out: is NULL", -1, -1, -1);
     if (out == NULL) return RKV_ERROR_NULL;
     *out = NULL;
     if (config == NULL) return RKV_ERROR_NULL;
@@ -5288,15 +5293,18 @@ static int rkvi_cache_window_whole(const rkv_cache *cache)
 }
 
 /* Waits for the round and returns what the device found. */
-static rkv_status rkvi_cache_look(const rkv_cache *cache)
+static rkv_status rkvi_cache_look(rkv_cache *cache)
 {
     const rkv_backend *backend = cache->config.backend;
     rkv_error *own = rkvi_cache_device_error(cache), found;
     rkv_status status;
     if (own == NULL) return RKV_OK;
     status = backend->copy(backend, &found, own, sizeof found);
-    if (status != RKV_OK)
-        return rkvi_cache_refuse(cache, status, "cache: the device refused a copy", -1);
+    if (status != RKV_OK) { /* have the rows moved or not? */
+        rkvi_cache_empty(cache);
+        return rkvi_cache_refuse(cache, status, "cache: no word from the device, it is empty now",
+                                 -1);
+    }
     return rkvi_record(cache->config.compress.error, (rkv_status)found.status, found.rule,
                        found.layer, found.head, found.token);
 }
@@ -5308,11 +5316,12 @@ static rkv_status rkvi_cache_round(rkv_cache *cache, int *n_evicted)
     rkv_status status = rkv_compress(config->backend, &config->compress, cache->layers,
                                      config->n_layers, cache->workspace, cache->workspace_bytes);
     int l;
-    if (status == RKV_OK) status = rkvi_cache_look(cache);
-    if (status != RKV_OK) { /* no row has moved */
-        for (l = 0; l < config->n_layers; l++) cache->layers[l].n_tokens = rows;
-        return status;
+    if (status == RKV_OK) {
+        for (l = 0; l < config->n_layers; l++) cache->layers[l].n_tokens = rows; /* until we know */
+        status = rkvi_cache_look(cache);
     }
+    if (status != RKV_OK) return status;
+    for (l = 0; l < config->n_layers; l++) cache->layers[l].n_tokens = rows - evicted;
     cache->evicted += evicted;
     cache->rounds++;
     if (n_evicted != NULL) *n_evicted = evicted;
@@ -5426,6 +5435,8 @@ RKV_API rkv_status rkv_cache_fork(const rkv_cache *cache, rkv_cache **out)
     rkv_tensor to, from;
     rkv_status status;
     int l, n_rows;
+    if (cache != NULL && out == NULL)
+        return rkvi_cache_refuse(cache, RKV_ERROR_NULL, "out: is NULL", -1);
     if (out == NULL) return RKV_ERROR_NULL;
     *out = NULL;
     if (cache == NULL) return RKV_ERROR_NULL;

@@ -1179,8 +1179,12 @@ static void test_refused_copies(void)
     expect_true("no fork", fork == NULL);
     image = (unsigned char *)alloc_checked(s.bytes);
     REFUSES(rkv_cache_save(s.cache, image, s.bytes), -1);
-    REFUSES(rkv_cache_compress(s.cache, NULL), -1);
     REFUSES(rkv_cache_load(s.cache, s.image, s.bytes), -1);
+    expect_int("empty", 0, rkv_cache_rows(s.cache, 0), 0);
+    cache_feed(s.cache, 10);
+    rule = "cache: no word from the device, it is empty now";
+    REFUSES(rkv_cache_compress(s.cache, NULL), -1);
+    expect_int("empty", 1, rkv_cache_rows(s.cache, 0), 0);
 #undef REFUSES
     free(image);
     still_free(&s);
@@ -1354,14 +1358,17 @@ static void test_null_results(void)
     const rkv_error *none = rkv_cache_error(NULL);
     case_begin("config, cache or result NULL");
     expect_status("size", rkv_workspace_size(NULL, NULL, &layer, 1, &bytes), RKV_ERROR_NULL);
-    expect_status("size", rkv_workspace_size(NULL, &config.compress, &layer, 0, NULL),
-                  RKV_ERROR_NULL);
+    expect_refusal("bytes: is NULL", rkv_workspace_size(NULL, &config.compress, &layer, 0, NULL),
+                   RKV_ERROR_NULL, &error, -1, -1, -1);
     expect_status("score", rkv_score(NULL, NULL, &layer, 1, &bytes, 8), RKV_ERROR_NULL);
     expect_status("select", rkv_select(NULL, NULL, &layer, 1, &bytes, 8), RKV_ERROR_NULL);
     expect_status("compact", rkv_compact(NULL, NULL, &layer, 1, &bytes, 8), RKV_ERROR_NULL);
     expect_status("compress", rkv_compress(NULL, NULL, &layer, 1, &bytes, 8), RKV_ERROR_NULL);
     expect_int("bytes", 0, (int64_t)bytes, 4711);
-    expect_status("create", rkv_cache_create(NULL, &config), RKV_ERROR_NULL);
+    error = poison;
+    expect_refusal("out: is NULL", rkv_cache_create(NULL, &config), RKV_ERROR_NULL, &error, -1, -1,
+                   -1);
+    expect_status("create", rkv_cache_create(NULL, NULL), RKV_ERROR_NULL);
     expect_status("create", rkv_cache_create(&cache, NULL), RKV_ERROR_NULL);
     expect_true("no cache", cache == NULL);
     expect_status("append", rkv_cache_append(NULL, 0, 0, NULL, NULL, NULL), RKV_ERROR_NULL);
@@ -1415,6 +1422,7 @@ static const struct {
 static const char *const repeated[] = {
     "cache: the device refused a copy", /* create, append, step, fork, save, load */
     "memory: is NULL",                  /* save, load */
+    "out: is NULL",                     /* create, fork */
 };
 
 /* Functions that return an error without a text. RKV_ERROR_NULL never has one. */
@@ -1492,7 +1500,7 @@ static int names_something(const char *place, size_t n)
                   { "queries", "rkv_tensor" } };
     static const char *const arguments[] = { "n_layers", "layers", "workspace", "layer", "n_tokens",
                                              "position", "memory", "bytes",     "cache", "backend",
-                                             "keys",     "values", "queries" };
+                                             "keys",     "values", "queries",   "out" };
     const char *dot = (const char *)memchr(place, '.', n), *type = NULL;
     size_t first = dot ? (size_t)(dot - place) : n, length, i;
     if (!dot) {
