@@ -182,7 +182,7 @@ test-windows:
 	@wineserver -p60 2>/dev/null || true
 	$(call suite,x86_64-w64-mingw32-gcc wine,windows,CC=x86_64-w64-mingw32-gcc LDFLAGS=-static \
 	    RUNNER='env WINEDEBUG=-all wine' PROGRAM_TEST= \
-	    TESTS='$(patsubst %,$(BUILD)/windows/tests/test_%,api cache errors golden random)')
+	    TESTS='$(patsubst %,$(BUILD)/windows/tests/test_%,api cache errors float golden pins random refusals)')
 
 # The library must not care what its caller has set: rounding, flush-to-zero, traps.
 FLOAT_MODES = down up zero ftz daz traps mixed
