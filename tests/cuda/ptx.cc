@@ -100,14 +100,16 @@ struct machine {
 };
 machine the;
 
-/* "rkvi_attend<rkvi_bf16>" of its mangled name. */
+/* "rkvi_attend<rkvi_bf16>" from its mangled name. */
 std::string plain_name(const std::string &mangled)
 {
     int status = 0;
     char *plain = abi::__cxa_demangle(mangled.c_str(), NULL, NULL, &status);
     std::string out = plain ? plain : mangled;
     free(plain);
+    const std::string scope = "rkvi_cuda::";
     if (out.compare(0, 5, "void ") == 0) out.erase(0, 5);
+    for (size_t at; (at = out.find(scope)) != std::string::npos;) out.erase(at, scope.size());
     return out.substr(0, out.find('('));
 }
 void die(const std::string &why, int lane)
@@ -930,7 +932,7 @@ struct parser {
         if (text == "%tid.x") return special(&k.thread);
         if (text == "%ctaid.x") return special(&k.block);
         if (text == "%nctaid.x") return special(&k.grid);
-        if (text == "rkvi_shared_bytes") return constant_slot(0, bytes);
+        if (text.find("rkvi_shared_bytes") != std::string::npos) return constant_slot(0, bytes);
         if (text == k.name + "_param_0") return special(&k.parameters);
         if (text[0] == '%') {
             const named it = find(text);
@@ -1380,7 +1382,8 @@ void ptx_launch(const void *function, int threads, size_t shared_bytes, const vo
     the.running = NULL;
     if (!dladdr(function, &info) || !info.dli_sname) die("a kernel without a name", 0);
     std::string name = info.dli_sname;
-    if (name.compare(0, 3, "_ZL") == 0) name.erase(2, 1); /* as nvcc writes a static function */
+    const std::string scope = "_ZN9rkvi_cudaL"; /* nvcc writes a static function without the L */
+    if (name.compare(0, scope.size(), scope) == 0) name.erase(scope.size() - 1, 1);
     if (!the.kernels.count(name)) die(name + ": not in the file", 0);
     kernel &k = the.kernels[name];
     std::vector<warp> &warps = k.warps;

@@ -53,13 +53,24 @@ enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorNoDevice = 100,
     cudaErrorNoKernelImageForDevice = 209
 };
+inline const char *cudaGetErrorString(cudaError_t error)
+{
+    return error == cudaSuccess ? "no error" : "invalid argument";
+}
 struct cudaFuncAttributes {
     int binaryVersion;
 };
 enum cudaFuncAttribute { cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum cudaMemcpyKind {
+    cudaMemcpyHostToDevice = 1,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
+};
 
 /* Every call that fails leaves its error behind, until somebody asks. fail_next: so does the next
  * call that looks here, whatever it is. */
@@ -199,12 +210,20 @@ inline cudaError_t cudaFree(void *memory)
     shim_memory().erase(memory);
     return cudaSuccess;
 }
+inline bool shim_is_device(const void *at)
+{
+    std::map<void *, size_t>::iterator next = shim_memory().upper_bound(const_cast<void *>(at));
+    if (next == shim_memory().begin()) return false;
+    --next;
+    return static_cast<const char *>(at) < static_cast<char *>(next->first) + next->second;
+}
 inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind,
                                    cudaStream_t)
 {
     shim_not_in_capture("a copy in a capture");
-    if (kind != cudaMemcpyHostToDevice) race_copy_out(src, bytes);
-    if (kind != cudaMemcpyDeviceToHost) race_copy_in(dst, bytes);
+    const bool knows = kind == cudaMemcpyDefault;
+    if (knows ? shim_is_device(src) : kind != cudaMemcpyHostToDevice) race_copy_out(src, bytes);
+    if (knows ? shim_is_device(dst) : kind != cudaMemcpyDeviceToHost) race_copy_in(dst, bytes);
     const shim_on_device device;
     memcpy(dst, src, bytes);
     return shim_result(cudaSuccess);
@@ -278,6 +297,7 @@ struct shim_machine {
     int or_now, or_result;
     shim_index thread, block, grid;
     long launches;
+    int fail_launch; /* so many launches from now, the last of them fails; 0: none */
     alignas(16) char shared[SHIM_SHARED_BYTES + 64];
 };
 inline shim_machine &shim()
@@ -452,6 +472,10 @@ cudaError_t shim_launch(void (*kernel)(P), int blocks, int threads, size_t share
         shim_die("a launch that a GPU would refuse");
     if (!shim_kernels().loaded.count(reinterpret_cast<const void *>(kernel)))
         shim_die("a kernel that was not loaded at registration");
+    if (m.fail_launch > 0 && --m.fail_launch == 0) {
+        shim_error().last = cudaErrorInvalidValue;
+        return cudaErrorInvalidValue;
+    }
     if (m.max_blocks > 0 && blocks > m.max_blocks) blocks = m.max_blocks;
     m.launches++;
     if (shim_capture())
