@@ -753,9 +753,11 @@ enum rkvi_fault {
 enum { RKVI_NO_ROW = (1 << 30) - 1, RKVI_MAX_JOBS = 1 << 26 };
 #define RKVI_NO_FAULT 0xffffffffffffffffull
 
+/* rules are texts in host memory. Here they are numbers: in a kernel that stores a pointer the
+ * compiler no longer sees that rows lie in global memory, and moves them by generic loads. */
 struct rkvi_control {
-    unsigned long long fault;        /* the least number of all faults found, or RKVI_NO_FAULT */
-    const char *rules[RKVI_N_RULES]; /* texts in host memory, never read here                  */
+    unsigned long long fault; /* the least number of all faults found, or RKVI_NO_FAULT */
+    uintptr_t rules[RKVI_N_RULES];
 };
 
 /* A fault as a number: phase (2 bits), job (26), step within the job (2), row (30), fault (4). The
@@ -838,17 +840,13 @@ static __device__ void rkvi_report(const rkvi_args &args)
     const rkvi_job &job = args.jobs[least >> 36 & (RKVI_MAX_JOBS - 1)];
     const bool is_nonfinite = fault >= RKVI_BAD_QUERY && fault <= RKVI_BAD_SCORE;
     const bool is_table = fault >= RKVI_BAD_KEY_BLOCKS && fault <= RKVI_BAD_QUERY_BLOCKS;
-    rkv_error out;
-    out.rule = args.control->rules[fault];
-    out.status = is_nonfinite ? RKV_ERROR_NONFINITE : RKV_ERROR_ARGUMENT;
-    out.layer = job.layer;
-    out.head = is_table ? -1 : job.head;
-    out.token = row == RKVI_NO_ROW ? -1 : row;
-    if (fault == RKVI_BAD_QUERY) {
-        out.head = job.head * job.group + row / args.config.window;
-        out.token = row % args.config.window;
-    }
-    *record = out;
+    const bool is_query = fault == RKVI_BAD_QUERY;
+    const int window = args.config.window;
+    memcpy(&record->rule, &args.control->rules[fault], sizeof record->rule);
+    record->status = is_nonfinite ? RKV_ERROR_NONFINITE : RKV_ERROR_ARGUMENT;
+    record->layer = job.layer;
+    record->head = is_table ? -1 : is_query ? job.head * job.group + row / window : job.head;
+    record->token = row == RKVI_NO_ROW ? -1 : is_query ? row % window : row;
 }
 
 /* ---- What the host describes ---------------------------------------------------------------- */
@@ -884,7 +882,7 @@ struct rkvi_upload_head {
     rkvi_args args;
     rkvi_arrays arrays;
     rkvi_shape shape;
-    const char *rules[RKVI_N_RULES];
+    uintptr_t rules[RKVI_N_RULES];
     int64_t first_dim; /* of the first entry, in unit_sum */
     int n_entries, is_first;
 };
@@ -2841,20 +2839,22 @@ static int rkvi_checks_of(const rkvi_plan &plan)
     return checks;
 }
 
-static void rkvi_fill_rules(const char **rules)
+static void rkvi_fill_rules(uintptr_t *rules)
 {
-    rules[RKVI_BAD_PINS] = RKVI_RULE_PINS;
-    rules[RKVI_BAD_KEY_BLOCKS] = RKVI_RULE_KEY_BLOCKS;
-    rules[RKVI_BAD_VALUE_BLOCKS] = RKVI_RULE_VALUE_BLOCKS;
-    rules[RKVI_BAD_QUERY_BLOCKS] = RKVI_RULE_QUERY_BLOCKS;
-    rules[RKVI_BAD_QUERY] = RKVI_RULE_QUERY;
-    rules[RKVI_BAD_KEY] = RKVI_RULE_KEY;
-    rules[RKVI_BAD_LOGITS] = RKVI_RULE_LOGITS;
-    rules[RKVI_BAD_SCORE] = RKVI_RULE_SCORE;
-    rules[RKVI_BAD_KEPT_RANGE] = RKVI_RULE_KEPT_RANGE;
-    rules[RKVI_BAD_KEPT_ORDER] = RKVI_RULE_KEPT_ORDER;
-    rules[RKVI_BAD_KEPT_PINNED] = RKVI_RULE_KEPT_PINNED;
-    rules[RKVI_BAD_KEPT_PINS] = RKVI_RULE_KEPT_PINS;
+    const char *texts[RKVI_N_RULES];
+    texts[RKVI_BAD_PINS] = RKVI_RULE_PINS;
+    texts[RKVI_BAD_KEY_BLOCKS] = RKVI_RULE_KEY_BLOCKS;
+    texts[RKVI_BAD_VALUE_BLOCKS] = RKVI_RULE_VALUE_BLOCKS;
+    texts[RKVI_BAD_QUERY_BLOCKS] = RKVI_RULE_QUERY_BLOCKS;
+    texts[RKVI_BAD_QUERY] = RKVI_RULE_QUERY;
+    texts[RKVI_BAD_KEY] = RKVI_RULE_KEY;
+    texts[RKVI_BAD_LOGITS] = RKVI_RULE_LOGITS;
+    texts[RKVI_BAD_SCORE] = RKVI_RULE_SCORE;
+    texts[RKVI_BAD_KEPT_RANGE] = RKVI_RULE_KEPT_RANGE;
+    texts[RKVI_BAD_KEPT_ORDER] = RKVI_RULE_KEPT_ORDER;
+    texts[RKVI_BAD_KEPT_PINNED] = RKVI_RULE_KEPT_PINNED;
+    texts[RKVI_BAD_KEPT_PINS] = RKVI_RULE_KEPT_PINS;
+    for (int i = 0; i < RKVI_N_RULES; i++) rules[i] = reinterpret_cast<uintptr_t>(texts[i]);
 }
 
 /* Everything before the first launch: every refusal of the host. */
