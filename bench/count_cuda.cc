@@ -5,9 +5,9 @@
  *
  * The assembler makes other instructions of it, about as many. A call for many layers executes less
  * for each: blocks then have several tiles, and queries are loaded once for them. */
+#define RKV_CUDA
 extern "C" {
 #include "bench/job.h"
-rkv_status rkv_cuda_backend(rkv_backend *out, void *stream);
 }
 
 static void must(bool holds, const char *what)
@@ -53,7 +53,7 @@ int main(int argc, char **argv)
     rkv_backend cuda;
     rkv_layer layer = RKV_INIT;
     size_t bytes = 0;
-    must(rkv_cuda_backend(&cuda, NULL) == RKV_OK, "rkv_cuda_backend");
+    must(rkv_cuda_backend(&cuda, NULL, NULL) == RKV_OK, "rkv_cuda_backend");
     layer.keys = rkv_tensor_make(device_memory(key_bytes, keys.data()), shape.dtype, shape.kv_heads,
                                  shape.n_tokens, shape.head_dim);
     layer.values = rkv_tensor_make(device_memory(key_bytes, keys.data()), shape.dtype,
