@@ -17,11 +17,14 @@ CUDA_ARCHS := $(shell $(NVCC) --list-gpu-arch 2>/dev/null | sed -n 's/^compute_/
 # ---- Without a GPU ------------------------------------------------------------------------------
 
 ifneq ($(shell command -v $(CXX) 2>/dev/null),)
-EXTRA_TESTS += $(BUILD)/tests/test_cuda
+EXTRA_TESTS += $(patsubst %,$(BUILD)/tests/%,test_cuda cuda_from_c cuda_one_unit \
+                 cuda_one_unit_static)
+EXTRA_CHECKS += $(CUDA_DIR)/shim/static_alone.refused
 else
 EXTRA_CHECKS += cuda-no-cxx
 endif
-EXTRA_CHECKS += $(if $(CUDA_ARCHS),$(CUDA_ARCHS:%=$(CUDA_DIR)/sm_%.o),cuda-no-nvcc)
+EXTRA_CHECKS += $(if $(CUDA_ARCHS),$(CUDA_ARCHS:%=$(CUDA_DIR)/sm_%.o) \
+                  $(CUDA_DIR)/one_unit.o $(CUDA_DIR)/one_unit_static.o,cuda-no-nvcc)
 
 .PHONY: cuda-no-cxx cuda-no-nvcc
 cuda-no-cxx:
@@ -38,6 +41,26 @@ $(CUDA_DIR)/shim/test.o: tests/cuda/test_cuda.cc $(SHIM_HEADERS)
 $(BUILD)/tests/test_cuda: $(CUDA_DIR)/shim/test.o $(CUDA_DIR)/shim/kernels.o $(TEST_SHARED)
 	@mkdir -p $(@D)
 	$(CXX) $^ -o $@ $(LIBS)
+
+# A program in C; all in one translation unit, from g++ and from nvcc; RKV_STATIC with the
+# implementation elsewhere, which must be refused in words.
+ONE_UNIT = tests/cuda/one_unit.cc tests/cuda/consumer.c rkv_cuda.cu rkv.h tests/cuda/cuda.mk
+$(BUILD)/tests/cuda_from_c: $(BUILD)/obj/tests/cuda/consumer.o $(CUDA_DIR)/shim/kernels.o \
+        $(BUILD)/obj/tests/rkv_impl.o
+	@mkdir -p $(@D)
+	$(CXX) $^ -o $@ $(LIBS)
+$(BUILD)/tests/cuda_one_unit $(BUILD)/tests/cuda_one_unit_static: $(ONE_UNIT) tests/cuda/shim.h
+	@mkdir -p $(@D)
+	$(CXX) $(SHIM_FLAGS) $(if $(findstring static,$@),-DRKV_STATIC) -include tests/cuda/shim.h \
+	    -x c++ $< -o $@ $(LIBS)
+$(CUDA_DIR)/one_unit.o $(CUDA_DIR)/one_unit_static.o: $(ONE_UNIT)
+	@mkdir -p $(@D)
+	$(NVCC) $(CUDA_FLAGS) $(if $(findstring static,$@),-DRKV_STATIC) -x cu \
+	    -arch=compute_$(firstword $(CUDA_ARCHS)) -c $< -o $@
+$(CUDA_DIR)/shim/static_alone.refused: rkv_cuda.cu rkv.h tests/cuda/shim.h tests/cuda/cuda.mk
+	@mkdir -p $(@D)
+	@! $(CXX) $(SHIM_FLAGS) -DRKV_STATIC -include tests/cuda/shim.h -x c++ -c $< -o $@.o 2>$@.out
+	@grep -q 'error.*RKV_STATIC' $@.out && mv $@.out $@
 
 $(CUDA_DIR)/sm_%.o: rkv_cuda.cu rkv.h tests/cuda/cuda.mk
 	@mkdir -p $(@D)
