@@ -98,15 +98,16 @@
 #define RKVI_TENSOR_CORES 0
 #define RKVI_ASYNC_COPIES 0
 #endif
-/* Threads that an SM has room for, at least; __launch_bounds__ may not ask for more. */
+/* Threads that every SM of these architectures can hold; __launch_bounds__ must not ask for
+ * more. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
 #define RKVI_SM_THREADS 1024
 #else
 #define RKVI_SM_THREADS 1536
 #endif
-/* Blocks that share an SM's memory with tiles of theirs (38 KB): 5 of the 228 KB of Hopper's and
- * Blackwell's for data centers, 4 of Ampere's 164 KB, 2 of the 100 KB that most others have.
- * Registers are dealt out accordingly. */
+/* Blocks with tiles (38 KB of shared memory each) that an SM holds: 5 in the 228 KB of Hopper and
+ * of Blackwell for data centers, 4 in Ampere's 164 KB, 2 in the 100 KB of most others. The compiler
+ * limits the registers of a thread accordingly. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
 #define RKVI_TILE_BLOCKS 5
 #elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870)
@@ -114,7 +115,6 @@
 #else
 #define RKVI_TILE_BLOCKS 2
 #endif
-/* Kernel parameters may take 4 KB, from CUDA 12.1 on (and its driver) 32764 bytes. */
 #ifndef RKV_CUDA_PARAMETER_BYTES
 #if CUDART_VERSION >= 12010
 #define RKV_CUDA_PARAMETER_BYTES 32764
@@ -123,7 +123,7 @@
 #endif
 #endif
 
-/* Parameters that are read where they lie, with no copy for each thread. */
+/* Such parameters are read in place; otherwise each thread would make a copy. */
 #if CUDART_VERSION >= 11070
 #define RKVI_GRID_CONSTANT __grid_constant__
 #else
@@ -138,8 +138,9 @@
 #define RKV_CUDA_PARAMETER_BYTES 5120 /* few, so that the tests fill them */
 #endif
 
+/* A namespace, so that one file can hold this and the implementation of rkv.h. */
 namespace rkvi_cuda
-{ /* so that one file can hold this and the implementation of rkv.h */
+{
 
 static __device__ __forceinline__ char *rkvi_shared_memory()
 {
@@ -216,26 +217,29 @@ template <> struct rkvi_dtype_of<rkvi_bf16> {
     enum { value = RKV_BF16 };
 };
 
+/* clang-format off */
 enum {
-    RKVI_TILE = 64,          /* rows of a tile: keys, queries or the columns of the scan         */
+    RKVI_TILE = 64,          /* rows of a tile: keys, or queries, or columns of the scan        */
     RKVI_TILE_THREADS = 128, /* 4 warps of 16 rows                                              */
-    RKVI_CHUNK_BYTES = 256,  /* of a row, in shared memory at a time                            */
-    RKVI_PITCH = RKVI_CHUNK_BYTES + 16, /* rows of a tile lie 4 banks apart                    */
-    RKVI_DOTS_PITCH = RKVI_PITCH / 4,   /* floats: a tile's room for 64 x 64 dots; the accumulators
-                                           of a warp then go to 32 banks                       */
-    RKVI_FAR_BLOCKS = RKVI_TILE_BLOCKS < 4 ? RKVI_TILE_BLOCKS : 4, /* the far scan's registers  */
-    RKVI_FIRST_COLUMNS = 16, /* scan: what a tile of rows looks at first; most need no more     */
-    RKVI_NEAR_COLUMNS = RKVI_FIRST_COLUMNS + 3 * RKVI_TILE, /* the first launch's               */
-    RKVI_SURE_DIMS = 256,    /* scan: of rows whose dots from tensor cores are taken as they are  */
+    RKVI_CHUNK_BYTES = 256,  /* bytes of a row that are in shared memory at a time              */
+    RKVI_PITCH = RKVI_CHUNK_BYTES + 16, /* bytes from row to row of a tile: 4 banks apart       */
+    RKVI_DOTS_PITCH = RKVI_PITCH / 4,   /* floats from row to row of 64 x 64 dots in a tile: the
+                                           accumulators of a warp are stored to 32 banks        */
+    RKVI_FAR_BLOCKS = RKVI_TILE_BLOCKS < 4 ? RKVI_TILE_BLOCKS : 4, /* the far scan needs more
+                                           registers                                            */
+    RKVI_FIRST_COLUMNS = 16, /* columns of the scan's first step; most rows need no more        */
+    RKVI_NEAR_COLUMNS = RKVI_FIRST_COLUMNS + 3 * RKVI_TILE, /* columns of the near scan         */
+    RKVI_TRUSTED_DIMS = 256, /* up to here dots from tensor cores can stand for exact ones      */
     RKVI_HEAD_THREADS = 512, /* kernels with one block per head                                 */
     RKVI_HEAD_WARPS = RKVI_HEAD_THREADS / 32,
-    RKVI_DIGIT_BITS = 11, /* selection goes by digits of so many bits                           */
+    RKVI_DIGIT_BITS = 11,    /* selection compares ranks by digits of so many bits              */
     RKVI_BINS = 1 << RKVI_DIGIT_BITS,
     RKVI_MOVE_THREADS = 256,
-    RKVI_MOVE_UNROLL = 8, /* units that a thread holds while its block waits: an SM's two blocks
-                             then have more on the way than three, with 4 of them, could        */
-    RKVI_SLICE_UNITS = 8  /* units of a row that one block moves: 128 bytes at best           */
+    RKVI_MOVE_UNROLL = 8,    /* loads in flight per thread: an SM's two blocks then have more in
+                                flight than three blocks with 4 each                            */
+    RKVI_SLICE_UNITS = 8     /* units of a row that one block moves: 128 bytes with full access */
 };
+/* clang-format on */
 
 /* Rows of one head: byte strides, the head's offset applied. */
 struct rkvi_view {
@@ -252,7 +256,7 @@ static __device__ __forceinline__ char *rkvi_row(const rkvi_view &view, int toke
            (token - block * view.block_tokens) * view.token_stride;
 }
 
-/* Fixed point with 32 fractional bits, truncated: integer sums do not depend on their order. */
+/* Fixed point with 32 fractional bits, truncated: an integer sum does not depend on its order. */
 static __device__ __forceinline__ long long rkvi_to_fixed(float value)
 {
     return static_cast<long long>(value * 4294967296.0f);
@@ -260,8 +264,8 @@ static __device__ __forceinline__ long long rkvi_to_fixed(float value)
 static __device__ __forceinline__ void rkvi_add_fixed(long long *sum, long long fixed)
 {
 #ifndef RKV_CUDA_SHIM
-    /* What atomicAdd does. It would ask first whether the address, which comes out of a
-     * descriptor, lies in shared memory, and fetch the old value. */
+    /* As atomicAdd, but that would first test whether the address, which comes from a descriptor,
+     * lies in shared memory, and would return the old value. */
     asm volatile("red.global.add.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(sum)), "l"(fixed));
 #else
     atomicAdd(sum, fixed);
@@ -279,15 +283,15 @@ static __device__ __forceinline__ float rkvi_cosine(float dot, float inv_a, floa
 
 /* ==== 9. Tiles ==============================================================================
  * 64 rows, a chunk of 256 bytes each, in shared memory; dot products of two tiles; exact dots.
- * Loops over the rows of a tile take one turn at most, and unrolled would only be more code. */
+ * Loops over the rows of a tile run once at most, so they are not unrolled. */
 
 struct rkvi_tiles {
-    const char *a_rows[RKVI_TILE], *b_rows[RKVI_TILE]; /* where no row is, some other: unused   */
+    const char *a_rows[RKVI_TILE], *b_rows[RKVI_TILE]; /* beyond the last row: any other row    */
     unsigned long long candidates[RKVI_TILE];          /* scan: a bit per column                */
-    float first[RKVI_TILE]; /* scan: cosine of the first of them, or -INFINITY: unknown           */
+    float first[RKVI_TILE]; /* scan: cosine of the first candidate; -INFINITY: not known         */
     float a_inv[RKVI_TILE], b_inv[RKVI_TILE];
     int a_token[RKVI_TILE], need[RKVI_TILE];
-    alignas(16) float sum[RKVI_CHUNK_BYTES / 2]; /* scan: chunk of the sum of unit keys   */
+    alignas(16) float sum[RKVI_CHUNK_BYTES / 2]; /* scan: a chunk of the sum of the unit keys */
     char a[RKVI_TILE * RKVI_PITCH], b[RKVI_TILE * RKVI_PITCH];
 };
 
@@ -299,7 +303,7 @@ template <typename T> static __device__ __forceinline__ int rkvi_chunks(int head
 {
     return (head_dim + rkvi_chunk_dims<T>() - 1) / rkvi_chunk_dims<T>();
 }
-/* Dims of a chunk, and the same padded to a multiple of 16. */
+/* Dims of a chunk; below, padded to a multiple of 16. */
 template <typename T> static __device__ __forceinline__ int rkvi_dims(int head_dim, int chunk)
 {
     const int left = head_dim - chunk * rkvi_chunk_dims<T>();
@@ -312,8 +316,8 @@ static __device__ __forceinline__ int rkvi_padded(int dims)
 
 enum { RKVI_LOAD_UNROLL = 4 };
 
-/* Copies pieces of sizeof(V) bytes to where they belong in a tile, zeros where from[u] is NULL;
- * to[u] < 0: nothing. They are there after rkvi_copies_done. */
+/* Copies pieces of sizeof(V) bytes into a tile: zeros where from[u] is NULL, nothing where to[u] is
+ * negative. */
 template <typename V>
 static __device__ __forceinline__ void rkvi_copy_now(char *tile, const int *to,
                                                      const char *const *from)
@@ -329,15 +333,16 @@ static __device__ __forceinline__ void rkvi_copy_now(char *tile, const int *to,
         if (to[u] >= 0) *reinterpret_cast<V *>(tile + to[u]) = value[u];
 }
 #if RKVI_ASYNC_COPIES
-/* Starts a copy to shared memory; zeros, and no look at `from`, unless that `is_there`. */
+/* Starts a copy to shared memory, complete after rkvi_copies_done. If not `is_there`, it writes
+ * zeros and does not read `from`. */
 template <typename V>
 static __device__ __forceinline__ void rkvi_start_copy(char *to, const char *from, bool is_there)
 {
 #ifndef RKV_CUDA_SHIM
     const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
     const size_t source = __cvta_generic_to_global(from);
-    const int bytes = is_there ? static_cast<int>(sizeof(V)) : 0; /* the rest becomes zeros */
-    if (sizeof(V) == 16) /* this size alone may pass by the L1 */
+    const int bytes = is_there ? static_cast<int>(sizeof(V)) : 0; /* the rest becomes zero */
+    if (sizeof(V) == 16) /* only this size can bypass the L1 */
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(source),
                      "r"(bytes));
     else
@@ -355,7 +360,7 @@ static __device__ __forceinline__ void rkvi_copies_done()
     shim_copies_done();
 #endif
 }
-/* No register on the way, so that a thread has as many in flight as it likes. */
+/* These copies need no register, so a thread can have any number in flight. */
 template <typename V>
 static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *to,
                                                         const char *const *from, V)
@@ -367,10 +372,10 @@ static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *t
 static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *to,
                                                         const char *const *from, uint16_t)
 {
-    rkvi_copy_now<uint16_t>(tile, to, from); /* 4 bytes is the least that can go by itself */
+    rkvi_copy_now<uint16_t>(tile, to, from); /* 4 bytes are the least for an asynchronous copy */
 }
-/* The usual rows, of BYTES and aligned to 16, with a quarter of the instructions: a thread has the
- * same piece of one row in several. */
+/* For rows of BYTES that are aligned to 16, which most are: a quarter of the instructions. A thread
+ * copies the same piece of every `step`-th row. */
 template <int BYTES>
 static __device__ __forceinline__ void rkvi_load_rows(char *tile, const char *const *rows,
                                                       int n_rows, int offset)
@@ -379,15 +384,15 @@ static __device__ __forceinline__ void rkvi_load_rows(char *tile, const char *co
     const int row = static_cast<int>(threadIdx.x / per_row);
     const int piece = static_cast<int>(threadIdx.x % per_row) * width;
     char *to = tile + (row * RKVI_PITCH + piece);
-    const char *from[RKVI_TILE / step]; /* all first: no load can pass a copy that has begun */
+    const char *from[RKVI_TILE / step]; /* load all before: no load is moved before a copy */
 #pragma unroll
     for (int u = 0; u < RKVI_TILE / step; u++) from[u] = rows[row + u * step];
 #pragma unroll
     for (int u = 0; u < RKVI_TILE / step && u * step < n_rows; u++)
         rkvi_start_copy<uint4>(to + u * step * RKVI_PITCH, from[u] + (offset + piece), true);
 }
-static __device__ __forceinline__ bool rkvi_load_usual(char *tile, const char *const *rows,
-                                                       int n_rows, int offset, int bytes, int load)
+static __device__ __forceinline__ bool rkvi_load_common(char *tile, const char *const *rows,
+                                                        int n_rows, int offset, int bytes, int load)
 {
     if (load != 16 || (bytes != RKVI_CHUNK_BYTES && bytes != RKVI_CHUNK_BYTES / 2)) return false;
     if (bytes == RKVI_CHUNK_BYTES)
@@ -397,8 +402,8 @@ static __device__ __forceinline__ bool rkvi_load_usual(char *tile, const char *c
     return true;
 }
 #else
-static __device__ __forceinline__ bool rkvi_load_usual(char *, const char *const *, int, int, int,
-                                                       int)
+static __device__ __forceinline__ bool rkvi_load_common(char *, const char *const *, int, int, int,
+                                                        int)
 {
     return false;
 }
@@ -413,7 +418,7 @@ static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *t
 }
 #endif
 
-/* V: the widest load that the rows' alignment allows. Rows are padded to 16 dims. */
+/* V: the widest load that the alignment of the rows allows. Rows are padded to 16 dims. */
 template <typename V>
 static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int n_rows, int offset,
                                       int bytes, int padded_bytes)
@@ -443,8 +448,8 @@ static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int n
 }
 
 /* Loads a chunk of n_rows rows, a multiple of 16 up to 64, in two steps, so that other work can be
- * done while it is on its way. The barrier of the first lets earlier readers of the tile finish and
- * makes the row pointers, just written as a rule, known to all; no caller needs one of its own. */
+ * done meanwhile. The barrier in the first step waits for earlier readers of the tile and for the
+ * writers of the row pointers; callers need none of their own. */
 template <typename T>
 static __device__ void rkvi_stage_begin(char *tile, const char *const *rows, int n_rows,
                                         int head_dim, int chunk, int load)
@@ -453,7 +458,7 @@ static __device__ void rkvi_stage_begin(char *tile, const char *const *rows, int
     const int offset = chunk * RKVI_CHUNK_BYTES, bytes = dims * size;
     const int padded_bytes = rkvi_padded(dims) * size;
     __syncthreads();
-    if (rkvi_load_usual(tile, rows, n_rows, offset, bytes, load)) return;
+    if (rkvi_load_common(tile, rows, n_rows, offset, bytes, load)) return;
     if (load == 16)
         rkvi_load_tile<uint4>(tile, rows, n_rows, offset, bytes, padded_bytes);
     else if (load == 8)
@@ -509,8 +514,8 @@ template <typename T> static __device__ __forceinline__ void rkvi_load_piece(flo
     }
 }
 
-/* Who holds which dot: in acc[block][k] of a lane, row 16 * warp + lane / 4 + (k / 2) * 8,
- * column 8 * block + 2 * (lane % 4) + k % 2. That is how the tensor cores deal them out. */
+/* The layout of accumulators, which the tensor cores prescribe: acc[block][k] of a lane is the dot
+ * of row 16 * warp + lane / 4 + (k / 2) * 8 with column 8 * block + 2 * (lane % 4) + k % 2. */
 static __device__ __forceinline__ int rkvi_acc_row(int lane, int k)
 {
     return lane / 4 + (k / 2) * 8;
@@ -520,8 +525,8 @@ static __device__ __forceinline__ int rkvi_acc_column(int lane, int block, int k
     return 8 * block + 2 * (lane % 4) + k % 2;
 }
 
-/* acc += dots of this warp's 16 rows of a with the first 8 * n_blocks rows of b, on FMA units. What
- * is in acc behind those is nobody's. */
+/* acc += dots of this warp's 16 rows of a with the first 8 * n_blocks rows of b, on FMA units. The
+ * rest of acc is undefined. */
 template <typename T>
 static __device__ void rkvi_dots_fma(float (*acc)[4], const char *a, const char *b, int padded,
                                      int n_blocks)
@@ -577,9 +582,9 @@ static __device__ __forceinline__ void rkvi_mma(float *acc, const uint32_t *a, c
 #endif
 }
 
-/* Four matrices of 8 x 8 halves from shared memory, as rkvi_mma wants them: lane i says where row
- * i % 8 of matrix i / 8 begins, aligned to 16 bytes, and gets the two halves from column
- * 2 * (i % 4) on of row i / 4 of each. */
+/* Four matrices of 8 x 8 halves from shared memory, as rkvi_mma wants them: lane i gives the
+ * address of row i % 8 of matrix i / 8, aligned to 16 bytes, and gets two halves of row i / 4 of
+ * each matrix, from column 2 * (i % 4) on. */
 static __device__ __forceinline__ void rkvi_load_matrices(uint32_t *out, const char *row)
 {
 #ifndef RKV_CUDA_SHIM
@@ -637,17 +642,17 @@ static __device__ __forceinline__ void rkvi_dots(float (*acc)[4], const char *a,
 }
 #endif
 
-/* What a cosine from rkvi_dots may be off by, generously: where that decides, it is looked at
- * again. Tensor cores truncate when they add; FMA units add as the CPU does, in the order of the
- * dims. */
-template <typename T> static __device__ __forceinline__ float rkvi_band(int head_dim)
+/* A bound on the error of a cosine from rkvi_dots. Within it of the threshold the cosine is
+ * computed again, exactly. Tensor cores truncate when they add; FMA units add as the CPU does, in
+ * the order of the dims. */
+template <typename T> static __device__ __forceinline__ float rkvi_cosine_error(int head_dim)
 {
     const bool truncates = RKVI_TENSOR_CORES && sizeof(T) == 2;
     return truncates ? 4e-6f * static_cast<float>(4 + head_dim / 16) : 0.0f;
 }
 
-/* rkv.h sums squares in 16 lanes, element i in lane i % 16, with FMA. Here four threads, a quad,
- * hold four lanes each; both halves below together give the CPU's bits. */
+/* rkv.h sums squares in 16 lanes, element i in lane i % 16, with FMA. Here a quad (four threads)
+ * holds four lanes each. Adding and then summing, as below, gives the CPU's bits. */
 template <typename T>
 static __device__ __forceinline__ void rkvi_lanes_add(float *lanes, const T *a, const T *b,
                                                       int padded, int part)
@@ -669,8 +674,8 @@ static __device__ __forceinline__ float rkvi_lanes_sum(float *lanes)
     return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
-/* Whether two keys look alike, rkv.h decides by one chain of FMAs over the dims; so does a thread
- * here. Aligned to 16 bytes, it loads by these as far as they go, and the rest one by one. */
+/* The exact dot product, which decides whether two keys are similar: one chain of FMAs over the
+ * dims, as in rkv.h. If aligned to 16 bytes, it loads so many at a time, the rest one by one. */
 template <typename T>
 static __device__ __forceinline__ float rkvi_chain_dot(const T *a, const T *b, int dims,
                                                        bool aligned)
@@ -687,7 +692,7 @@ static __device__ __forceinline__ float rkvi_chain_dot(const T *a, const T *b, i
     for (int i = whole; i < dims; i++) sum = fmaf(rkvi_to_float(a[i]), rkvi_to_float(b[i]), sum);
     return sum;
 }
-/* Of two rows in global memory, aligned to `load` bytes. */
+/* The same for two rows in global memory, aligned to `load` bytes. */
 template <typename T>
 static __device__ float rkvi_chain_dot_global(const char *a, const char *b, int head_dim, int load)
 {
@@ -700,12 +705,12 @@ static __device__ float rkvi_chain_dot_global(const char *a, const char *b, int 
  * have found wrong. The host describes the layers in kernel parameters, which a graph records with
  * the launch: no copy from host memory that could change or vanish before a replay. */
 
-/* A tensor to compact. A row is n_units units of `unit` bytes, of which `run` lie side by side. */
+/* A tensor to compact. A row has n_units units of `unit` bytes; each `run` of them are adjacent. */
 struct rkvi_moved {
     rkvi_view rows;
     int64_t run_stride; /* bytes from one run to the next */
     int unit, run, n_units;
-    int tokens_adjacent; /* transposed: neighbouring threads take neighbouring tokens */
+    int tokens_adjacent; /* transposed: adjacent threads take adjacent tokens */
 };
 
 enum { RKVI_KEYS, RKVI_VALUES, RKVI_POSITIONS, RKVI_PINS, RKVI_N_MOVED };
@@ -717,20 +722,20 @@ struct rkvi_job {
     int64_t query_head_stride;
     float *logits;       /* [window][n_tokens]: logits, then probabilities                     */
     float *inv_norm;     /* [n_tokens] 1 / (norm + 1e-8)                                       */
-    float *redundancy;   /* [n_tokens] dot with the sum of all unit keys, then redundancy      */
+    float *redundancy;   /* [n_tokens] dot with the sum of all unit keys, then mean cosine     */
     long long *exempt;   /* [n_tokens] exempted entries, fixed point                           */
     long long *unit_sum; /* [head_dim] sum of the unit keys, fixed point                       */
-    int32_t *open_rows;  /* [n_tokens] rows that the first scan left open                      */
-    int32_t *open_need;  /* [n_tokens] look-alikes they still want                             */
+    int32_t *open_rows;  /* [n_tokens] rows still searching after the near scan                */
+    int32_t *open_need;  /* [n_tokens] similar keys that they still need                       */
     float *scores;       /* [n_tokens - window]                                                */
     float *set_scores;   /* what selection reads: scores, or the set's shared scores           */
     int32_t *kept;       /* [n_keep] of the job's set                                          */
     float scale, softcap;
-    int dtype, key_load, query_load; /* bytes per load that the alignment allows                */
+    int dtype, key_load, query_load; /* bytes per load, as the alignment allows                 */
     int layer, head, heads, group, head_dim;
     int n_tokens, n_keep;
-    int scored;              /* tokens are chosen by score */
-    int set_first, set_jobs; /* the jobs that share a kept set are adjacent */
+    int scored;              /* some tokens are chosen by score */
+    int set_first, set_jobs; /* jobs that share a kept set are adjacent */
 };
 
 /* Faults in the data. */
@@ -785,7 +790,7 @@ struct rkvi_args {
     rkvi_control *control;
     int *open_count; /* [n_jobs] */
     int n_jobs;
-    int items;      /* per job; what an item is, each kernel says */
+    int items;      /* per job; each kernel says what an item is   */
     int checks;     /* of rkvi_check; 0: it is not launched        */
     int scoring;    /* this call scores: it resets the record      */
     int importance; /* lambda > 0: queries are read                */
@@ -804,8 +809,8 @@ static __device__ __forceinline__ bool rkvi_is_unusable(const rkvi_args &args)
     const unsigned long long fault = args.control->fault; /* read once: other blocks may write */
     return fault != RKVI_NO_FAULT && fault >> 62 != RKVI_PHASE_DATA;
 }
-/* Item number `item` of a launch: the job and which of its args.items. Almost always in 32 bits,
- * since 64-bit division is slow. */
+/* Item number `item` of a launch: its job, and which of the job's args.items it is. 64-bit division
+ * is slow, so it is done in 32 bits where possible. */
 struct rkvi_item {
     int job, part;
 };
@@ -855,7 +860,7 @@ struct rkvi_strides {
     int64_t head, token, dim, block; /* bytes */
     int block_tokens, element;
 };
-/* What layers of one model have in common; those in a row that do share an upload. */
+/* What the layers of a model have in common. Adjacent layers of equal shape share an upload. */
 struct rkvi_shape {
     rkvi_strides keys, values, queries;
     int key_load, query_load, key_unit, value_unit;
@@ -872,7 +877,7 @@ struct rkvi_entry {
     int64_t set_token;   /* of the layer that leads the set                                    */
     int layer, first_job, set_job, set_jobs, n_tokens, n_keep;
 };
-/* The workspace, by array; each holds the heads of all layers, one behind the other. */
+/* The arrays of the workspace; each holds the heads of all layers, one after the other. */
 struct rkvi_arrays {
     long long *exempt, *unit_sum;
     float *logits, *inv_norm, *redundancy;
@@ -893,8 +898,7 @@ static constexpr int rkvi_entries_in(int parameter_bytes)
 }
 enum {
     RKVI_UPLOAD_ENTRIES = rkvi_entries_in(RKV_CUDA_PARAMETER_BYTES),
-    RKVI_FEW_ENTRIES = rkvi_entries_in(4096), /* the layers of most models, in parameters that the
-                                                 driver has to copy for every launch            */
+    RKVI_FEW_ENTRIES = rkvi_entries_in(4096), /* enough for most models: the driver copies all */
     RKVI_UPLOAD_THREADS = 128
 };
 template <int N> struct rkvi_upload_args {
@@ -994,7 +998,7 @@ static __device__ void rkvi_describe(const rkvi_upload_head &head, const rkvi_en
     job->set_jobs = per_head ? 1 : entry.set_jobs;
 }
 
-/* One block per layer: its jobs, and zeros for what they add up. */
+/* One block per layer: writes its jobs and clears their sums. */
 template <int N>
 static __global__ void __launch_bounds__(RKVI_UPLOAD_THREADS)
     rkvi_upload(const RKVI_GRID_CONSTANT rkvi_upload_args<N> up)
@@ -1053,7 +1057,7 @@ static rkvi_strides rkvi_strides_of(const rkv_tensor &tensor)
     return strides;
 }
 
-/* The widest access, up to 16 bytes, that all rows of a tensor are made of and aligned to. */
+/* The widest access, up to 16 bytes, that the size and the alignment of all rows allow. */
 static int rkvi_unit_of(const rkv_tensor &tensor, const rkvi_strides &strides)
 {
     uint64_t all = 16 | reinterpret_cast<uintptr_t>(tensor.data);
@@ -1067,20 +1071,21 @@ static int rkvi_unit_of(const rkv_tensor &tensor, const rkvi_strides &strides)
 }
 
 /* ==== 14. Scoring ============================================================================
- * One pass over the keys. In: keys, queries. Out: inv_norm, unit_sum, logits; faults.
- * An item is every args.items-th tile of 64 keys of one head. */
+ * In: keys and window queries of a head.  Out: a score for each candidate.
+ * First the attention pass, which reads the keys once. Out: inv_norm, unit_sum, logits, faults. An
+ * item is every args.items-th tile of 64 keys of one head. */
 
-/* The row of a tile that this thread's quad sums up, and then the one 32 further on. Quads beside
- * each other have rows two apart, which is 8 banks, as many as a quad reads at a time. */
+/* The row of a tile that this thread's quad sums up; the quad also takes the row 32 further on.
+ * Adjacent quads have rows two apart, which is 8 banks, as many as a quad reads at a time. */
 static __device__ __forceinline__ int rkvi_quad_row()
 {
     const unsigned quad = threadIdx.x / 4;
     return static_cast<int>(quad / 8 * 8 + quad % 4 * 2 + quad / 4 % 2);
 }
 
-/* squares[2]: this thread's rows (rkvi_quad_row and 32 more) of a tile; every thread of a quad gets
- * the same. All chunks of the rows are staged in turn, the last one remains. b_rows > 0: so many of
- * s.b are loaded as well, rows of one chunk. */
+/* squares[2]: squared norms of this quad's two rows of a tile, the same in each of its threads.
+ * Loads all chunks of the rows one by one; the last stays in the tile. With b_rows > 0 it also
+ * loads so many rows into s.b, rows of one chunk. */
 template <typename T>
 static __device__ void rkvi_square_norms(rkvi_tiles &s, int head_dim, int load, int b_rows,
                                          int b_load, float *squares)
@@ -1107,8 +1112,8 @@ static __device__ __forceinline__ bool rkvi_square_is_bad(float square)
     return !(square <= 1e36f); /* a NaN is bad too */
 }
 
-/* inv_norm of a tile's keys, to s.a_inv (0 outside the span, so that sums leave them out).
- * n_queries > 0: stages so many of them, too. */
+/* inv_norm of a tile's keys, also to s.a_inv: there 0 for tokens that redundancy does not see, so
+ * that sums leave them out. Also loads n_queries queries. */
 template <typename T>
 static __device__ void rkvi_key_norms(const rkvi_args &args, const rkvi_job &job, int job_index,
                                       int tile, int n_queries, rkvi_tiles &s)
@@ -1131,7 +1136,7 @@ static __device__ void rkvi_key_norms(const rkvi_args &args, const rkvi_job &job
     __syncthreads();
 }
 
-/* Row pointers of queries [first, first + 64) of a head, ordered [window][group]. */
+/* Row pointers of the queries [first, first + 64) of a head, in the order [window][group]. */
 static __device__ void rkvi_query_rows(const rkvi_job &job, int n_queries, int first,
                                        const char **rows)
 {
@@ -1162,8 +1167,9 @@ static __device__ void rkvi_check_queries(const rkvi_args &args, const rkvi_job 
     }
 }
 
-/* Adds the unit keys of a tile to the head's sum. A quad has four columns, each of its threads a
- * quarter of the rows, two apart, which is 8 banks; then each adds one column. */
+/* Adds the unit keys of a tile to the head's sum. A quad takes four columns and each of its threads
+ * a quarter of the rows, in pairs 8 apart, so that the quad reads from different banks; at the end
+ * each thread adds one column. */
 template <typename T> static __device__ void rkvi_sum_unit_keys(const rkvi_job &job, rkvi_tiles &s)
 {
     const int n_chunks = rkvi_chunks<T>(job.head_dim), part = static_cast<int>(threadIdx.x % 4);
@@ -1202,8 +1208,8 @@ template <typename T> static __device__ void rkvi_sum_unit_keys(const rkvi_job &
     }
 }
 
-/* The dots of one key and n queries become logits, capped. */
-static __device__ void rkvi_cap(float *dots, int n, float scale, float softcap)
+/* Turns the dots of one key and n queries into logits with a soft cap. */
+static __device__ void rkvi_softcap(float *dots, int n, float scale, float softcap)
 {
 #pragma unroll 1
     for (; n > 0; n--, dots += RKVI_DOTS_PITCH) *dots = softcap * tanhf(*dots * scale / softcap);
@@ -1221,9 +1227,9 @@ static __device__ __forceinline__ float rkvi_fold(const float *dots, int n, floa
     return fold;
 }
 
-/* Folds the dots of 64 queries, dots[query][key], into the logits of their tokens. A thread has one
- * key and every other token. What the loop needs of the job is looked up before: for all the
- * compiler knows, every logit that is stored could change it. */
+/* Takes the maximum over the group of 64 queries' dots, dots[query][key], into the logits of the
+ * window's tokens. A thread has one key and every other token. It copies what it needs of the job
+ * before the loop, since the compiler must assume that storing a logit changes the job. */
 static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &job, int job_index,
                                        int n_queries, int first, int tile, float *dots)
 {
@@ -1241,7 +1247,7 @@ static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &jo
         const int n = (end < group_begin + group ? end : group_begin + group) - begin;
         float *own = dots + (begin - first) * RKVI_DOTS_PITCH + key;
         float fold = begin > group_begin ? *logit : -INFINITY;
-        if (softcap > 0) rkvi_cap(own, n, scale, softcap);
+        if (softcap > 0) rkvi_softcap(own, n, scale, softcap);
         const float factor = softcap > 0 ? 1.0f : scale;
         fold = rkvi_fold(own, n, factor, fold);
         if (!(fabsf(fold) <= FLT_MAX))
@@ -1251,7 +1257,7 @@ static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &jo
     }
 }
 
-/* Logits of one tile of keys. `staged`: which queries lie in s.b; it lasts over an item's tiles. */
+/* Logits of one tile of keys. *staged says which queries are in s.b, from tile to tile. */
 template <typename T>
 static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, int job_index,
                                    int n_queries, int tile, int *staged, rkvi_tiles &s)
@@ -1273,7 +1279,7 @@ static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, i
             }
             rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), n_blocks, T{});
         }
-        float *dots = reinterpret_cast<float *>(s.a); /* the keys are done with */
+        float *dots = reinterpret_cast<float *>(s.a); /* the keys are no longer needed */
         __syncthreads();
 #pragma unroll
         for (int block = 0; block < 8; block++)
@@ -1324,10 +1330,10 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
     }
 }
 
-/* ---- Scores, from logits and redundancy ----------------------------------------------------- */
+/* ---- Scores, from logits and redundancy: one block per head --------------------------------- */
 
-/* The largest of some values and the sum of exp(value - largest). No power is above 1, and what
- * __expf is off by, as a share of the power, grows with the exponent as the power shrinks. */
+/* The largest of some values, and the sum of exp(value - largest). No exponential is above 1. The
+ * relative error of __expf grows as its result shrinks, so small terms have the large errors. */
 struct rkvi_softmax {
     float largest, sum;
 };
@@ -1337,7 +1343,7 @@ static __device__ __forceinline__ rkvi_softmax rkvi_softmax_of_none()
     return none;
 }
 
-/* What is subtracted from values of which some, or all, are -INFINITY: nothing. */
+/* The largest value, or 0 if all are -INFINITY, so that -INFINITY is not subtracted from itself. */
 static __device__ __forceinline__ float rkvi_origin(float largest)
 {
     return largest > -INFINITY ? largest : 0.0f;
@@ -1350,7 +1356,7 @@ static __device__ __forceinline__ rkvi_softmax rkvi_merge(rkvi_softmax a, rkvi_s
     out.sum = a.sum * __expf(a.largest - origin) + b.sum * __expf(b.largest - origin);
     return out;
 }
-/* The largest first: the sums then need no more than one correction each. */
+/* Finds the largest first, so that each sum is rescaled once. */
 static __device__ rkvi_softmax rkvi_merge_warp(rkvi_softmax s)
 {
     rkvi_softmax out = s;
@@ -1361,7 +1367,7 @@ static __device__ rkvi_softmax rkvi_merge_warp(rkvi_softmax s)
         out.sum += __shfl_xor_sync(0xffffffffu, out.sum, distance);
     return out;
 }
-/* One of n values. */
+/* The softmax with N more values. */
 template <int N>
 static __device__ __forceinline__ rkvi_softmax rkvi_softmax_add(rkvi_softmax s, const float (&x)[N])
 {
@@ -1375,9 +1381,9 @@ static __device__ __forceinline__ rkvi_softmax rkvi_softmax_add(rkvi_softmax s, 
     return out;
 }
 
-/* Heads are few and their passes short, so it is the latency of loads that counts: a thread takes
- * some tokens at a time, and loads for all of them before it stores anything. The compiler would
- * not move a load before a store. */
+/* There are few heads and their passes are short, so the latency of loads decides. A thread takes
+ * several tokens at a time and loads for all of them before it stores: the compiler does not move a
+ * load before a store. */
 enum { RKVI_AT_ONCE = 3, RKVI_WEIGHTS_AT_ONCE = 8 };
 template <int N>
 static __device__ __forceinline__ void rkvi_load_each(float (&x)[N], const float *values, int first,
@@ -1408,9 +1414,9 @@ static __device__ rkvi_softmax rkvi_softmax_of(const float *values, int begin, i
     return s;
 }
 
-/* Each of these becomes its share of the sum. */
-static __device__ void rkvi_to_shares(float *values, int begin, int end, int step,
-                                      rkvi_softmax whole)
+/* values[begin], [begin + step], ...: logits to probabilities. */
+static __device__ void rkvi_to_probabilities(float *values, int begin, int end, int step,
+                                             rkvi_softmax whole)
 {
     const float share = 1.0f / whole.sum;
     float x[RKVI_WEIGHTS_AT_ONCE];
@@ -1429,7 +1435,7 @@ struct rkvi_head_memory {
     unsigned digit, wanted, ties;
 };
 
-/* logits to probabilities, in place. A warp takes a part of a token's row. */
+/* Logits to probabilities, in place. A warp takes a part of the row of one window token. */
 static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_job &job,
                                               rkvi_head_memory &s)
 {
@@ -1451,12 +1457,12 @@ static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_
         whole = s.warp[warp % at_once];
         for (int p = 1; p < parts; p++)
             whole = rkvi_merge(whole, s.warp[p * at_once + warp % at_once]);
-        if (busy) rkvi_to_shares(values, begin + lane, end, 32, whole);
+        if (busy) rkvi_to_probabilities(values, begin + lane, end, 32, whole);
         __syncthreads();
     }
 }
 
-/* Mean over the window's rows, into the first of them (published code: before the pooling). */
+/* Mean over the window's rows, into the first of them. RKV_PUBLISHED: before max pooling. */
 static __device__ void rkvi_mean_weights(const rkvi_args &args, const rkvi_job &job)
 {
     const int n_tokens = job.n_tokens, n = n_tokens - args.config.window;
@@ -1478,8 +1484,8 @@ static __device__ void rkvi_mean_weights(const rkvi_args &args, const rkvi_job &
     __syncthreads();
 }
 
-/* sum[u] += the largest of row around token first + u * RKVI_HEAD_THREADS. Of n tokens; those that
- * lie outside are replaced by the outermost, which are in every such range. */
+/* sum[u] += the maximum of row over the pooling range of token first + u * RKVI_HEAD_THREADS.
+ * Beyond the n tokens it takes the outermost token, which is in every such range. */
 static __device__ void rkvi_add_pooled(const rkvi_args &args, const float *row, int first, int n,
                                        float *sum)
 {
@@ -1513,7 +1519,7 @@ static __device__ void rkvi_importance(const rkvi_args &args, const float *logit
     for (int u = 0; u < RKVI_AT_ONCE; u++) importance[u] /= static_cast<float>(n_rows);
 }
 
-/* redundancy: from dots with the sum of unit keys to the mean cosine; returns its softmax. */
+/* From dots with the sum of the unit keys to mean cosines; returns their softmax. */
 static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rkvi_job &job,
                                                  rkvi_head_memory &s)
 {
@@ -1537,7 +1543,7 @@ static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rk
         }
 #pragma unroll
         for (int u = 0; u < RKVI_AT_ONCE; u++) {
-            /* The length of the unit key: norm / (norm + 1e-8), which is 0 for a key of zeros. */
+            /* The norm of the unit key: norm / (norm + 1e-8), 0 for a key of zeros. */
             const float length = 1.0f - 1e-8f * inv[u];
             const double others = static_cast<double>(dot[u]) - length * length;
             const bool is_there = first + u * RKVI_HEAD_THREADS < n;
@@ -1622,13 +1628,13 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_share(const rkv
 }
 
 /* ==== 15. Similar keys ======================================================================
- * In: keys, inv_norm, unit_sum. Out: redundancy (dot of each key with the sum), exempt.
- * Row i looks from the newest key back for its `recent` look-alikes, at 16 keys first, then 64 at a
- * time, and stops at the last of them. Most rows are done with the first; rows that are not after
- * RKVI_NEAR_COLUMNS are packed together, so that the second scan has none but those.
+ * In: keys, inv_norm, unit_sum.  Out: redundancy (dot of each key with the sum), exempt.
+ * Row i searches from the newest key back for its `recent` newest similar keys, first among 16
+ * keys, then 64 at a time, and stops when it has them. Most rows stop in the first step. Rows that
+ * still search after RKVI_NEAR_COLUMNS columns are packed together for a second, far scan.
  * An item is every args.items-th 64 rows of one head. */
 
-/* The tile's rows: token numbers, pointers, norms. Tiles count from the newest key back. */
+/* The rows of a tile: tokens, pointers, norms. Tiles are counted from the newest key back. */
 static __device__ void rkvi_scan_rows(const rkvi_args &args, const rkvi_job &job, int job_index,
                                       int tile, bool far_rows, rkvi_tiles &s)
 {
@@ -1671,8 +1677,8 @@ static __device__ void rkvi_scan_columns(const rkvi_job &job, rkvi_columns colum
     }
 }
 
-/* redundancy[i] = dot(sum of unit keys, unit key i). Leaves the last chunk of the rows in s.a, and
- * the first of so many columns in s.b. */
+/* redundancy[i] = dot(sum of unit keys, unit key i). Leaves the last chunk of the rows in s.a and
+ * the first chunk of n_columns columns in s.b. */
 template <typename T>
 static __device__ void rkvi_project(const rkvi_job &job, int n_columns, rkvi_tiles &s)
 {
@@ -1707,18 +1713,19 @@ static __device__ void rkvi_project(const rkvi_job &job, int n_columns, rkvi_til
     }
 }
 
-/* Whether one of this warp's rows still looks for look-alikes. A row is read by the lane that will
- * write it: a vote is no barrier. */
-static __device__ __forceinline__ bool rkvi_is_open(const rkvi_tiles &s)
+/* Is one of this warp's rows still searching? Each row is read by the lane that writes it, since
+ * __any_sync does not order memory. */
+static __device__ __forceinline__ bool rkvi_is_searching(const rkvi_tiles &s)
 {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     return __any_sync(0xffffffffu, lane < 16 && s.need[16 * warp + lane] > 0);
 }
-/* False where none of a warp's dots with 64 columns can be a look-alike's, found with less than
- * half of the instructions: the scales of rows and columns are applied one after the other, which
- * may round otherwise than rkvi_cosine does. */
-static __device__ __forceinline__ bool rkvi_may_be_alike(const float (*acc)[4], const float *a_inv,
-                                                         const float *b_inv, float limit)
+/* False if none of a warp's dots with 64 columns can belong to a similar pair: skips such tiles at
+ * less than half of the instructions. It scales by row and column one after the other, which may
+ * round differently from rkvi_cosine. */
+static __device__ __forceinline__ bool rkvi_may_be_similar(const float (*acc)[4],
+                                                           const float *a_inv, const float *b_inv,
+                                                           float limit)
 {
     const float rounding = 1e-6f;
     bool may = false;
@@ -1736,8 +1743,8 @@ static __device__ __forceinline__ bool rkvi_may_be_alike(const float (*acc)[4], 
     return __any_sync(0xffffffffu, may);
 }
 
-/* Of dots with 8 * N_BLOCKS columns, as rkvi_acc_column says: a bit for every column that may be a
- * look-alike, and the cosine of the first of a row, for this lane's rows. */
+/* From dots with 8 * N_BLOCKS columns: for this lane's rows a bit for every column that may be
+ * similar, and the cosine of the first of these. */
 template <int N_BLOCKS>
 static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4],
                                                             const rkvi_tiles &s, int first_row,
@@ -1746,7 +1753,7 @@ static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4
 {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const float *b_inv = s.b_inv + rkvi_acc_column(lane, 0, 0);
-    unsigned marks[2][2] = { { 0, 0 }, { 0, 0 } }; /* of the columns before and from 32 on */
+    unsigned marks[2][2] = { { 0, 0 }, { 0, 0 } }; /* of columns below 32 and the others */
     float a_inv[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -1754,9 +1761,9 @@ static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4
         first[half] = 0;
         bits[half] = 0;
     }
-    if (8 * N_BLOCKS == RKVI_TILE && !rkvi_may_be_alike(acc, a_inv, b_inv, limit)) return;
+    if (8 * N_BLOCKS == RKVI_TILE && !rkvi_may_be_similar(acc, a_inv, b_inv, limit)) return;
 #pragma unroll
-    for (int block = N_BLOCKS - 1; block >= 0; block--) /* so that the first comes last */
+    for (int block = N_BLOCKS - 1; block >= 0; block--) /* backwards: the first is set last */
 #pragma unroll
         for (int k = 1; k >= 0; k--)
 #pragma unroll
@@ -1769,13 +1776,13 @@ static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4
                 first[half] = cosine;
             }
 #pragma unroll
-    for (int half = 0; half < 2; half++) /* where they belong: no bit leaves its byte */
+    for (int half = 0; half < 2; half++)
         bits[half] = static_cast<unsigned long long>(marks[half][1]) << 32 | marks[half][0];
-    bits[0] <<= rkvi_acc_column(lane, 0, 0);
+    bits[0] <<= rkvi_acc_column(lane, 0, 0); /* to their columns: no bit leaves its byte */
     bits[1] <<= rkvi_acc_column(lane, 0, 0);
 }
 
-/* The columns that a row is compared with: those that there are, but for its own. */
+/* The columns that a row is compared with: all that exist, without its own. */
 static __device__ __forceinline__ unsigned long long rkvi_wanted_columns(const rkvi_args &args,
                                                                          const rkvi_tiles &s,
                                                                          int row,
@@ -1783,12 +1790,12 @@ static __device__ __forceinline__ unsigned long long rkvi_wanted_columns(const r
 {
     const int newest = columns.newest, last = newest < columns.n - 1 ? newest : columns.n - 1;
     const unsigned long long all = ~0ull >> (RKVI_TILE - 1 - last);
-    const int own = newest - s.a_token[row];         /* here or elsewhere */
-    const bool diagonal = args.config.threshold < 0; /* it is 0, and so a look-alike */
+    const int own = newest - s.a_token[row];         /* in this step or not */
+    const bool diagonal = args.config.threshold < 0; /* its cosine counts as 0: similar */
     return diagonal || own < 0 || own >= RKVI_TILE ? all : all & ~(1ull << own);
 }
 
-/* Dots of the rows with the columns, and the candidates among these. */
+/* Dots of the rows with the columns; the columns that may be similar become candidates. */
 template <typename T>
 static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_job &job,
                                             rkvi_columns columns, bool rows_staged,
@@ -1796,7 +1803,7 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
 {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const int n_chunks = rkvi_chunks<T>(job.head_dim);
-    const float limit = args.config.threshold - rkvi_band<T>(job.head_dim);
+    const float limit = args.config.threshold - rkvi_cosine_error<T>(job.head_dim);
     float acc[8][4] = { { 0 } }, first[2];
     unsigned long long bits[2];
     bool open = true;
@@ -1808,7 +1815,7 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
             rkvi_stage_begin<T>(s.b, s.b_rows, columns.n, job.head_dim, chunk, job.key_load);
             rkvi_stage_end();
         }
-        open = columns.n < RKVI_TILE || rkvi_is_open(s);
+        open = columns.n < RKVI_TILE || rkvi_is_searching(s);
         if (open)
             rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), columns.n / 8,
                       T{});
@@ -1838,7 +1845,7 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
     __syncwarp();
 }
 
-/* cosine of row r of a with row c of b, as the CPU rounds it. */
+/* Cosine of row r of a with row c of b, rounded as on the CPU. */
 template <typename T>
 static __device__ float rkvi_exact_cosine(const rkvi_job &job, const rkvi_tiles &s, int r, int c)
 {
@@ -1852,9 +1859,9 @@ static __device__ float rkvi_exact_cosine(const rkvi_job &job, const rkvi_tiles 
     return rkvi_cosine(dot, s.a_inv[r], s.b_inv[c]);
 }
 
-/* Adds a cosine to exempt[token], where a thread `adds`; called by whole warps. Most rows of a head
- * have the same most recent look-alike, and additions to one address queue up in the L2: those that
- * agree with the warp's first go there as one. */
+/* Adds a cosine to exempt[token] if a thread `adds`; called by whole warps. Most rows of a head
+ * have the same newest similar key, and additions to one address wait for each other in the L2. So
+ * all that agree with the warp's first are added as one. */
 static __device__ void rkvi_exempt(const rkvi_job &job, bool adds, int token, float cosine)
 {
     const unsigned all = __ballot_sync(0xffffffffu, adds);
@@ -1872,33 +1879,33 @@ static __device__ void rkvi_exempt(const rkvi_job &job, bool adds, int token, fl
         rkvi_add_fixed(&job.exempt[token], mine);
 }
 
-/* Above this, a cosine from rkvi_dots will do: it is a look-alike's, and near enough to the CPU's.
- * What is cut off piles up with the dims, and all rows may exempt one and the same token. */
+/* Above this, a cosine from rkvi_dots is certainly of a similar key and close enough to the CPU's.
+ * Truncation errors add up with the dims, and all rows may exempt the same token. */
 template <typename T>
-static __device__ __forceinline__ float rkvi_sure(const rkvi_args &args, int head_dim)
+static __device__ __forceinline__ float rkvi_trusted_above(const rkvi_args &args, int head_dim)
 {
-    const float band = rkvi_band<T>(head_dim);
-    return band > 0 && head_dim > RKVI_SURE_DIMS ? INFINITY : args.config.threshold + band;
+    const float band = rkvi_cosine_error<T>(head_dim);
+    return band > 0 && head_dim > RKVI_TRUSTED_DIMS ? INFINITY : args.config.threshold + band;
 }
 
-/* Settles the candidates of this warp's 16 rows, newest first, a row by each of its first 16
- * threads. True where the thread's row wants more. */
+/* Decides the candidates of this warp's 16 rows, newest first; each of its first 16 threads takes a
+ * row. True if the thread's row still needs similar keys. */
 template <typename T>
-static __device__ bool rkvi_settle(const rkvi_args &args, const rkvi_job &job, int newest,
-                                   rkvi_tiles &s)
+static __device__ bool rkvi_decide_candidates(const rkvi_args &args, const rkvi_job &job,
+                                              int newest, rkvi_tiles &s)
 {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const int row = 16 * warp + lane % 16;
     int need = lane < 16 ? s.need[row] : 0;
     unsigned long long bits = need > 0 ? s.candidates[row] : 0;
     float known = need > 0 ? s.first[row] : 0; /* from rkvi_dots */
-    const float sure = rkvi_sure<T>(args, job.head_dim);
+    const float trusted = rkvi_trusted_above<T>(args, job.head_dim);
     while (__any_sync(0xffffffffu, bits != 0)) {
         const int column = bits ? __ffsll(static_cast<long long>(bits)) - 1 : 0;
         const int token = newest - column;
         float cosine = 0; /* the diagonal's */
         if (bits && token != s.a_token[row])
-            cosine = known > sure ? known : rkvi_exact_cosine<T>(job, s, row, column);
+            cosine = known > trusted ? known : rkvi_exact_cosine<T>(job, s, row, column);
         known = -INFINITY;
         const bool hit = bits && cosine > args.config.threshold;
         const bool of_column = args.config.variant == RKV_PUBLISHED;
@@ -1910,7 +1917,7 @@ static __device__ bool rkvi_settle(const rkvi_args &args, const rkvi_job &job, i
     return need > 0;
 }
 
-/* Rows that are still open after the newest columns go on the list of the second scan. */
+/* Puts the rows that are still searching on the list of the far scan. */
 static __device__ void rkvi_defer_rows(const rkvi_args &args, const rkvi_job &job, int job_index,
                                        const rkvi_tiles &s)
 {
@@ -1923,23 +1930,23 @@ static __device__ void rkvi_defer_rows(const rkvi_args &args, const rkvi_job &jo
     }
 }
 
-/* Row form, published code: a row without any look-alike exempts its entry for the first token. A
- * row by each thread of the first two warps. */
+/* RKV_PUBLISHED: a row that has no similar key exempts the first token. Each thread of the first
+ * two warps takes a row. */
 template <typename T>
-static __device__ void rkvi_exempt_column0(const rkvi_args &args, const rkvi_job &job,
-                                           rkvi_tiles &s)
+static __device__ void rkvi_exempt_first_token(const rkvi_args &args, const rkvi_job &job,
+                                               rkvi_tiles &s)
 {
     const int row = static_cast<int>(threadIdx.x);
     if (row >= RKVI_TILE) return; /* whole warps */
     const int token = s.a_token[row];
-    const bool lonely = s.need[row] == args.config.recent && token > 0;
+    const bool found_none = s.need[row] == args.config.recent && token > 0;
     float cosine = 0;
-    if (lonely)
+    if (found_none)
         cosine = rkvi_cosine(rkvi_chain_dot_global<T>(s.a_rows[row],
                                                       rkvi_row(job.moved[RKVI_KEYS].rows, 0),
                                                       job.head_dim, job.key_load),
                              s.a_inv[row], job.inv_norm[0]);
-    rkvi_exempt(job, lonely, 0, cosine);
+    rkvi_exempt(job, found_none, 0, cosine);
 }
 
 template <typename T>
@@ -1960,17 +1967,17 @@ static __device__ void rkvi_scan_tile(const rkvi_args &args, const rkvi_job &job
         const bool first = column == begin;
         rkvi_find_candidates<T>(args, job, columns, one_chunk && !(first && far_rows),
                                 one_chunk && first && !far_rows, s);
-        open = __syncthreads_or(rkvi_settle<T>(args, job, columns.newest, s));
+        open = __syncthreads_or(rkvi_decide_candidates<T>(args, job, columns.newest, s));
         column += columns.n;
     }
     if (!open) return;
     if (end < n_span)
         rkvi_defer_rows(args, job, job_index, s);
     else if (args.config.variant == RKV_PUBLISHED)
-        rkvi_exempt_column0<T>(args, job, s);
+        rkvi_exempt_first_token<T>(args, job, s);
 }
 
-/* The last jobs first: their keys are what the attention pass has left in the L2. */
+/* The last jobs first: their keys are still in the L2 from the attention pass. */
 template <typename T> static __device__ void rkvi_scan(const rkvi_args &args, bool far_rows)
 {
     rkvi_tiles &s = *reinterpret_cast<rkvi_tiles *>(rkvi_shared_memory());
@@ -1979,11 +1986,11 @@ template <typename T> static __device__ void rkvi_scan(const rkvi_args &args, bo
     for (int64_t i = blockIdx.x; i < n_items; i += gridDim.x) {
         const rkvi_item at = rkvi_item_at(args, n_items - 1 - i);
         const rkvi_job &job = args.jobs[at.job];
-        if (far_rows && args.open_count[at.job] == 0) continue; /* as a rule */
+        if (far_rows && args.open_count[at.job] == 0) continue; /* the usual case */
         if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
         const int n_rows = far_rows ? args.open_count[at.job] : rkvi_span(args, job);
-        /* No barrier between tiles: what a thread reads after the last one of a tile, the row that
-         * it has of s, is for itself to overwrite. */
+        /* No barrier between tiles: after the last barrier of a tile a thread reads only its own
+         * row of s, which it overwrites itself. */
         for (int64_t tile = at.part; tile * RKVI_TILE < n_rows; tile += args.items)
             rkvi_scan_tile<T>(args, job, at.job, static_cast<int>(tile), far_rows, s);
     }
@@ -2002,7 +2009,8 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_FAR_BLOCKS)
 }
 
 /* ==== 16. Selection =========================================================================
- * In: scores of a set. Out: kept. One block per set. Equal scores: the more recent token stays. */
+ * In: the scores of one set's candidates, pins.  Out: the kept list. One block per set.
+ * Knows nothing of keys or attention. Equal scores: the more recent token stays. */
 
 /* Unsigned integers that compare as the scores do; -0 and +0 are equal. */
 static __device__ __forceinline__ unsigned rkvi_rank(float score)
@@ -2029,8 +2037,8 @@ struct rkvi_by_pins {
     }
 };
 
-/* bins[digit] += 1 for the threads that have one. Scores of a head are alike, and so are their
- * leading digits: threads that agree with their warp's first count together. */
+/* bins[digit] += 1 for each thread that `counts`. The scores of a head are close together, so their
+ * leading digits are often equal: threads that agree with their warp's first are added as one. */
 static __device__ void rkvi_count_digit(unsigned *bins, bool counts, unsigned digit)
 {
     const unsigned all = __ballot_sync(0xffffffffu, counts);
@@ -2068,8 +2076,8 @@ static __device__ unsigned rkvi_prefix(unsigned value, rkvi_head_memory &s, unsi
     return sum - value + (__shfl_sync(0xffffffffu, warps, warp) - s.warp_total[warp]);
 }
 
-/* Where the wanted-th largest lies: s.digit its bin, s.wanted its rank there, s.ties the bin's
- * count. Each thread has 4 bins, the highest first. */
+/* Finds the bin of the wanted-th largest rank: s.digit is the bin, s.wanted the place within it,
+ * s.ties the bin's count. Each thread takes 4 bins, the highest first. */
 static __device__ void rkvi_find_bin(unsigned wanted, rkvi_head_memory &s)
 {
     const int per_thread = RKVI_BINS / RKVI_HEAD_THREADS;
@@ -2130,14 +2138,15 @@ template <typename BY>
 static __device__ void rkvi_write_kept(const BY &by, int begin, int end, unsigned cut,
                                        unsigned skip, int32_t *kept, rkvi_head_memory &s)
 {
-    unsigned n_better = 0, n_equal = 0; /* before this stretch */
+    unsigned n_better = 0, n_equal = 0; /* before base */
     float next[1];
     rkvi_load_each(next, by.scores, begin + static_cast<int>(threadIdx.x), end, 0, 0.0f);
     for (int base = begin; base < end; base += RKVI_HEAD_THREADS) {
         const int j = base + static_cast<int>(threadIdx.x);
         const unsigned rank = by.rank(next[0], j < end ? j : end - 1);
         const bool better = j < end && rank > cut, equal = j < end && rank == cut;
-        rkvi_load_each(next, by.scores, j + RKVI_HEAD_THREADS, end, 0, 0.0f); /* meanwhile */
+        /* In flight during the prefix sum. */
+        rkvi_load_each(next, by.scores, j + RKVI_HEAD_THREADS, end, 0, 0.0f);
         unsigned total;
         const unsigned before =
             rkvi_prefix((better ? 1u << 16 : 0u) | (equal ? 1u : 0u), s, &total);
@@ -2194,24 +2203,25 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_select(const rk
 }
 
 /* ==== 17. Compaction ========================================================================
- * In: kept. Moves rows in place. A block has a slice of all rows of one tensor of one head, so
- * that blocks never meet. Ascending: it reads a batch of rows, waits for all its threads, writes
- * the batch. A row moves down or stays, so a batch overwrites none that a later one reads. */
+ * In: kept lists.  Out: the kept rows at the front, in cache order. In place. A block moves a slice
+ * of all rows of one tensor of one head, so no two blocks touch the same bytes. It reads a batch of
+ * rows, waits for all its threads, and writes the batch. The list ascends, so a row moves down or
+ * stays, and no batch overwrites a row that a later batch reads. */
 
-/* Bytes from the beginning of a row to one of its units. */
+/* Bytes from the start of a row to one of its units. */
 static __device__ __forceinline__ int64_t rkvi_unit_offset(const rkvi_moved &moved, int unit)
 {
     const int run = unit / moved.run;
     return run * moved.run_stride + (unit - run * moved.run) * moved.unit;
 }
-/* The row that comes to row `to`; -1: it is there already, or there is no such row. */
+/* The row that moves to row `to`; -1 if it is there already, or if there is no such row. */
 static __device__ __forceinline__ int rkvi_source(const int32_t *kept, int n_keep, int to)
 {
     const int from = to < n_keep ? kept[to] : to;
     return from == to ? -1 : from;
 }
 
-/* A thread has the same unit of every row that it moves: addresses cost little then. */
+/* A thread moves the same unit of each of its rows, which keeps address arithmetic cheap. */
 template <typename V>
 static __device__ void rkvi_move_slice(const rkvi_moved &moved, const int32_t *kept, int n_keep,
                                        int first_unit)
@@ -2222,7 +2232,7 @@ static __device__ void rkvi_move_slice(const rkvi_moved &moved, const int32_t *k
     const int row = moved.tokens_adjacent ? thread % at_once : thread / n_units;
     const int unit = moved.tokens_adjacent ? thread / at_once : thread % n_units;
     const bool idle = row >= at_once || unit >= n_units; /* 256 is no multiple of 3, 5, 6, 7 */
-    rkvi_view rows = moved.rows; /* from here on: where this thread's unit lies in each */
+    rkvi_view rows = moved.rows; /* from here on: this thread's unit of each */
     if (!idle) rows.data += rkvi_unit_offset(moved, first_unit + unit);
     const int n_mine = idle ? 0 : n_keep, batch = at_once * RKVI_MOVE_UNROLL; /* rows */
     int next[RKVI_MOVE_UNROLL];
@@ -2239,7 +2249,7 @@ static __device__ void rkvi_move_slice(const rkvi_moved &moved, const int32_t *k
             value[u] = *reinterpret_cast<const V *>(rkvi_row(rows, from[u]));
         }
 #pragma unroll
-        for (int u = 0; u < RKVI_MOVE_UNROLL; u++) /* on their way together with the rows */
+        for (int u = 0; u < RKVI_MOVE_UNROLL; u++) /* in flight together with the rows */
             next[u] = rkvi_source(kept, n_mine, first + batch + row + u * at_once);
         __syncthreads();
 #pragma unroll
@@ -2315,7 +2325,7 @@ static __device__ void rkvi_check_table(const rkvi_args &args, const rkvi_job &j
             int32_t *place = slot < half ? &job.open_rows[slot] : &job.open_need[slot - half];
             const int32_t found = atomicCAS(place, nobody, i);
             if (found == nobody) break;
-            if (entries[found] == entry) { /* as it is of whoever else comes to be first */
+            if (entries[found] == entry) { /* also if another index replaces `found` */
                 const int32_t first = atomicMin(place, i);
                 rkvi_fault_at(args.control, fault, job_index, (first > i ? first : i) * row_step);
                 break;
@@ -2411,7 +2421,7 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_check(const rkv
 }
 
 /* ==== 21. Memory ============================================================================
- * For rkv_cache. Copies to and from the host wait for the stream. */
+ * For rkv_cache. rkvi_cuda_copy waits for the stream; the others only queue work. */
 
 static void *rkvi_cuda_alloc(const rkv_backend *self, size_t bytes)
 {
@@ -2486,7 +2496,7 @@ static rkv_status rkvi_cuda_copy_rows(const rkv_backend *self, const rkv_tensor 
     memset(&args, 0, sizeof args);
     args.unit = a < b ? a : b;
     while (!whole && args.unit > to.element)
-        args.unit /= 2; /* the other side has runs of elements */
+        args.unit /= 2; /* one side is transposed: no more than an element at a time */
     args.element_units =
         whole ? static_cast<int>(static_cast<int64_t>(dst->dim) * to.element / args.unit)
               : to.element / args.unit;
@@ -2533,7 +2543,7 @@ static rkv_status rkvi_cuda_fill_positions(const rkv_backend *self, int32_t *pos
 }
 
 /* ==== 18. Host side =========================================================================
- * In: arguments that rkv.h has checked, a config whose zeros are filled in. Out: launches. */
+ * In: arguments that rkv.h has checked, and a config whose zeros are filled in.  Out: launches. */
 
 static rkvi_shape rkvi_shape_of(const rkv_layer &layer)
 {
@@ -2597,7 +2607,7 @@ static rkv_status rkvi_refuse_device(rkv_error *error, cudaError_t code)
     return rkvi_record(error, RKV_ERROR_DEVICE, rule, -1);
 }
 
-/* Hands out the workspace; adds up only, when base is NULL. */
+/* Hands out pieces of the workspace. The same code measures it, with base NULL. */
 struct rkvi_arena {
     char *base;
     size_t used;
@@ -2704,7 +2714,7 @@ static int rkvi_slices(int64_t row_bytes, int unit)
     return static_cast<int>((row_bytes / unit + RKVI_SLICE_UNITS - 1) / RKVI_SLICE_UNITS);
 }
 
-/* The largest sizes of the call, which say how many blocks the launches need. */
+/* The largest sizes of the call: they decide how many blocks the launches get. */
 static void rkvi_measure(rkvi_plan *plan, const rkv_layer &layer, const rkvi_shape &shape)
 {
     const rkv_config *config = plan->call->config;
@@ -2726,7 +2736,7 @@ static void rkvi_measure(rkvi_plan *plan, const rkv_layer &layer, const rkvi_sha
     plan->dtypes[layer.keys.dtype] = true;
 }
 
-/* Is layer l the first of those that share its kept set? */
+/* Is layer l the first of the layers that share its kept set? */
 static bool rkvi_leads(const rkv_config *config, const rkv_layer *layers, int l)
 {
     return config->scope != RKV_PER_SEQUENCE || l == 0 ||
@@ -2742,7 +2752,7 @@ static int rkvi_set_jobs(const rkv_call &call, int l)
     return n;
 }
 
-/* Rows that a layer keeps, given the list that rkv_compact gets or not. */
+/* Rows that a layer keeps. listed: rows of the list that rkv_compact gets. */
 static int rkvi_rows_kept(const rkv_call &call, int n_tokens, int listed)
 {
     if (n_tokens <= call.config->budget) return n_tokens;
@@ -2792,7 +2802,8 @@ static cudaError_t rkvi_send(const rkvi_plan &plan, rkvi_upload_args<RKVI_UPLOAD
     return error;
 }
 
-/* Describes all layers to the device; a launch takes as many of one shape as it has room for. */
+/* Describes all layers to the device; one launch takes as many of equal shape as its parameters
+ * hold. */
 static cudaError_t rkvi_upload_layers(const rkvi_plan &plan)
 {
     const rkv_call &call = *plan.call;
@@ -2826,7 +2837,7 @@ static cudaError_t rkvi_upload_layers(const rkvi_plan &plan)
     return error == cudaSuccess ? rkvi_send(plan, &up) : error;
 }
 
-/* What rkvi_check looks at: what the CPU checks in this stage. */
+/* What rkvi_check checks: what the CPU checks in this stage. */
 static int rkvi_checks_of(const rkvi_plan &plan)
 {
     const rkv_stage stage = plan.call->stage;
@@ -2896,9 +2907,9 @@ static cudaError_t rkvi_launch_items(const rkvi_plan &plan, void (*kernel)(rkvi_
     return rkvi_launch(kernel, plan.n_jobs * items, threads, shared_bytes, plan.stream, args);
 }
 
-/* Blocks per job for the second scan, which has little to do as a rule, or nothing: as many in all
- * as are at work at a time, and up to four times that where rows are so long that they may keep
- * some of them much longer than others. */
+/* Blocks per job of the far scan, which usually has little or nothing to do: in all as many as a
+ * GPU runs at a time, and up to four times as many for long rows, which may keep some blocks busy
+ * much longer than others. */
 static int rkvi_far_items(int tiles, int64_t n_jobs)
 {
     const int64_t at_work = 512, long_tiles = 64, most = 4;
@@ -2909,8 +2920,8 @@ static int rkvi_far_items(int tiles, int64_t n_jobs)
     return static_cast<int>(items < 1 ? 1 : items < tiles ? items : tiles);
 }
 
-/* Blocks per job for a tile each: as many as the longest job has tiles, but no more than twice what
- * they have on average. Of one long job beside many short ones, a block then gets several. */
+/* Blocks per job of the near passes: one per tile of the longest job, but at most twice the average
+ * number of tiles. With one long job beside many short ones a block takes several tiles. */
 static int rkvi_near_items(const rkvi_plan &plan)
 {
     const int64_t most = (plan.most_scored - 1) / RKVI_TILE + 1;
@@ -2921,7 +2932,7 @@ static int rkvi_near_items(const rkvi_plan &plan)
 template <typename T> static cudaError_t rkvi_score_type(const rkvi_plan &plan)
 {
     const int tiles = (plan.most_scored - 1) / RKVI_TILE + 1, items = rkvi_near_items(plan);
-    const int64_t plenty = 4096; /* blocks that fill any GPU: beyond, 4 tiles share their queries */
+    const int64_t plenty = 4096; /* blocks fill any GPU; with more work tiles share their queries */
     const int64_t turns = items * plan.n_jobs / plenty;
     const int per_item = static_cast<int>(turns < 1 ? 1 : turns < 4 ? turns : 4);
     if (!plan.dtypes[rkvi_dtype_of<T>::value]) return cudaSuccess;
@@ -2963,7 +2974,7 @@ static cudaError_t rkvi_run_compact(const rkvi_plan &plan)
     return rkvi_launch_items(plan, rkvi_compact, plan.most_slices, RKVI_MOVE_THREADS, 0);
 }
 
-/* What the caller's layers say after a stage. */
+/* Updates the caller's layers after a stage. */
 static void rkvi_set_counts(const rkv_call &call)
 {
     int listed = 0;
@@ -3015,14 +3026,14 @@ static rkv_status rkvi_cuda_run(const rkv_backend *self, const rkv_call *call)
 
 /* ---- The table ------------------------------------------------------------------------------ */
 
-/* For lists of kernels: their address, whatever they are instances of. */
+/* The address of a kernel, for lists of kernels of different types. */
 template <typename P> static const void *rkvi_kernel(void (*kernel)(P))
 {
     return reinterpret_cast<const void *>(kernel);
 }
 
-/* Asking for the attributes of a kernel loads it, which the runtime otherwise does at its first
- * launch: too late in a capture, and too late to hear that there is no code for this device. */
+/* Asking for a kernel's attributes loads it. Otherwise the runtime loads it at its first launch,
+ * which may be in a capture, and only then reports that there is no code for this device. */
 static cudaError_t rkvi_load_kernel(const void *kernel)
 {
     cudaFuncAttributes attributes;
@@ -3031,7 +3042,7 @@ static cudaError_t rkvi_load_kernel(const void *kernel)
 
 static cudaError_t rkvi_load_kernels()
 {
-    const int all_shared = 100; /* percent of the L1: as many blocks with tiles as have room */
+    const int all_shared = 100; /* percent of the L1: room for as many tiles as possible */
     const void *const with_tiles[] = {
         rkvi_kernel(rkvi_attend<float>),       rkvi_kernel(rkvi_attend<rkvi_f16>),
         rkvi_kernel(rkvi_attend<rkvi_bf16>),   rkvi_kernel(rkvi_scan_near<float>),

@@ -224,7 +224,7 @@ static void make_job(bench_job *job, const bench_case &c, size_t l2_bytes)
          "rkv_workspace_size");
     job->workspace = device_memory(job->workspace_bytes);
     refill(*job, job->sets[0]);
-    compress(job, &job->sets[0]); /* loads the kernels, which a capture must not */
+    compress(job, &job->sets[0]); /* once outside of a capture */
     must(cudaStreamSynchronize(job->stream), "rkv_compress");
     for (size_t i = 0; i < job->sets.size(); i++) capture(job, &job->sets[i]);
 }
@@ -354,14 +354,15 @@ static double time_calls(bench_job *job, bool as_graph)
     return median(&us);
 }
 
+typedef rkv_status (*stage_function)(const rkv_backend *, const rkv_config *, rkv_layer *, int,
+                                     void *, size_t);
+
 /* Median microseconds of rkv_score, rkv_select and rkv_compact, as plain launches. Each of them
  * uploads the description of the layers, so together they take longer than one rkv_compress. */
 static void print_stages(bench_job *job)
 {
     enum { STAGES = 3 };
-    static rkv_status (*const stages[STAGES])(const rkv_backend *, const rkv_config *, rkv_layer *,
-                                              int, void *,
-                                              size_t) = { rkv_score, rkv_select, rkv_compact };
+    static const stage_function stages[STAGES] = { rkv_score, rkv_select, rkv_compact };
     const bench_case &c = job->c;
     const size_t candidates = static_cast<size_t>(c.kv_heads * (c.n_tokens - WINDOW));
     const size_t n_layers = static_cast<size_t>(n_jobs(c));
