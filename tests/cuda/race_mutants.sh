@@ -1,9 +1,9 @@
 #!/bin/sh
-# Takes the barriers out of a copy of rkv_cuda.cu, one at a time, and shows that the race detector
+# Removes the barriers from a copy of rkv_cuda.cu, one at a time, and shows that the race detector
 # notices each: make test-cuda-race MUTANTS=all      (some 4 minutes)
 #     sh tests/cuda/race_mutants.sh [NAME...]        (from the top; CXX; without a name: all)
-# A barrier is FUNCTION.N: the Nth __syncthreads or __syncwarp of a function. A few other faults show
-# the rest of what tests/cuda/race.cc looks for.
+# FUNCTION.N is the Nth __syncthreads or __syncwarp of a function. A few other faults show that the
+# detector's other checks work.
 set -u
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT

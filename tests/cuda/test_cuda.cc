@@ -1,8 +1,7 @@
-/* rkv_cuda.cu against the CPU: on a GPU, or without one as C++ over tests/cuda/shim.h.
+/* Compares rkv_cuda.cu with the CPU: on a GPU, or without one as C++ over tests/cuda/shim.h.
  *     make test (shim)    make test-cuda-ptx (PTX, over tests/cuda/ptx.cc)    make test-cuda (GPU)
- * Generated cases alone: test_cuda FIRST COUNT.
- * test_cuda kernels [COUNT] runs every kernel in little time, for the sanitizers: chosen cases and
- * the first COUNT generated ones. */
+ * test_cuda FIRST COUNT runs generated cases only. test_cuda kernels [COUNT] runs every kernel in
+ * little time, for the sanitizers: chosen cases and the first COUNT generated ones. */
 #ifndef RKV_CUDA_SHIM
 #include <cuda_runtime.h>
 #endif
@@ -193,7 +192,7 @@ static const rkv_backend mirrored = { "cuda by way of host memory",
                                       NULL,
                                       NULL };
 
-/* Orders of blocks and threads; every other one on few blocks. */
+/* Sets the order of blocks and threads; every other order runs on few blocks. */
 static void shim_order_is(int order)
 {
 #ifdef RKV_CUDA_SHIM
@@ -219,8 +218,8 @@ static bool is_scored(const trial &t, int i)
     return t.cpu[i].shape.n_tokens > c.budget && c.budget > config_protect(&c) + c.pinned;
 }
 
-/* Scores of one head, or of a set, are the CPU's within 1e-5 of the largest, or of the largest of
- * the two terms, where these cancel: a softmax over n has a value of 1 / n or more. Returns that
+/* The scores of a head or a set must equal the CPU's within 1e-5 of the largest, or of the largest
+ * of the two terms where these cancel: a softmax over n has a value of at least 1 / n. Returns that
  * bound. */
 static double judge_scores(const char *at, const rkv_config *config, const float *got,
                            const float *want, int n)
@@ -238,7 +237,8 @@ static double judge_scores(const char *at, const rkv_config *config, const float
     return 1e-5 * largest;
 }
 
-/* The set is exactly what the GPU's own scores ask for, and the CPU's but for near ties. */
+/* The kept set must follow exactly from the GPU's own scores, and equal the CPU's except for near
+ * ties. */
 static void judge_set(const trial &t, int i, int set, const float *got, const float *want,
                       double tolerance)
 {
@@ -358,8 +358,8 @@ static rkv_config any_config(rng *r, int n)
     c.variant = static_cast<rkv_variant>(rng_below(r, 3) == 0);
     return c;
 }
-/* Lengths around the 64 rows of a tile, and the scan's steps: 16, 80, 144 and 208 columns, to which
- * the window may come on top. */
+/* Lengths around the 64 rows of a tile and around the steps of the scan: 16, 80, 144 and 208
+ * columns, with or without the window. */
 static int any_length(rng *r)
 {
     static const int edges[] = { 15, 16, 17, 24, 63, 64, 65, 79, 81, 88, 127, 128, 129, 145, 152 };
@@ -477,7 +477,7 @@ static void test_far_scan()
             }
 }
 
-/* A layer of these keys and queries, on both. */
+/* Runs a layer of these keys and queries on both. */
 static void run_given(const rkv_config &config, const shape &s, const std::vector<float> &keys,
                       const std::vector<float> &queries)
 {
@@ -513,7 +513,7 @@ static void test_at_threshold()
         }
 }
 
-/* Cosines so near to the threshold that their rounding decides: both must round in the same way. */
+/* Cosines so close to the threshold that rounding decides: both must round in the same way. */
 static void test_near_threshold()
 {
     static const int dims[] = { 48, 64, 100, 160 };
@@ -529,8 +529,8 @@ static void test_near_threshold()
         }
 }
 
-/* The same for keys that every type can hold: rows differ by a power of two and by the signs of one
- * element in eight, where all have the same sizes, so that the order of additions decides. */
+/* The same with keys that every type can represent: rows differ by a power of two and by the sign
+ * of one element in eight, all of equal size, so that the order of additions decides. */
 static void test_near_threshold_signs()
 {
     static const int dims[] = { 48, 128, 144 };
@@ -557,7 +557,7 @@ static void test_near_threshold_signs()
         }
 }
 
-/* All rows exempt the same token: whatever its cosines are off by adds up in its score. */
+/* All rows exempt the same token, so the errors of its cosines add up in its score. */
 static void test_common_similar_key()
 {
     static const int dims[] = { 128, 256, 272 };
@@ -576,7 +576,7 @@ static void test_common_similar_key()
             }
 }
 
-/* Many layers, of many shapes, some with nothing to do: several uploads. And few launches. */
+/* Many layers of many shapes, some with nothing to do: several uploads. Then: few launches. */
 static void test_many_layers()
 {
     static const int lengths[] = { 100, 70, 40, 129, 64 };
@@ -642,7 +642,7 @@ static void test_mixed_lengths()
     }
 }
 
-/* The same bits five times over, in whatever order blocks and threads run. */
+/* Five runs give the same bits, in whatever order blocks and threads run. */
 static void test_determinism()
 {
     for (int type = RKV_F32; type <= RKV_BF16; type++) {
@@ -674,7 +674,7 @@ static void test_determinism()
 }
 
 /* ---- Golden vectors ------------------------------------------------------------------------- */
-/* tests/golden/README.md has the formats. Numbers are taken as this little-endian host has them. */
+/* tests/golden/README.md has the formats. Numbers are read as on a little-endian host. */
 struct golden {
     std::vector<unsigned char> bytes;
     size_t at;
@@ -776,8 +776,8 @@ static void golden_single(golden *g, const char *name)
     golden_round(*g, name, g->n, keys, queries, score, kept, slot);
 }
 
-/* Each round is fed from the file: the rows that the round before kept, in either order, then the
- * new ones. */
+/* Each round gets its input from the file: the rows that the round before kept, in either order,
+ * then the new ones. */
 static void golden_multi(golden *g, const char *name)
 {
     std::vector<float> all[64]; /* per head, every key so far */
@@ -925,7 +925,7 @@ static void test_faults()
     }
 }
 
-/* A fault that one stage finds, of whatever kind, stops those that were queued behind it. */
+/* A fault of any kind that one stage finds stops the stages queued behind it. */
 static void test_queued_stages()
 {
     static const struct {
@@ -1028,6 +1028,91 @@ static void test_bad_lists()
             case_end();
             job_free(&j);
         }
+}
+
+/* One to four faults at random places of three layers. */
+static void put_fault(rng *r, job *j)
+{
+    view *const views[] = { &j->keys, &j->values, &j->queries };
+    const int n = j->shape.n_tokens, kind = rng_below(r, 9);
+    if (kind < 2) { /* a key, a query */
+        view *v = kind == 0 ? &j->keys : &j->queries;
+        view_store_one(v, rng_below(r, v->tensor.heads), rng_below(r, kind == 0 ? n : j->window),
+                       rng_below(r, j->shape.head_dim), rng_below(r, 2) ? NAN : INFINITY);
+        block_remember(&v->memory);
+    } else if (kind < 5) { /* a block table */
+        view *v = views[kind - 2];
+        int32_t *table = reinterpret_cast<int32_t *>(v->table.data);
+        const int entries = ((kind == 4 ? j->window : n) - 1) / v->tensor.block_tokens + 1;
+        const int at = rng_below(r, entries);
+        table[at] = rng_below(r, 2) ? -1 : table[rng_below(r, entries)];
+        block_remember(&v->table);
+    } else if (kind == 5 && j->layer.pins) { /* more pins than places, or just a row */
+        const size_t row = static_cast<size_t>(rng_below(r, static_cast<int>(j->pins.bytes)));
+        memset(j->pins.data + row, 1, rng_below(r, 2) ? 1 : j->pins.bytes - row);
+        block_remember(&j->pins);
+    } else if (kind == 6) {
+        block *b = j->shared.bytes >= 4 && rng_below(r, 2) ? &j->shared : &j->scores;
+        reinterpret_cast<float *>(b->data)[rng_below(r, static_cast<int>(b->bytes / 4))] = NAN;
+        block_remember(b);
+    } else if (kind > 6 && j->kept.bytes > 0) {
+        const int entries = static_cast<int>(j->kept.bytes / 4);
+        reinterpret_cast<int32_t *>(j->kept.data)[rng_below(r, entries)] = rng_below(r, n + 4) - 2;
+    }
+}
+
+/* Of several faults in one call both report the same, whatever the order of threads and blocks. */
+static void test_many_faults(uint64_t seed)
+{
+    enum { LAYERS = 3, BUDGET = 40 };
+    rng r = rng_seed(seed);
+    rkv_config config = rkv_config_default(BUDGET);
+    rkv_error on_cpu, on_device = { NULL, RKV_OK, -1, -1, -1 };
+    job jobs[LAYERS];
+    const int stage = static_cast<int>(seed % 4), n = 100 + rng_below(&r, 60);
+    config.scope = static_cast<rkv_scope>(rng_below(&r, 3));
+    config.variant = static_cast<rkv_variant>(rng_below(&r, 2));
+    config.pinned = 2;
+    config.protect = rng_below(&r, 4) ? 10 : BUDGET - config.pinned;
+    case_begin("faults, seed %lu, stage %d, scope %d", static_cast<unsigned long>(seed), stage,
+               config.scope);
+    for (int l = 0; l < LAYERS; l++) {
+        const bool joins = config.scope == RKV_PER_SEQUENCE && l > 0;
+        shape s = plain_shape(1 + rng_below(&r, 2), 2, 16, joins ? n : n + l, RKV_F32);
+        s.keys = rng_below(&r, 2) ? LAYOUT_ROW_LIST : LAYOUT_PAGED_NHD;
+        s.values = rng_below(&r, 2) ? LAYOUT_ROW_LIST : LAYOUT_PAGED_HND;
+        s.queries = LAYOUT_ROW_LIST;
+        s.sequence = 1;
+        s.follower = joins;
+        s.pins = joins ? 0 : 3;
+        job *j = &jobs[l];
+        job_make(j, &r, &config, &s);
+        memset(j->scores.data, 0, j->scores.bytes);
+        memset(j->shared.data, 0, j->shared.bytes);
+        for (size_t i = 0; i < j->kept.bytes / 4; i++)
+            reinterpret_cast<int32_t *>(j->kept.data)[i] = static_cast<int32_t>(i % BUDGET);
+        j->layer.n_kept = BUDGET;
+        j->remembered = j->layer;
+        block_remember(&j->scores);
+        block_remember(&j->shared);
+    }
+    for (int i = 1 + rng_below(&r, 4); i > 0; i--) put_fault(&r, &jobs[rng_below(&r, LAYERS)]);
+    for (int l = 0; l < LAYERS; l++) block_remember(&jobs[l].kept);
+    config.error = &on_cpu;
+    const rkv_status want =
+        call_stage(stages[stage], rkv_backend_find(NULL), &config, jobs, LAYERS);
+    for (int l = 0; l < LAYERS && want == RKV_OK; l++) job_restore(&jobs[l]);
+    config.error = NULL;
+    config.device_error = &on_device;
+    shim_order_is(static_cast<int>(seed / 4 % 6));
+    expect_status("CUDA", call_stage(stages[stage], &mirrored, &config, jobs, LAYERS), want);
+    shim_order_is(0);
+    expect_record("the device's record", &on_device, &on_cpu);
+    for (int l = 0; l < LAYERS; l++) {
+        if (want != RKV_OK) job_unchanged("a refused call", &jobs[l]);
+        job_free(&jobs[l]);
+    }
+    case_end();
 }
 
 /* Pins: as many as there are places are all kept; one more is refused, in whatever stage. */
@@ -1516,7 +1601,7 @@ static void test_cache_fault()
 }
 
 /* ---- Graphs and streams --------------------------------------------------------------------- */
-/* A call captured in a graph; each replay works on what the buffers then hold. */
+/* A call captured in a graph: each replay works on what the buffers hold then. */
 static void test_graph()
 {
     rkv_config config = rkv_config_default(256);
@@ -1648,6 +1733,7 @@ static void test_chosen()
     test_bad_lists();
     test_bad_tables();
     test_first_bad_entry();
+    for (uint64_t seed = 1; seed <= 200; seed++) test_many_faults(seed);
     test_pins();
     test_protect();
     test_refusals();
@@ -1663,8 +1749,8 @@ static void test_chosen()
     test_on_gpu();
 }
 
-/* The second scan in every type, the copies of the managed cache, every check, a graph; the first
- * generated cases have the rest. */
+/* The far scan in every type, the copies of the managed cache, every check, a graph; the first
+ * generated cases cover the rest. */
 static void test_kernels(uint64_t count)
 {
     test_far_scan();
