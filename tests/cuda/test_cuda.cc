@@ -1468,17 +1468,20 @@ static void compare_caches(cache_pair pair)
         for (int h = 0; h < CACHE_HEADS; h++) {
             const size_t n = static_cast<size_t>(rows), row_bytes = CACHE_DIM * sizeof(float);
             std::vector<int32_t> positions(n);
-            std::vector<float> values(n * CACHE_DIM);
             to_host(positions.data(), rkv_cache_positions(pair.gpu, layer, h), n * 4);
             expect_bytes("positions", positions.data(), rkv_cache_positions(pair.cpu, layer, h),
                          n * 4);
-            const rkv_tensor a = rkv_cache_values(pair.cpu, layer),
-                             b = rkv_cache_values(pair.gpu, layer);
-            const size_t stride =
-                static_cast<size_t>(a.head_stride) * sizeof(float) * static_cast<size_t>(h);
-            to_host(values.data(), static_cast<char *>(b.data) + stride, n * row_bytes);
-            expect_bytes("values", values.data(), static_cast<char *>(a.data) + stride,
-                         n * row_bytes);
+            for (int values = 0; values < 2; values++) {
+                rkv_tensor (*const view_of)(const rkv_cache *, int) =
+                    values ? rkv_cache_values : rkv_cache_keys;
+                const rkv_tensor a = view_of(pair.cpu, layer), b = view_of(pair.gpu, layer);
+                const size_t stride =
+                    static_cast<size_t>(a.head_stride) * sizeof(float) * static_cast<size_t>(h);
+                std::vector<float> rows_there(n * CACHE_DIM);
+                to_host(rows_there.data(), static_cast<char *>(b.data) + stride, n * row_bytes);
+                expect_bytes(values ? "values" : "keys", rows_there.data(),
+                             static_cast<char *>(a.data) + stride, n * row_bytes);
+            }
         }
     }
 }
