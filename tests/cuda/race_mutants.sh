@@ -16,7 +16,7 @@ build() {
         ${CXX:+CXX="$CXX"} "$dir/test_cuda" >"$dir/out" 2>&1
 }
 run() {
-    timeout 120 "$dir/test_cuda" kernels >"$dir/out" 2>&1
+    timeout 300 "$dir/test_cuda" kernels >"$dir/out" 2>&1
 }
 
 # LINE FUNCTION.N of every barrier that is a statement.

@@ -1124,7 +1124,7 @@ static void test_pins()
                 const int places = 50 - 20 - 3;
                 rkv_config config = rkv_config_default(50);
                 rng r = rng_seed(19);
-                shape s = plain_shape(2, 2, 32, 700, RKV_F16);
+                shape s = plain_shape(2, 2, 32, 300, RKV_F16);
                 trial t;
                 case_begin("pins in %d of %d places, scope %d, stage %d", places + extra, places,
                            scope, stage);
@@ -1141,17 +1141,17 @@ static void test_pins()
                     const int set = j->sets - 1;
                     memset(j->pins.data, 0, j->pins.bytes);
                     for (int i = 0; i < places + extra; i++)
-                        j->pins.data[700 * set + 3 + 25 * i] = static_cast<uint8_t>(1 + 9 * i);
-                    j->pins.data[700 * set] = 1;        /* pinned anyway */
-                    j->pins.data[700 * set + 690] = 20; /* protected anyway */
+                        j->pins.data[300 * set + 3 + 10 * i] = static_cast<uint8_t>(1 + 9 * i);
+                    j->pins.data[300 * set] = 1;        /* pinned anyway */
+                    j->pins.data[300 * set + 290] = 20; /* protected anyway */
                     block_remember(&j->pins);
                 }
                 if (extra) {
                     float *scores = reinterpret_cast<float *>(t.cpu[0].scores.data);
                     float *shared = reinterpret_cast<float *>(t.cpu[0].shared.data);
-                    for (int i = 0; i < 2 * 692; i++) scores[i] = NAN; /* found only after pins */
+                    for (int i = 0; i < 2 * 292; i++) scores[i] = NAN; /* found only after pins */
                     if (scope != RKV_PER_HEAD)
-                        for (int i = 0; i < 692; i++) shared[i] = NAN;
+                        for (int i = 0; i < 292; i++) shared[i] = NAN;
                     block_remember(&t.cpu[0].scores);
                     block_remember(&t.cpu[0].shared);
                     view_store_one(&t.cpu[0].keys, 0, 5, 0, NAN);
