@@ -37,7 +37,7 @@
  *         for (l = 0; l < n_layers; l++) layers[l].n_tokens = rows;
  *         status = rkv_compress(NULL, &config, layers, n_layers, workspace, bytes);
  *         if (status != RKV_OK) puts(rkv_explain(&error, text, sizeof text));
- *         rows = layers[0].n_kept;                     1024; on an error nothing has changed
+ *         rows = layers[0].n_tokens;                   1024; on an error as many as before
  *     }
  *
  * Every other layout ([token][head][dim], pages, lists of cells, transposed values) is a matter of
@@ -229,7 +229,7 @@ typedef struct rkv_tensor {
 /* One attention layer of one sequence; a call takes any number of them. Most callers write
  *     layer.keys = ...; layer.values = ...; layer.queries = ...;               once
  *     layer.n_tokens = rows;                                                   before each round
- *     rows = layer.n_kept;                                                     after it
+ *     rows = layer.n_tokens;                                                   after it
  * "Sets" below: the kept sets of this layer, kv_heads of them with RKV_PER_HEAD, else 1. With
  * RKV_PER_SEQUENCE, adjacent layers with the same `sequence` share one set: give kept, positions,
  * pins and shared_scores in the first of them only, NULL in the others. */
@@ -450,7 +450,8 @@ RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
  *     rkv_cache_truncate(cache, rkv_cache_error_position(cache))
  * forgets it and what came after. Decode these tokens again, or give up on the sequence.
  * rkv_cache_error_position: the position of the token that the last round found to hold a number
- * that is not finite; -1 if the last error was another.
+ * that is not finite; 0 if it is older than truncation reaches (a tampered snapshot), so that the
+ * same line empties the cache; -1 if the last error was another.
  * On a device backend a round waits for the device and reports what it found, unless
  * compress.device_error was given: then it does not wait, and a fault that you find there means
  * that the cache is lost: empty it, or load a snapshot. */
@@ -2787,7 +2788,8 @@ static rkv_status rkvi_score_head(const rkvi_head *h, rkvi_scratch *s)
  *   1. the 2 newest columns, for all rows: part of a pass over K that is needed anyway
  *      (rkvi_read_columns);
  *   2. the 16 columns before, for the rows that are still open (rkvi_find_similar_keys);
- *   3. chunks of 48 columns, from the newest to the oldest (rkvi_search_all):
+ *   3. chunks of 48 columns, from the newest to the oldest (rkvi_search_all), packed while many
+ *      rows search, where they lie for the last few (rkvi_search_few):
  *
  *       columns   0             first    end           span
  *       rows    0 +---------------+-------+
@@ -3104,6 +3106,48 @@ static void rkvi_stop_waiting(const rkvi_scratch *s, rkvi_waiting *waiting)
     waiting->n = n;
 }
 
+/* So few rows search without packing. In most heads of real models one row resembles no other, the
+ * first token's. */
+#define RKVI_FEW 12
+
+/* Token j, if it is similar to row i: dot_tile's order of additions, for one pair. */
+static void rkvi_match_exactly(const rkvi_head *h, rkvi_scratch *s, int i, const float *row, int j,
+                               const float *column)
+{
+    float cosine = 0;
+    size_t d;
+    for (d = 0; d < h->dim; d++) cosine = rkvi_fma(row[d], column[d], cosine);
+    cosine *= s->inverse[i] * s->inverse[j];
+    if (cosine > h->config->threshold) rkvi_record_match(h, s, i, j, cosine);
+}
+
+/* n <= RKVI_FEW waiting rows meet the tokens [first, end), at most RKVI_CHUNK. Four rows at a time
+ * meet the columns where they lie; what may be similar is decided exactly. */
+static void rkvi_search_few(const rkvi_head *h, rkvi_scratch *s, const rkvi_waiting *waiting,
+                            const int *next, int n, int first, int end)
+{
+    const float maybe = h->config->threshold - rkvi_rounding_band(h);
+    const rkvi_rows columns = rkvi_key_chunk(h, first, s->rows);
+    float cosines[4 * RKVI_CHUNK], inverse[4];
+    int r, v, j;
+    for (r = 0; r < n; r += 4) {
+        for (v = 0; v < 4; v++) {
+            int token = r + v < n ? waiting->token[next[r + v]] : -1;
+            rkvi_load_key(h, token, s->gathered + (size_t)v * h->dim);
+            inverse[v] = token < 0 ? 0 : s->inverse[token];
+        }
+        h->kernels->cosine_tile(s->gathered, inverse, columns.data, columns.stride,
+                                s->inverse + first, h->dim, cosines);
+        for (v = 0; v < 4 && r + v < n; v++) {
+            const int row = waiting->token[next[r + v]];
+            for (j = end - first - 1; j >= 0 && s->wanted[row] > 0; j--)
+                if (cosines[4 * j + v] > maybe)
+                    rkvi_match_exactly(h, s, row, s->gathered + (size_t)v * h->dim, first + j,
+                                       columns.data + (size_t)j * columns.stride);
+        }
+    }
+}
+
 /* Waiting rows search, a chunk of columns at a time, while more than `most` wait or `enough` can
  * search together. */
 static void rkvi_search_waiting(const rkvi_head *h, rkvi_scratch *s, rkvi_waiting *waiting,
@@ -3113,10 +3157,14 @@ static void rkvi_search_waiting(const rkvi_head *h, rkvi_scratch *s, rkvi_waitin
     rkvi_packed packed;
     packed.n = 0;
     while ((n = rkvi_next_waiting(waiting, next)) > 0 && (waiting->n > most || n >= enough)) {
-        rkvi_pack_waiting(h, s, waiting, next, n, &packed);
         end = waiting->end[next[0]];
         first = rkvi_chunk_before(end);
-        rkvi_search_chunk(h, s, first, end, &packed, RKVI_PACKED_SEARCH);
+        if (n <= RKVI_FEW) {
+            rkvi_search_few(h, s, waiting, next, n, first, end);
+        } else {
+            rkvi_pack_waiting(h, s, waiting, next, n, &packed);
+            rkvi_search_chunk(h, s, first, end, &packed, RKVI_PACKED_SEARCH);
+        }
         for (i = 0; i < n; i++) waiting->end[next[i]] = first;
         rkvi_stop_waiting(s, waiting);
     }
@@ -3157,7 +3205,7 @@ static void rkvi_search_all(const rkvi_head *h, rkvi_scratch *s, int *rows, int 
     rkvi_search search;
     search.waiting.n = 0;
     if (end > 0) rkvi_wait(&search.waiting, rows + n_older, n_rows - n_older, end);
-    for (n_rows = n_older; n_rows > 0; n_rows = rkvi_drop_finished(s, rows, n_older)) {
+    for (n_rows = n_older; n_rows > RKVI_FEW; n_rows = rkvi_drop_finished(s, rows, n_older)) {
         first = rkvi_chunk_before(end);
         n_older = rkvi_count_before(rows, n_rows, first);
         rkvi_pack_columns(h, s, first, end, &search.columns);
@@ -3167,6 +3215,7 @@ static void rkvi_search_all(const rkvi_head *h, rkvi_scratch *s, int *rows, int 
         rkvi_search_waiting(h, s, &search.waiting, RKVI_CHUNK, RKVI_LANES);
         end = first;
     }
+    rkvi_wait(&search.waiting, rows, n_rows, end);
     rkvi_search_waiting(h, s, &search.waiting, 0, 1);
 }
 
@@ -5029,6 +5078,12 @@ static int rkvi_cache_fixed_rows(const rkv_cache_config *config, int evicted)
     return evicted > 0 ? config->compress.budget - config->compress.protect : 0;
 }
 
+/* The position of the first row that truncation can drop. */
+static int rkvi_cache_first_position(const rkv_cache *cache)
+{
+    return cache->evicted + rkvi_cache_fixed_rows(&cache->config, cache->evicted);
+}
+
 /* A view of the rows in use; its head stride no longer follows from `tokens`. */
 static rkv_tensor rkvi_cache_view(const rkv_layer *layer, const rkv_tensor *reserved)
 {
@@ -5292,17 +5347,20 @@ RKV_API rkv_status rkv_cache_compress(rkv_cache *cache, int *n_evicted)
     return rkvi_cache_round(cache, n_evicted);
 }
 
-/* Every row that a round has kept was finite, so a key that is not lies behind them, in order. The
+/* Every row that a round has kept was finite, so a key that is not comes after them, in order. The
  * token of a query is the newest with its slot in the ring. */
 RKV_API int rkv_cache_error_position(const rkv_cache *cache)
 {
     const rkv_error *error = rkv_cache_error(cache);
-    int last, window;
+    int position, last, window;
     if (cache == NULL || error->status != RKV_ERROR_NONFINITE || error->token < 0) return -1;
-    if (strcmp(error->rule, RKVI_RULE_KEY) == 0) return error->token + cache->evicted;
-    window = cache->config.compress.window;
-    last = rkv_cache_position(cache, 0) - 1;
-    return last - (last - error->token % window + window) % window;
+    position = error->token + cache->evicted;
+    if (strcmp(error->rule, RKVI_RULE_QUERY) == 0) {
+        window = cache->config.compress.window;
+        last = rkv_cache_position(cache, 0) - 1;
+        position = last - (last - error->token % window + window) % window;
+    }
+    return position < rkvi_cache_first_position(cache) ? 0 : position;
 }
 
 RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position)
@@ -5314,7 +5372,7 @@ RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position)
         rkvi_cache_empty(cache);
         return RKV_OK;
     }
-    if (position < cache->evicted + rkvi_cache_fixed_rows(&cache->config, cache->evicted))
+    if (position < rkvi_cache_first_position(cache))
         return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT,
                                  "position: before what a round has left in order", -1);
     rows = position - cache->evicted;

@@ -3,6 +3,7 @@
 #include "harness.h"
 
 #include <float.h>
+#include <fenv.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -906,6 +907,101 @@ const float *job_shared(const job *j)
     return (const float *)(const void *)j->shared.data;
 }
 
+/* ---- floating-point modes ---- */
+static const char *const float_modes[N_FLOAT_MODES] = { "usual", "down", "up",   "zero",
+                                                        "ftz",   "daz",  "traps" };
+
+const char *float_mode_name(float_mode mode)
+{
+    return float_modes[mode];
+}
+
+#if defined(__GNUC__) && defined(__x86_64__)
+/* MXCSR without flags. */
+static const unsigned mode_registers[N_FLOAT_MODES] = { 0x1f80, 0x3f80, 0x5f80, 0x7f80,
+                                                        0x9f80, 0x1fc0, 0x1900 };
+static unsigned read_mode(void)
+{
+    unsigned now;
+    __asm__ volatile("stmxcsr %0" : "=m"(now) : : "memory");
+    return now;
+}
+static void write_mode(unsigned value)
+{
+    __asm__ volatile("ldmxcsr %0" : : "m"(value) : "memory");
+}
+#elif defined(__GNUC__) && defined(__aarch64__)
+/* FPCR: rounding, FZ; no DAZ of its own, and no traps on most. Shifted up: FPSR in the low bits. */
+static const unsigned mode_registers[N_FLOAT_MODES] = { 0,        2u << 22, 1u << 22, 3u << 22,
+                                                        1u << 24, 0,        0 };
+static unsigned read_mode(void)
+{
+    uint64_t control, status;
+    __asm__ volatile("mrs %0, fpcr\n\tmrs %1, fpsr" : "=r"(control), "=r"(status) : : "memory");
+    return (unsigned)control | ((unsigned)status & 0x9f);
+}
+static void write_mode(unsigned value)
+{
+    uint64_t control = value;
+    __asm__ volatile("msr fpcr, %0\n\tmsr fpsr, xzr" : : "r"(control) : "memory");
+}
+#else
+static const unsigned mode_registers[N_FLOAT_MODES] = { 0, 1, 2, 3, 0, 0, 0 };
+static unsigned read_mode(void)
+{
+    const int now = fegetround();
+    return (now == FE_DOWNWARD     ? 1u
+            : now == FE_UPWARD     ? 2u
+            : now == FE_TOWARDZERO ? 3u
+                                   : 0u) |
+           (unsigned)fetestexcept(FE_ALL_EXCEPT) << 8;
+}
+static void write_mode(unsigned value)
+{
+    static const int roundings[] = { FE_TONEAREST, FE_DOWNWARD, FE_UPWARD, FE_TOWARDZERO };
+    fesetround(roundings[value]);
+    feclearexcept(FE_ALL_EXCEPT);
+}
+#endif
+
+int float_mode_exists(float_mode mode)
+{
+    return mode == FLOAT_USUAL || mode_registers[mode] != mode_registers[FLOAT_USUAL];
+}
+
+void float_mode_enter(float_mode mode)
+{
+    write_mode(mode_registers[mode]);
+}
+
+int float_mode_leave(const char *at, float_mode mode)
+{
+    const unsigned now = read_mode();
+    write_mode(mode_registers[FLOAT_USUAL]);
+    return expect_int(at, (int)mode, now, mode_registers[mode]);
+}
+
+static float_mode mode_of_calls = FLOAT_USUAL;
+
+void float_mode_of_calls(float_mode mode)
+{
+    mode_of_calls = mode;
+}
+
+/* The mode of the next call or task, as RKV_TEST_FLOAT says. */
+static float_mode wanted_mode(void)
+{
+    static unsigned turn;
+    const char *wanted = getenv("RKV_TEST_FLOAT");
+    int mode;
+    if (!wanted || !*wanted) return mode_of_calls;
+    if (strcmp(wanted, "mixed") == 0) return (float_mode)(turn++ % N_FLOAT_MODES);
+    for (mode = 0; mode < N_FLOAT_MODES; mode++)
+        if (strcmp(wanted, float_modes[mode]) == 0) return (float_mode)mode;
+    printf("FAIL  RKV_TEST_FLOAT=%s: no such mode\n", wanted);
+    exit(1);
+}
+
 /* ---- calls ---- */
 static rkv_layer *layers_of(const job *jobs, int n_jobs)
 {
@@ -919,8 +1015,12 @@ rkv_status call_with(stage_function call, const rkv_backend *backend, const rkv_
                      job *jobs, int n_jobs, void *workspace, size_t bytes)
 {
     rkv_layer *layers = layers_of(jobs, n_jobs);
-    rkv_status status = call(backend, config, layers, n_jobs, workspace, bytes);
+    const float_mode mode = wanted_mode();
+    rkv_status status;
     int i;
+    float_mode_enter(mode);
+    status = call(backend, config, layers, n_jobs, workspace, bytes);
+    float_mode_leave("floating-point mode after a call", mode);
     for (i = 0; i < n_jobs; i++) jobs[i].layer = layers[i];
     free(layers);
     return status;
@@ -955,6 +1055,15 @@ rkv_status call_stages(const rkv_backend *backend, const rkv_config *config, job
 void reversed_for(void *pool, int n_tasks, void (*task)(void *arg, int index), void *arg)
 {
     int *calls = (int *)pool;
+    const unsigned callers = read_mode();
+    const char *wanted = getenv("RKV_TEST_FLOAT");
+    const int mixed = wanted && strcmp(wanted, "mixed") == 0;
     if (calls) ++*calls;
-    while (n_tasks-- > 0) task(arg, n_tasks);
+    while (n_tasks-- > 0) {
+        const float_mode mode = mixed ? wanted_mode() : FLOAT_USUAL;
+        if (mixed) float_mode_enter(mode);
+        task(arg, n_tasks);
+        if (mixed) float_mode_leave("floating-point mode after a task", mode);
+    }
+    write_mode(callers);
 }

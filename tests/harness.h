@@ -169,6 +169,27 @@ const uint8_t *job_pins(const job *j, int set); /* as made; NULL without pins */
 const float *job_scores(const job *j);
 const float *job_shared(const job *j);
 
+/* ---- floating-point modes -------------------------------------------------------------------
+ * What a caller's thread may have set: rounding, FTZ and DAZ, traps. RKV_TEST_FLOAT names the mode
+ * in which call_with calls the library; "mixed" takes another one for every call and every task of
+ * reversed_for. A machine that lacks a mode uses the usual one. */
+typedef enum float_mode {
+    FLOAT_USUAL,
+    FLOAT_DOWN,
+    FLOAT_UP,
+    FLOAT_ZERO,
+    FLOAT_FTZ,
+    FLOAT_DAZ,
+    FLOAT_TRAPS, /* SIGFPE at an invalid operation, a division by zero or an overflow */
+    N_FLOAT_MODES
+} float_mode;
+const char *float_mode_name(float_mode mode);
+int float_mode_exists(float_mode mode);
+void float_mode_of_calls(float_mode mode); /* without RKV_TEST_FLOAT: that of call_with */
+void float_mode_enter(float_mode mode);    /* flags clear */
+/* The mode is as entered, no flag is raised; then the usual mode again. */
+int float_mode_leave(const char *at, float_mode mode);
+
 /* ---- calls ---------------------------------------------------------------------------------- */
 typedef rkv_status (*stage_function)(const rkv_backend *, const rkv_config *, rkv_layer *, int,
                                      void *, size_t);
@@ -181,7 +202,7 @@ rkv_status call_stage(stage_function call, const rkv_backend *backend, const rkv
                       job *jobs, int n_jobs);
 /* rkv_score, rkv_select, rkv_compact. */
 rkv_status call_stages(const rkv_backend *backend, const rkv_config *config, job *jobs, int n_jobs);
-/* A parallel_for that runs the last task first. */
+/* A parallel_for that runs the last task first; in RKV_TEST_FLOAT=mixed each in another mode. */
 void reversed_for(void *pool, int n_tasks, void (*task)(void *arg, int index), void *arg);
 
 #endif

@@ -27,8 +27,9 @@ void oracle_free(oracle_head *head);
 double oracle_tolerance(const oracle_head *head, const rkv_config *config);
 
 /* Keeps the pinned rows, the best of the candidates (those with a byte in pins first; ties: the
- * more recent) and the protected rows; pins may be NULL; writes min(n_tokens, budget) rows and returns their number. *gap: score of the last candidate
- * kept minus that of the first dropped; infinite when there is no choice. */
+ * more recent) and the protected rows; pins may be NULL. Writes min(n_tokens, budget) rows and
+ * returns their number. *gap: score of the last candidate kept minus that of the first dropped;
+ * infinite when there is no choice. */
 int oracle_select(const rkv_config *config, const double *score, const uint8_t *pins, int n_tokens,
                   int32_t *kept, double *gap);
 
