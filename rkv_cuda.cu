@@ -41,7 +41,7 @@
  *            tables or pins, three for each further element type.
  * Workspace  24 + 4 * window bytes per token and KV head.
  * Counts     n_tokens and n_kept are set when the call returns, before the device has seen the
- *            data.
+ *            data. After a fault in the data set n_tokens back: no row has moved.
  * Errors     What the host can see is refused at once, and *config.error says why. A fault in the
  *            data (a NaN, an invalid block table or kept list, too many pins) leaves every row,
  *            position, pin, score and list as it was; the record appears in *config.device_error

@@ -1524,9 +1524,9 @@ static void test_cache()
     }
 }
 
-/* A NaN in a key: the round is refused and changes nothing; without that token the cache goes on as
+/* A NaN in a key or a query: the round is refused and changes nothing; without that token the cache goes on as
  * one that has never seen it. */
-static void append_one(cache_pair pair, rng *r, int layer, float poison)
+static void append_one(cache_pair pair, rng *r, int layer, float poison, int where)
 {
     std::vector<float> data[3];
     rkv_tensor host[3], device[3];
@@ -1535,7 +1535,7 @@ static void append_one(cache_pair pair, rng *r, int layer, float poison)
         const int heads = i == 2 ? CACHE_HEADS * CACHE_GROUP : CACHE_HEADS;
         data[i].resize(static_cast<size_t>(heads) * CACHE_DIM);
         for (size_t k = 0; k < data[i].size(); k++) data[i][k] = static_cast<float>(rng_normal(r));
-        if (i == 0 && poison != 0 && layer == 1) data[i][CACHE_DIM + 3] = poison; /* head 1 */
+        if (i == where && poison != 0 && layer == 1) data[i][CACHE_DIM + 3] = poison; /* head 1 */
         host[i] = rkv_tensor_make(data[i].data(), RKV_F32, heads, 1, CACHE_DIM);
         device[i] = mirror_tensor(&m, host[i], 1, false);
     }
@@ -1575,20 +1575,24 @@ static void test_cache_fault()
                 for (int layer = 0; layer < CACHE_LAYERS; layer++) append_both(pair, &r, layer, 1);
             const int position = rkv_cache_position(pair.gpu, 0);
             for (int layer = 0; layer < CACHE_LAYERS; layer++)
-                append_one(pair, &r, layer, round == 1 ? INFINITY : NAN);
+                append_one(pair, &r, layer, round == 1 ? INFINITY : NAN, round == 2 ? 2 : 0);
             expect_status("step on the device", rkv_cache_step(pair.gpu, &evicted),
                           RKV_ERROR_NONFINITE);
             const rkv_error *found = rkv_cache_error(pair.gpu);
             rkv_explain(found, text, sizeof text);
-            if (strcmp(text, "layer 1, head 1, token 63: " RKVI_RULE_KEY) != 0)
+            const char *want = "layer 1, head 1, token 63: " RKVI_RULE_KEY;
+            if (round == 2) want = "layer 1, head 1, token "; /* a slot of the ring of queries */
+            if (strncmp(text, want, strlen(want)) != 0 ||
+                (round == 2) != (found->rule && strcmp(found->rule, RKVI_RULE_QUERY) == 0))
                 case_fail("got \"%s\"", text);
             expect_true("whose record", (found == &error) == (given == 1));
+            expect_int("its position", round, rkv_cache_error_position(pair.gpu), position);
             expect_int("evicted", round, evicted, 0);
             expect_int("rows", round, rkv_cache_rows(pair.gpu, 0), 64);
             expect_int("position", round, rkv_cache_position(pair.gpu, 1), position + 1);
             expect_status("the bad token", rkv_cache_truncate(pair.gpu, position), RKV_OK);
             compare_caches(pair);
-            for (int layer = 0; layer < CACHE_LAYERS; layer++) append_one(pair, &r, layer, 0);
+            for (int layer = 0; layer < CACHE_LAYERS; layer++) append_one(pair, &r, layer, 0, 0);
             for (int n = 0; n < 9; n++) { /* the queries that the window lacks */
                 expect_status("step", rkv_cache_step(pair.cpu, NULL), RKV_OK);
                 expect_status("step on the device", rkv_cache_step(pair.gpu, &evicted), RKV_OK);
