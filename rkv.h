@@ -612,7 +612,11 @@ RKV_API rkv_status rkv_backend_register(const rkv_backend *backend, rkv_error *e
 #define RKVI_INTRINSICS
 #define RKVI_INLINE      static __inline__ __attribute__((always_inline))
 #define RKVI_TARGET(isa) __attribute__((target(isa)))
-#define RKVI_UNROLL      _Pragma("GCC unroll 16")
+#ifdef __CUDACC__ /* nvcc warns of the pragma */
+#define RKVI_UNROLL
+#else
+#define RKVI_UNROLL _Pragma("GCC unroll 16")
+#endif
 #endif
 
 #define RKVI_CACHE_LINE 64
@@ -697,8 +701,8 @@ static unsigned rkvi_os_saves(void)
 #ifdef _MSC_VER
     return (unsigned)_xgetbv(0);
 #else
-    unsigned low, high;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    unsigned low;
+    __asm__ volatile("xgetbv" : "=a"(low) : "c"(0) : "edx");
     return low;
 #endif
 }
