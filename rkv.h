@@ -94,8 +94,8 @@
  * RKV_PTHREADS        adds rkv_threads, a small pool of POSIX threads. All files; link -pthread.
  * RKV_CUDA            declares the two functions of rkv_cuda.cu. Files that call them.
  * No compiler flag is needed. The implementing file needs IEEE arithmetic: -ffast-math and
- * -ffinite-math-only are refused where they show; -funsafe-math-optimizations does not show, and
- * costs the bit-identity.
+ * -ffinite-math-only are refused. -funsafe-math-optimizations is refused by gcc and has no effect on
+ * this file with clang on x86-64; elsewhere clang does not tell, and the flag costs bit-identity.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -369,8 +369,8 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
 /* A fixed pool of POSIX threads; the caller is one of the n_threads (at least 1). rkv_threads_use
  * points a config at it (NULL: at none); the pool must outlive every config and cache that uses
  * it. Calls from several threads take turns; none may come from inside a task.
- * create: RKV_ERROR_NULL or RKV_ERROR_MEMORY; *out is then NULL. destroy takes NULL. After fork()
- * the child's pool has the calling thread only; destroy it there too, unless a call was running. */
+ * create: RKV_ERROR_NULL or RKV_ERROR_MEMORY; *out is then NULL. destroy takes NULL. A child of
+ * fork() has no workers: it must not use the pool, but may destroy it. */
 typedef struct rkv_threads rkv_threads;
 RKV_API rkv_status rkv_threads_create(rkv_threads **out, int n_threads);
 RKV_API void rkv_threads_destroy(rkv_threads *threads);
@@ -579,6 +579,10 @@ RKV_API rkv_status rkv_backend_register(const rkv_backend *backend, rkv_error *e
 #if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
     defined(_M_FP_FAST) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error "rkv.h needs IEEE arithmetic: compile the implementing file without -ffast-math"
+#endif
+#if defined(__clang__) && defined(__x86_64__)
+#define RKVI_FLOAT_CONTROL /* up to the end of the implementation, whatever the flags are */
+#pragma float_control(precise, on, push)
 #endif
 
 #include <fenv.h>
@@ -6007,6 +6011,9 @@ RKV_API void rkv_threads_use(rkv_threads *threads, rkv_config *config)
 }
 #endif /* RKV_PTHREADS */
 
+#ifdef RKVI_FLOAT_CONTROL
+#pragma float_control(pop)
+#endif
 #endif /* RKV_IMPLEMENTED */
 #endif /* RKV_IMPLEMENTATION */
 

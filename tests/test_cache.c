@@ -1,5 +1,6 @@
 /* The managed cache against the same decode done by hand with rkv_compress, and the thread pool.
  *     make test        or: build/tests/test_cache */
+#define _POSIX_C_SOURCE 200809L
 #include "harness.h"
 
 #include <limits.h>
@@ -7,6 +8,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifndef _WIN32
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
 
 /* ---- texts ----------------------------------------------------------------------------------
  * A text is a list of numbers, one per token. All rows of a token follow from its number and its
@@ -2145,6 +2150,30 @@ static void test_threads_decode(const setup *s, int n_threads)
     rkv_threads_destroy(threads);
 }
 
+/* A child of fork() has no workers, and destroy does not wait for them there. */
+static void test_threads_forked(void)
+{
+#ifdef _WIN32
+    skip("no fork() on this system");
+#else
+    rkv_threads *threads = NULL;
+    pid_t child;
+    int status = -1;
+    expect_status("create", rkv_threads_create(&threads, 3), RKV_OK);
+    fflush(stdout);
+    child = fork();
+    if (child == 0) {
+        alarm(20); /* a child that hangs dies of it */
+        rkv_threads_destroy(threads);
+        _exit(0);
+    }
+    expect_true("fork", child > 0);
+    expect_true("waitpid", waitpid(child, &status, 0) == child);
+    expect_int("status of the child", 0, status, 0);
+    rkv_threads_destroy(threads);
+#endif
+}
+
 static void test_threads_arguments(void)
 {
     rkv_threads *threads = (rkv_threads *)(void *)&threads;
@@ -2277,6 +2306,8 @@ int main(void)
     }
     case_begin("a pool with three callers");
     test_threads_shared();
+    case_begin("a pool after fork()");
+    test_threads_forked();
     case_begin("arguments of the pool");
     test_threads_arguments();
     return close_tests();
