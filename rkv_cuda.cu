@@ -426,7 +426,7 @@ static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int n
     const int width = static_cast<int>(sizeof(V));
     const int per_row = padded_bytes / width, step_rows = RKVI_TILE_THREADS / per_row;
     const int step_rest = RKVI_TILE_THREADS - step_rows * per_row;
-    int row = static_cast<int>(threadIdx.x / per_row);
+    int row = static_cast<int>(threadIdx.x / static_cast<unsigned>(per_row));
     int piece = static_cast<int>(threadIdx.x) - row * per_row;
     while (row < n_rows) {
         const char *from[RKVI_LOAD_UNROLL];
