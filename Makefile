@@ -29,33 +29,37 @@ help:
 	@echo '                      (BENCH=--full: the worst case in every type and length)'
 	@echo '  make bench-decode   what compressing costs and saves a decode loop, at the sizes of real'
 	@echo '                      layers; CSV in $(BUILD)/'
-	@echo '  make check          README, licence and version agree with the header'
+	@echo '  make check          README, examples, licence and version agree with the header'
 	@echo '  make lint           clang-format, cppcheck, clang-tidy'
 	@echo '  make format         lets clang-format rewrite the sources'
-	@echo '  make fuzz           libFuzzer, or its target on random bytes (FUZZ_SECONDS=60)'
+	@echo '  make fuzz           libFuzzer, or its targets on random bytes (FUZZ_SECONDS=60)'
 	@echo '  make test-std       the header as C99, C11, C++11, C++17, with gcc and clang'
 	@echo '  make test-symbols   what the header brings into a program'
 	@echo '  make test-mutants   wrong kernels, put in on purpose, are noticed'
 	@echo '  make test-sanitize  the tests under the address and undefined behaviour sanitizers'
 	@echo '  make test-valgrind  the tests under valgrind'
+	@echo '  make test-float     the tests with other rounding, flush-to-zero, traps in the caller'
 	@echo '  make test-qemu      the tests on AArch64 (NEON) and s390x (big-endian), emulated'
 	@echo '  make test-windows   the header tests built by mingw-w64, under wine'
 	@echo '  make test-peer      the model in another runtime, word for word (transformers)'
 	@echo '  make test-cuda      the tests on a GPU'
+	@echo '  make examples-cuda  the example for a GPU, on one or on the host'
 	@echo '  make test-cuda-race the GPU kernels without a GPU: races, stray accesses'
 	@echo '                      (MUTANTS=all: each barrier taken out is noticed)'
 	@echo '  make test-cuda-ptx  the compiled kernels without a GPU, of every architecture (nvcc)'
 	@echo '                      (PTX_ARCHS=90: of one)'
 	@echo '  make count-cuda     what the compiled kernels execute, counted without a GPU (nvcc)'
 	@echo '  make bench-cuda     the timings on a GPU (make cuda: the object file alone)'
-	@echo '  make install        header and pkg-config file (PREFIX=$(PREFIX), DESTDIR=)'
+	@echo '  make install        headers, CMake package, pkg-config file (PREFIX=$(PREFIX), DESTDIR=)'
+	@echo '  make test-install   installed and used with CMake and pkg-config; built as in OSS-Fuzz'
 	@echo '  make uninstall, make clean'
 
 # ---- Programs -----------------------------------------------------------------------------------
 
 TESTS       = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/test_*.c)))
-TEST_SHARED = $(patsubst %,$(BUILD)/obj/tests/%.o,harness oracle rkv_impl)
-EXAMPLES    = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard examples/*.c)))
+TEST_SHARED = $(patsubst %,$(BUILD)/obj/tests/%.o,harness oracle golden_file rkv_impl)
+EXAMPLES    = $(patsubst %.c,$(BUILD)/%,$(sort $(filter-out examples/cuda.c, \
+                  $(wildcard examples/*.c))))
 
 # tests/cuda/cuda.mk may add programs to EXTRA_TESTS and targets to EXTRA_CHECKS.
 -include tests/cuda/cuda.mk
@@ -83,10 +87,29 @@ $(BUILD)/tests/test_%: $(BUILD)/obj/tests/test_%.o $(TEST_SHARED)
 $(EXAMPLES): $(BUILD)/examples/%: $(BUILD)/obj/examples/%.o
 	$(link)
 
+EXAMPLE_TEST = $(BUILD)/tests/test_examples
+$(EXAMPLE_TEST): tests/test_examples.sh $(EXAMPLES)
+	@mkdir -p $(@D)
+	@printf '#!/bin/sh\nexec sh $< $(EXAMPLES)\n' >$@ && chmod +x $@
+
+# examples/cuda.c runs on a GPU, or on the host over tests/cuda/shim.h.
+.PHONY: examples-cuda
+examples-cuda:
+	@if $(HAVE_GPU); then program=$(CUDA_DIR)/example; \
+	elif command -v $(CXX) >/dev/null; then program=$(BUILD)/examples/cuda; \
+	else echo 'skip  examples-cuda: no C++ compiler'; exit 0; fi; \
+	$(MAKE) --no-print-directory $$program && sh tests/test_examples.sh $$program
+
+$(CUDA_DIR)/example: $(BUILD)/obj/examples/cuda.o $(CUDA_DIR)/rkv_cuda.o
+	$(NVCC) $(GPU_FLAGS) $^ -o $@ -lm
+$(BUILD)/examples/cuda: $(BUILD)/obj/examples/cuda.o $(CUDA_DIR)/shim/kernels.o
+	@mkdir -p $(@D)
+	$(CXX) $^ -o $@ $(LIBS)
+
 $(BUILD)/obj/bench/bench.o $(BUILD)/obj/bench/decode.o: C_FLAGS += -DBENCH_FLAGS='"$(OPT) $(CFLAGS)"'
 $(BUILD)/bench/bench: LIBS += -ldl
 $(BUILD)/bench/bench: $(patsubst %,$(BUILD)/obj/%.o, \
-        bench/bench bench/job bench/machine tests/harness tests/rkv_impl)
+        bench/bench bench/job bench/machine tests/harness tests/golden_file tests/rkv_impl)
 	$(link)
 
 $(BUILD)/bench/decode: $(patsubst %,$(BUILD)/obj/%.o, bench/decode bench/job bench/machine \
@@ -108,8 +131,8 @@ demo: $(BUILD)/examples/hello
 endif
 
 .PHONY: test
-test: $(TESTS) $(PROGRAM_TEST) $(EXTRA_TESTS) $(EXTRA_CHECKS) $(EXAMPLES)
-	@sh tests/run.sh $(TESTS) $(PROGRAM_TEST) $(EXTRA_TESTS)
+test: $(TESTS) $(EXAMPLE_TEST) $(PROGRAM_TEST) $(EXTRA_TESTS) $(EXTRA_CHECKS)
+	@sh tests/run.sh $(TESTS) $(EXAMPLE_TEST) $(PROGRAM_TEST) $(EXTRA_TESTS)
 
 .PHONY: bench bench-decode bench-smoke
 bench: $(BUILD)/bench/bench $(BUILD)/bench/libpeer.so
@@ -159,12 +182,21 @@ test-windows:
 	@wineserver -p60 2>/dev/null || true
 	$(call suite,x86_64-w64-mingw32-gcc wine,windows,CC=x86_64-w64-mingw32-gcc LDFLAGS=-static \
 	    RUNNER='env WINEDEBUG=-all wine' PROGRAM_TEST= \
-	    TESTS='$(patsubst %,$(BUILD)/windows/tests/test_%,api cache errors golden random)')
+	    TESTS='$(patsubst %,$(BUILD)/windows/tests/test_%,api cache errors float golden pins random refusals)')
+
+# The library must not care what its caller has set: rounding, flush-to-zero, traps.
+FLOAT_MODES = down up zero ftz daz traps mixed
+FLOAT_TESTS = $(patsubst %,$(BUILD)/tests/test_%,golden random properties errors)
+.PHONY: test-float
+test-float: $(FLOAT_TESTS) $(BUILD)/tests/test_float
+	@set -e; for mode in $(FLOAT_MODES); do echo "RKV_TEST_FLOAT=$$mode"; \
+	    RKV_TEST_FLOAT=$$mode sh tests/run.sh $(FLOAT_TESTS) | tail -n 1; \
+	done; sh tests/run.sh $(BUILD)/tests/test_float
 
 .PHONY: test-std test-symbols test-mutants check lint format
 test-std:
 	@BUILD=$(BUILD) sh .ci/std.sh
-check:
+check: $(EXAMPLE_TEST)
 	@BUILD=$(BUILD) CC='$(CC)' sh .ci/check.sh
 test-symbols:
 	@CC='$(CC)' sh tests/symbols.sh
@@ -178,15 +210,20 @@ format:
 
 # ---- Fuzzing ------------------------------------------------------------------------------------
 
-# libFuzzer where clang brings it; otherwise the same target under a main() that makes the bytes.
-.PHONY: fuzz
-fuzz: $(BUILD)/fuzz/fuzz_compress
-	@mkdir -p $(BUILD)/fuzz/corpus
-	@if [ -e $<.standalone ]; then $< $(FUZZ_SECONDS); else \
-	    $< -max_total_time=$(FUZZ_SECONDS) -max_len=512 -timeout=20 -verbosity=0 \
-	        -print_final_stats=1 -artifact_prefix=$(BUILD)/fuzz/ $(BUILD)/fuzz/corpus; fi
+# libFuzzer where clang brings it; otherwise the same targets under a main() that makes the bytes.
+# They share the time.
+FUZZ_TARGETS = $(patsubst tests/%.c,$(BUILD)/fuzz/%,$(sort $(wildcard tests/fuzz_*.c)))
+FUZZ_EACH    = $$(($(FUZZ_SECONDS) / $(words $(FUZZ_TARGETS))))
 
-$(BUILD)/fuzz/fuzz_compress: tests/fuzz_compress.c tests/rkv_impl.c rkv.h Makefile
+.PHONY: fuzz
+fuzz: $(FUZZ_TARGETS)
+	@set -e; for target in $^; do echo "$$target"; mkdir -p $$target.corpus; \
+	    if [ -e $$target.standalone ]; then $$target $(FUZZ_EACH); else \
+	        $$target -max_total_time=$(FUZZ_EACH) -max_len=512 -len_control=0 -timeout=20 \
+	            -verbosity=0 -print_final_stats=1 -artifact_prefix=$(BUILD)/fuzz/ \
+	            $$target.corpus; fi; done
+
+$(BUILD)/fuzz/fuzz_%: tests/fuzz_%.c tests/rkv_impl.c tests/fuzz.h rkv.h Makefile
 	@mkdir -p $(@D)
 	@rm -f $@.standalone
 	clang $(C_FLAGS) -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
@@ -195,19 +232,22 @@ $(BUILD)/fuzz/fuzz_compress: tests/fuzz_compress.c tests/rkv_impl.c rkv.h Makefi
 
 # ---- Install ------------------------------------------------------------------------------------
 
-.PHONY: install uninstall clean
+.PHONY: install uninstall test-install clean
+INSTALLED = $(DESTDIR)$(PREFIX)
 install:
-	mkdir -p $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/pkgconfig \
-	    $(DESTDIR)$(PREFIX)/share/doc/rkv
-	cp rkv.h $(wildcard rkv_cuda.cu) $(DESTDIR)$(PREFIX)/include/
-	cp LICENSE README.md CHANGELOG.md $(DESTDIR)$(PREFIX)/share/doc/rkv/
+	mkdir -p $(INSTALLED)/include $(INSTALLED)/share/pkgconfig $(INSTALLED)/share/cmake/rkv \
+	    $(INSTALLED)/share/doc/rkv
+	cp rkv.h rkv_cuda.cu $(INSTALLED)/include/
+	cp LICENSE README.md CHANGELOG.md $(INSTALLED)/share/doc/rkv/
+	cp .cmake/rkvConfig.cmake .cmake/rkvConfigVersion.cmake $(INSTALLED)/share/cmake/rkv/
 	printf '%s\n' 'prefix=$(PREFIX)' 'Name: rkv' 'Version: $(VERSION)' \
 	    'Description: R-KV key/value cache compression in one header' \
-	    'Cflags: -I$${prefix}/include' 'Libs: -lm' \
-	    >$(DESTDIR)$(PREFIX)/share/pkgconfig/rkv.pc
+	    'Cflags: -I$${prefix}/include' 'Libs: -lm' >$(INSTALLED)/share/pkgconfig/rkv.pc
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/include/rkv.h $(DESTDIR)$(PREFIX)/include/rkv_cuda.cu \
-	    $(DESTDIR)$(PREFIX)/share/pkgconfig/rkv.pc
-	rm -rf $(DESTDIR)$(PREFIX)/share/doc/rkv
+	rm -f $(INSTALLED)/include/rkv.h $(INSTALLED)/include/rkv_cuda.cu \
+	    $(INSTALLED)/share/pkgconfig/rkv.pc
+	rm -rf $(INSTALLED)/share/cmake/rkv $(INSTALLED)/share/doc/rkv
+test-install:
+	@MAKE='$(MAKE)' CC='$(CC)' CXX='$(CXX)' sh tests/test_install.sh
 clean:
 	rm -rf $(BUILD)

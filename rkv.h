@@ -1,80 +1,107 @@
-/* rkv.h - v0.1.0 - R-KV key/value cache compression for decoding, in one header.
- * Keeps the cached tokens that are attended to and say something new; evicts the rest.
- * SPDX-License-Identifier: MIT OR Unlicense          (both texts are at the end of this file)
+/* rkv.h - v0.2.0 - R-KV key/value cache eviction for decoding, in one C header.
+ * SPDX-License-Identifier: MIT OR Unlicense      (both texts are at the end of this file)
+ *
+ *  1 Title, map         what lies where                  13 Plans             workspace layout
+ *  2 Usage              a decode loop; what to know      14 Scoring           keys to scores
+ *  3 Config macros                                       15 Similar keys      the search for them
+ *  4 Types              config, views, layers            16 Selection         scores to kept set
+ *  5 Functions          in the order you meet them       17 Compaction        moves kept rows
+ *  ---- callers need read no further ----                18 CPU backends      stages, registry
+ *  6 Backend interface  for authors of backends          19 Validation        every rule
+ *  7 Portability        compilers, CPUs, systems         20 Public functions
+ *  8 Helpers            sizes, half floats, views        21 Managed cache     rkv_cache
+ *  9 Scalar kernels     the definition                   22 Thread pool       rkv_threads
+ * 10-12 AVX2, AVX-512, NEON: the same kernels            23 Licence
+ * (rkv_cuda.cu uses the same numbers.)
+ *
+ * ==== 2. Usage ==============================================================================
+ * In exactly one C or C++ file define RKV_IMPLEMENTATION before #include "rkv.h".
+ * A decode loop with the engine's own cache, per layer [kv_heads][capacity][head_dim]. Start-up:
+ *
+ *     rkv_config config = rkv_config_default(1024);    keep 1024 tokens per KV head
+ *     config.error = &error;                           so that rkv_explain can say what is wrong
+ *     for (l = 0; l < n_layers; l++) {                 describe each layer once
+ *         layers[l].keys    = rkv_tensor_make(k[l], RKV_F16, kv_heads, capacity, head_dim);
+ *         layers[l].values  = rkv_tensor_make(v[l], RKV_F16, kv_heads, capacity, head_dim);
+ *         layers[l].queries = rkv_tensor_make(q[l], RKV_F16, query_heads, 8, head_dim);
+ *         layers[l].n_tokens = capacity;               the largest round, to size for
+ *     }
+ *     rkv_workspace_size(NULL, &config, layers, n_layers, &bytes);
+ *     workspace = malloc(bytes);
+ *
+ * For token t = 0, 1, 2, ... each layer stores its key and value in row `rows`, and its query in
+ * slot t % 8 of q: the newest 8 queries vote, in any order. Rotary embedding gets position t, not
+ * the row number. Attention reads rows 0 to rows; it needs no mask. After the last layer:
+ *
+ *     if (++rows == capacity) {                        say, capacity = 1024 + 128
+ *         for (l = 0; l < n_layers; l++) layers[l].n_tokens = rows;
+ *         status = rkv_compress(NULL, &config, layers, n_layers, workspace, bytes);
+ *         if (status != RKV_OK) puts(rkv_explain(&error, text, sizeof text));
+ *         rows = layers[0].n_tokens;                   1024; on an error as many as before
+ *     }
+ *
+ * Every other layout ([token][head][dim], pages, lists of cells, transposed values) is a matter of
+ * strides and block tables in rkv_tensor. An engine without a cache can use rkv_cache.
+ *
+ * The method, R-KV (arXiv 2505.24133): each round scores every cached token of a KV head,
+ *
+ *     score = lambda * importance - (1 - lambda) * redundancy
+ *
+ * Importance is the attention that the token receives from the newest `window` queries.
+ * Redundancy says how similar its key is to the other keys. The best tokens and the newest
+ * `window` stay; their rows move to the front of the cache, in place and in order.
+ *
+ * Three numbers that are easy to mix up: n_tokens is the number of rows in use. The number of
+ * tokens the sequence has had keeps growing; the next rotary position comes from it. `positions`
+ * maps rows to true positions.
+ *
+ * Memory     Yours. rkv_compress and its stages allocate nothing; only rkv_cache and rkv_threads
+ *            do. The library keeps no pointer of yours, except in an rkv_cache.
+ * Threads    Calls on distinct data may run at the same time. A call uses only the threads that
+ *            rkv_config.parallel_for lends it. Register backends before that.
+ * Errors     Every call that can fail returns rkv_status. On an error no buffer has changed except
+ *            the workspace and *config.error, where rkv_explain finds a sentence.
+ * Precision  Keys and queries are read as f32, f16 or bf16 and computed in f32. Scores and kept
+ *            sets are bit-identical on every CPU path, for any number of threads, and from
+ *            machine to machine where float is float (FLT_EVAL_METHOD 0: not x87, not s390x).
+ *            The caller's floating-point environment (rounding mode, flush-to-zero, traps) makes
+ *            no difference: each call and each lent task sets its own and restores the caller's,
+ *            flags included.
+ *
+ * Before you ship:
+ *  - Compress confirmed tokens only: an evicted token does not come back when a speculative
+ *    draft is rejected.
+ *  - Compaction writes in place. Rows that another sequence shares must be `pinned` (a shared
+ *    prefix), or the layer must not be compressed.
+ *  - Pin the prompt where it holds facts that must last (rkv_config.pinned). Evicted facts are
+ *    gone.
+ *  - The queries must be those of the newest `window` tokens, all of them, after rotary embedding.
+ *  - The buffer (rows beyond the budget) trades memory for fewer rounds, and at tight budgets it
+ *    changes quality: a published port reports 65 % on GSM8K with budget 128 and buffer 16, 90 %
+ *    with buffer 256, 91 % for the full cache. Try several.
+ *
+ * What it does not do: run attention, score quantised keys, rotate keys again, or split one KV
+ * head over several threads.
  */
 #ifndef RKV_H
 #define RKV_H
 
-/* ==== 2. Usage ==============================================================================
- * R-KV (arXiv 2505.24133): while a reasoning model decodes, every cached token gets a score,
- *
- *     score = lambda * importance - (1 - lambda) * redundancy
- *
- * where importance is the attention it receives from the newest `window` queries and redundancy
- * says how similar its key is to the other cached keys. The `budget` best tokens of every kv head
- * stay, the window always among them; their rows move to the front of the cache, in place.
- *
- * In exactly one C or C++ file:            In any other file that calls it:
- *     #define RKV_IMPLEMENTATION               #include "rkv.h"
- *     #include "rkv.h"
- *
- * The smallest whole program (examples/hello.c, the same text as in README.md) goes, in short:
- *
- *     rkv_config config = rkv_config_default(1024);        budget: 1024 tokens per kv head
- *     rkv_layer layer = RKV_INIT;                          one attention layer of one sequence
- *     layer.keys    = rkv_tensor_make(k, RKV_F16, kv_heads, capacity, head_dim);
- *     layer.values  = rkv_tensor_make(v, RKV_F16, kv_heads, capacity, head_dim);
- *     layer.queries = rkv_tensor_make(q, RKV_F16, query_heads, 8, head_dim);
- *     layer.n_tokens = 1152;                               rows in use
- *     rkv_workspace_size(NULL, &config, &layer, 1, &bytes);
- *     rkv_compress(NULL, &config, &layer, 1, malloc(bytes), bytes);     layer.n_tokens is 1024
- *
- * Three numbers that must not be mixed up: `n_tokens` is the physical length, the rows in use;
- * the logical length, the tokens the sequence has had, goes on growing and is what the next
- * token's rotary embedding needs; `positions` maps one to the other, row by row.
- *
- * Memory     The caller's. rkv_compress and its stages allocate nothing; only rkv_cache does,
- *            through the backend's allocator. No buffer is ever owned or kept.
- * Threads    Calls on distinct data may run at the same time. A call itself uses the threads that
- *            rkv_config.parallel_for lends it, none otherwise. Register backends before that.
- * Errors     Every fallible call returns rkv_status. On any error no caller buffer has changed
- *            (the workspace and *config->fault excepted). rkv_check says in words what is wrong.
- * Precision  Keys and queries are read as f32, f16 or bf16 and computed in f32. Scores and kept
- *            sets are bit-identical on every CPU backend and for any number of threads, and from
- *            machine to machine where float is float (FLT_EVAL_METHOD 0: not x87, not s390x).
- *
- * What you must know before you ship it:
- *  - Compress confirmed tokens only: an evicted token does not come back when a speculative
- *    draft is rejected.
- *  - Rows that another sequence shares (a prefix cache) must be `pinned` or not compressed:
- *    compaction writes in place.
- *  - Hand rotary embedding the true position of a new token, never its row number.
- *  - The queries must be those of the newest `window` tokens, all of them, rotary embedding
- *    applied, in any order of the tokens (a ring buffer is fine).
- *  - At tight budgets try several buffers (tokens between two compressions): a published port
- *    reports 65 % on GSM8K with budget 128 and buffer 16, 90 % with buffer 256, 91 % for the full
- *    cache. On the model of this project larger ones did better or worse, as the options went.
- *
- * What it does not do: it does not run attention, store quantised keys, re-rotate keys, or split
- * one kv head over several threads.
- */
-
 /* ==== 3. Config macros ======================================================================
- * RKV_IMPLEMENTATION  this file gets the code; define it in one file only.
- * RKV_STATIC          all functions are static to the implementing file. Seen by that file.
- * RKV_NO_AVX2, RKV_NO_AVX512, RKV_NO_NEON   leave a code path out. Seen by the implementing file.
+ * RKV_IMPLEMENTATION  this file gets the code. Define it in one file only.
+ * RKV_STATIC          all functions are static. Define it where RKV_IMPLEMENTATION is.
+ * RKV_NO_AVX2, RKV_NO_AVX512, RKV_NO_NEON   leave a code path out. Same file.
  * RKV_NO_CACHE        leaves the managed cache out, and with it malloc and free. All files.
- * RKV_PTHREADS        adds a small thread pool on POSIX threads, for those who have none
- *                     (rkv_threads). All files; link with -pthread.
- * No compiler flag is needed, and none that gives up IEEE arithmetic is allowed for the
- * implementing file: -ffast-math and -ffinite-math-only are refused where they show;
- * -funsafe-math-optimizations does not, and costs the bit-identity.
+ * RKV_PTHREADS        adds rkv_threads, a small pool of POSIX threads. All files; link -pthread.
+ * RKV_CUDA            declares the two functions of rkv_cuda.cu. Files that call them.
+ * No compiler flag is needed. The implementing file needs IEEE arithmetic: -ffast-math and
+ * -ffinite-math-only are refused. -funsafe-math-optimizations is refused by gcc and has no effect on
+ * this file with clang on x86-64; elsewhere clang does not tell, and the flag costs bit-identity.
  */
 #include <stddef.h>
 #include <stdint.h>
 
 #define RKV_VERSION_MAJOR 0
-#define RKV_VERSION_MINOR 1
+#define RKV_VERSION_MINOR 2
 #define RKV_VERSION_PATCH 0
 
 #ifndef RKV_STATIC
@@ -98,278 +125,216 @@ extern "C" {
 
 typedef enum rkv_status {
     RKV_OK = 0,
-    RKV_ERROR_ARGUMENT,    /* a field is out of range or inconsistent; rkv_check tells which   */
-    RKV_ERROR_WORKSPACE,   /* the workspace is NULL or smaller than rkv_workspace_size asks    */
-    RKV_ERROR_NONFINITE,   /* a key or query is NaN, infinite or of a norm above 1e18, or a
-                              score given to rkv_select is NaN; rkv_config.fault: the place    */
-    RKV_ERROR_UNSUPPORTED, /* this backend does not have this option                           */
-    RKV_ERROR_MEMORY,      /* an allocation failed (rkv_cache, rkv_threads)                    */
-    RKV_ERROR_DEVICE       /* the device refused a launch or a copy                            */
+    RKV_ERROR_NULL,        /* config, cache or a result pointer is NULL: maybe no record to write */
+    RKV_ERROR_ARGUMENT,    /* a field is out of range or inconsistent                             */
+    RKV_ERROR_WORKSPACE,   /* the workspace is NULL or smaller than rkv_workspace_size asks       */
+    RKV_ERROR_NONFINITE,   /* a key, query or score is NaN, infinite or too large                 */
+    RKV_ERROR_UNSUPPORTED, /* this backend does not have this option                              */
+    RKV_ERROR_MEMORY,      /* an allocation failed (rkv_cache, rkv_threads)                       */
+    RKV_ERROR_DEVICE       /* the device refused a launch or a copy                               */
 } rkv_status;
+
+/* What is wrong, and where. Every call that gets an rkv_config writes *config.error, if that is
+ * not NULL: RKV_OK and no rule when nothing is wrong. One record per thread that calls. */
+typedef struct rkv_error {
+    const char *rule;  /* static text: the field or place and the rule it breaks; NULL: nothing   */
+    int32_t status;    /* the rkv_status that was returned                                        */
+    int32_t layer;     /* index into the call's layers; -1, here and below: does not apply        */
+    int32_t head;      /* KV head; query head where the rule is about queries; set of a kept list */
+    int32_t token;     /* row of a key, score, pin or view; entry of a kept list */
+} rkv_error;
 
 typedef enum rkv_dtype { RKV_F32 = 0, RKV_F16 = 1, RKV_BF16 = 2 } rkv_dtype;
 
-/* Which tokens the heads of a layer keep. Spec: the published code keeps a set per head; the
- * paper's Algorithm 1 averages over the heads of a layer. */
+/* Who shares a kept set. */
 typedef enum rkv_scope {
-    RKV_PER_HEAD = 0, /* every kv head its own set                                             */
-    RKV_PER_LAYER,    /* one set per layer, from the mean of its heads' scores                 */
-    RKV_PER_SEQUENCE  /* one set for several layers, from the sum of their per-layer means     */
+    RKV_PER_HEAD = 0, /* every KV head has its own (published code)                               */
+    RKV_PER_LAYER,    /* one per layer, from the mean of its heads' scores (paper, Algorithm 1)   */
+    RKV_PER_SEQUENCE  /* one for several layers, from the sum of their means: for engines whose
+                         cells are shared by all heads and layers, as llama.cpp's                 */
 } rkv_scope;
 
-typedef enum rkv_pooling {
-    RKV_POOL_AFTER_MEAN = 0, /* max over neighbours of the mean over queries (published code)  */
-    RKV_POOL_BEFORE_MEAN     /* mean over queries of the max over neighbours (paper, Eq. 4)    */
-} rkv_pooling;
-
-typedef enum rkv_grouping {
-    RKV_GROUP_MAX = 0, /* logit of a group = max over its query heads (published code, paper)  */
-    RKV_GROUP_MEAN     /* ... = mean                                                           */
-} rkv_grouping;
-
-typedef enum rkv_redundancy {
-    RKV_REDUNDANCY_ROW = 0, /* column means; every row exempts the entries of its `recent` most
-                               recent look-alikes (published code)                             */
-    RKV_REDUNDANCY_OWN      /* a token's own mean leaves out its `recent` most recent
-                               look-alikes (paper)                                             */
-} rkv_redundancy;
-
-typedef enum rkv_span {
-    RKV_SPAN_ALL = 0,   /* redundancy over all n_tokens keys (published code)                  */
-    RKV_SPAN_CANDIDATES /* over the keys outside the window only (paper, Algorithm 1)          */
-} rkv_span;
-
-typedef enum rkv_column0 {
-    RKV_COLUMN0_EXEMPT = 0, /* row form: a row without any look-alike exempts its entry for the
-                               first token (published code)                                    */
-    RKV_COLUMN0_PLAIN       /* no such clause                                                  */
-} rkv_column0;
-
-typedef enum rkv_order {
-    RKV_BY_POSITION = 0, /* kept rows stay in cache order (ascending)                          */
-    RKV_BY_SCORE         /* best score first, then the window: the order in which the published
-                            code leaves its cache. Later rounds then see another "most recent" */
-} rkv_order;
-
-/* What was found wrong with the data, and where; -1 = not known. A call that scores writes it once
- * it has looked at them, RKV_OK where nothing is wrong; rkv_select and rkv_compact write what they
- * find. Errors in the description, which rkv_check explains, leave it alone. On a GPU backend it
- * lies in memory that the device can write, is read after the stream has been synchronised, and
- * stops the stages queued behind it (rkv_cuda.cu says how). */
-typedef struct rkv_fault {
-    int32_t status; /* RKV_OK; RKV_ERROR_NONFINITE; or RKV_ERROR_ARGUMENT, a block table or kept
-                       list that is not sound                                                  */
-    int32_t layer;  /* index into the call's layers                                            */
-    int32_t head;   /* kv head or, for a query, query head; set of a kept list; 0 for a table  */
-    int32_t token;  /* row of the key or score; row in the queries view; entry of a kept list;
-                       first row of a block                                                    */
-    int32_t query;  /* 1 = the number is in a query, 0 = elsewhere                             */
-} rkv_fault;
+/* The published code and the paper's equations differ.
+ *                     RKV_PUBLISHED                       RKV_PAPER
+ *   max pooling       after the mean over queries         before it (Eq. 4)
+ *   redundancy over   all tokens                          tokens outside the window
+ *   similar keys      each row exempts its `recent`       each token's own mean leaves out its
+ *                     newest similar keys from their      `recent` newest similar keys
+ *                     column means; a row that has none
+ *                     exempts the first token             */
+typedef enum rkv_variant { RKV_PUBLISHED = 0, RKV_PAPER } rkv_variant;
 
 /* Runs task(arg, i) once for every i in [0, n_tasks), on any threads, in any order, and returns
  * when all are done. */
 typedef void (*rkv_parallel_for)(void *pool, int n_tasks, void (*task)(void *arg, int index),
                                  void *arg);
 
-/* What to do. Start from rkv_config_default(budget) or another preset below; a zeroed field
- * means what its comment says. */
+/* What to do. Most callers write
+ *     rkv_config config = rkv_config_default(1024);
+ *     config.pinned = n_prompt;
+ *     config.error = &error;                                                                     */
 typedef struct rkv_config {
-    int budget;      /* B: tokens kept per kv head, window and pinned included; required       */
-    int window;      /* w (the paper's alpha): newest tokens: never evicted, and they vote;
-                        0 means 8                                                              */
-    int pool;        /* importance is max-pooled over [j - pool/2, j + (pool-1)/2]; 0 means 7,
-                        1 is no pooling                                                        */
-    int recent;      /* beta: most recent look-alikes exempted; 0 means 1                      */
-    int pinned;      /* first tokens, always kept, neither moved nor written                   */
-    float lambda;    /* weight of importance, in [0, 1]; 0 is redundancy alone                 */
-    float threshold; /* T: cosine above which two keys are look-alikes, in [-1, 1]. Below 0 a
-                        key is its own; at 1 rounding decides whether equal keys are           */
+    int budget;        /* tokens kept per KV head, pinned and window included; required           */
+    int pinned;        /* first tokens: always kept, neither moved nor written                    */
+    rkv_error *error;  /* out, optional, host memory: see rkv_error                               */
     rkv_scope scope;
-    rkv_pooling pooling;
-    rkv_grouping grouping;
-    rkv_redundancy redundancy;
-    rkv_span span;
-    rkv_column0 column0;
-    rkv_order order;
-    int n_threads;                 /* the most tasks to give to parallel_for; 0 means 1, which
-                                      does without it                                          */
-    rkv_parallel_for parallel_for; /* the caller's threads; NULL means none                    */
-    void *pool_handle;             /* handed to parallel_for                                   */
-    rkv_fault *fault;              /* out, optional: see rkv_fault                             */
+    int n_threads;     /* the most tasks to give to parallel_for; 0 means 1: none                 */
+    rkv_parallel_for parallel_for; /* your threads; NULL means none                               */
+    void *pool_handle; /* passed to parallel_for                                                  */
+
+    /* Advanced. The presets fill these in; a zero means what its comment says. */
+    int window;        /* w (the paper's alpha): newest tokens that vote and are kept; 0 means 8  */
+    int protect;       /* newest tokens that are kept, voting or not: a sliding window, a tool call
+                          in progress. Counts from `window` on; 0 means the window alone          */
+    int pool;          /* width of max pooling, [j - pool/2, j + (pool-1)/2]; 0 means 7, 1: none */
+    int recent;        /* beta: newest similar keys exempted; 0 means 1                           */
+    float lambda;      /* weight of importance, in [0, 1]; 0 is redundancy alone                  */
+    float threshold;   /* T: keys with a cosine above it are similar; in [-1, 1]. Below 0, a key
+                          counts as similar to itself. At 1, rounding decides about equal keys    */
+    rkv_variant variant;
+    rkv_error *device_error; /* out, optional, device backends only: device memory (rkv_cuda.cu) */
 } rkv_config;
 
-/* A strided view of a cache, never owned. Element [head][token][i] lies at
- *     data + head * head_stride + token * token_stride + i * dim_stride             elements
- * or, with a block table, at
+/* A strided view of a cache, never owned. Most callers write
+ *     view = rkv_tensor_make(data, RKV_F16, heads, rows, dim);                 [head][row][dim]
+ *     view.token_stride = heads * dim;                          these two, for [row][head][dim]
+ *     view.head_stride = dim;
+ * Element [head][token][i] lies at data + head * head_stride + token * token_stride
+ *     + i * dim_stride, in elements. A stride of 0 means contiguous, never a broadcast: dim_stride
+ * 1, token_stride dim, head_stride tokens * dim. With a block table it lies at
  *     data + table[token / block_tokens] * block_stride + (token % block_tokens) * token_stride
- *          + head * head_stride + i * dim_stride.
- * Strides are in elements; 0 means contiguous: dim_stride 1, token_stride dim, head_stride
- * tokens * dim (block_tokens * dim with a table), block_stride heads * block_tokens * dim.
- * [token][head][dim] is token_stride = heads * dim, head_stride = dim. A table with one token
- * per block is a list of row numbers. Pages of a vLLM-like pool are NHD: token_stride =
- * heads * dim, head_stride = dim; or HND: the defaults.
- * Keys and queries need dim_stride 1. Values are only moved: they may have any width, any
- * element size, and lie transposed (token_stride 1, dim_stride = row capacity). Data need not be
- * aligned. */
+ *          + head * head_stride + i * dim_stride,
+ * where 0 means head_stride block_tokens * dim and block_stride heads * block_tokens * dim.
+ * A table with one token per block is a list of rows. Pages of a vLLM-like pool are NHD
+ * (token_stride = heads * dim, head_stride = dim) or HND (the defaults).
+ * Keys and queries need dim_stride 1. Values are only moved: any width, any element size, also
+ * transposed (token_stride 1, dim_stride = row capacity). Data need not be aligned. */
 typedef struct rkv_tensor {
     void *data;
     rkv_dtype dtype;
-    int element_bytes; /* values of another element size (quantised blocks, say); 0 = dtype's  */
-    int heads;         /* kv heads of keys and values, query heads of queries                  */
-    int tokens;        /* rows the view can hold, >= n_tokens; the window for queries          */
-    int dim;           /* head dim, in elements                                                */
-    int64_t head_stride, token_stride, dim_stride;
-    const int32_t *block_table; /* optional; block of the view's first, second, ... tokens,
-                                   each once. Read up to row n_tokens. That no other view has
-                                   a block that will be written (not all pinned) is for the
-                                   caller to see to                                            */
+    int heads;         /* KV heads of keys and values, query heads of queries                     */
+    int tokens;        /* rows the view can hold, >= n_tokens; of queries: the window             */
+    int dim;           /* head dim, in elements                                                   */
+    int64_t head_stride, token_stride, dim_stride; /* elements; 0 = contiguous                    */
+
+    /* Advanced */
+    int element_bytes; /* values of another element size (quantised blocks, say); 0 = the dtype's */
+    const int32_t *block_table; /* optional: block of tokens [0, block_tokens), of the next, ...;
+                          each block once. Read up to row n_tokens. Make sure that no other view
+                          names a block that is written (one that is not all pinned)              */
     int block_tokens;
     int64_t block_stride;
 } rkv_tensor;
 
-/* One job: one attention layer of one sequence. Give as many as you like to one call.
- * "Sets" below: the kept sets of this layer, kv_heads of them with RKV_PER_HEAD, else 1.
- * With RKV_PER_SEQUENCE, adjacent layers with the same `sequence` number share one set; kept,
- * positions and shared_scores are then given in the first of them only, NULL in the others. */
+/* One attention layer of one sequence; a call takes any number of them. Most callers write
+ *     layer.keys = ...; layer.values = ...; layer.queries = ...;               once
+ *     layer.n_tokens = rows;                                                   before each round
+ *     rows = layer.n_tokens;                                                   after it
+ * "Sets" below: the kept sets of this layer, kv_heads of them with RKV_PER_HEAD, else 1. With
+ * RKV_PER_SEQUENCE, adjacent layers with the same `sequence` share one set: give kept, positions,
+ * pins and shared_scores in the first of them only, NULL in the others. */
 typedef struct rkv_layer {
-    rkv_tensor keys;      /* in/out [kv_heads][tokens][head_dim], rotary embedding applied      */
-    rkv_tensor values;    /* in/out [kv_heads][tokens][any]; data NULL: the caller moves them,
-                            or they lie within the keys (MLA) and move with those              */
-    rkv_tensor queries;   /* in [kv_heads * group][window][head_dim], rotary embedding applied;
-                            query head h * group + g reads kv head h. Not read when nothing is
-                            to be chosen or lambda is 0                                        */
-    int n_tokens;         /* in/out: rows in use, the physical length; n_kept after compaction  */
-    int sequence;         /* RKV_PER_SEQUENCE: which layers, all adjacent, belong together      */
-    float scale;          /* logit scale; 0 means 1 / sqrt(head_dim)                            */
-    float softcap;        /* > 0: logits become softcap * tanh(logit / softcap)                 */
-    int32_t *kept;        /* out [sets][budget]: rows kept, ascending (unless RKV_BY_SCORE);
-                            optional in rkv_compress, n_kept entries of each set are written   */
-    int n_kept;           /* out: rows kept = min(n_tokens, budget)                             */
-    int n_evicted;        /* out: rows dropped = n_tokens before - n_kept                       */
-    int32_t *positions;   /* in/out, optional [sets][position_stride]: true position of each
-                            row; moves with the rows                                           */
-    int position_stride;  /* 0 means keys.tokens                                                */
-    float *scores;        /* out [kv_heads][n_tokens - window]; optional in rkv_compress        */
-    float *shared_scores; /* scope other than RKV_PER_HEAD: out of rkv_score, in of rkv_select
-                            [n_tokens - window]: the set's summed per-layer means. Under tensor
-                            parallelism all-reduce (sum) it between the two. Optional in
-                            rkv_compress                                                       */
+    rkv_tensor keys;      /* in/out [kv_heads][tokens][head_dim], after rotary embedding          */
+    rkv_tensor values;    /* in/out [kv_heads][tokens][any]; data NULL: you move them yourself, or
+                             they lie within the keys (MLA)                                       */
+    rkv_tensor queries;   /* in [kv_heads * group][window][head_dim], after rotary embedding; query
+                             head h * group + g reads KV head h. Not read where nothing is chosen,
+                             and with lambda 0                                                    */
+    int n_tokens;         /* in/out: rows in use; n_kept after compaction                         */
+    int n_kept;           /* out: rows kept, the same for every set: min(n_tokens, budget)        */
+    int32_t *positions;   /* in/out, optional [sets][row_stride]: true positions; move with rows  */
+
+    /* Advanced */
+    uint8_t *pins;        /* in/out, optional [sets][row_stride]: a row whose byte is not 0 is kept
+                             (it counts towards the budget, and moves); move with the rows        */
+    int row_stride;       /* entries per set in positions and pins; 0 means keys.tokens           */
+    float scale;          /* of logits; 0 means 1 / sqrt(head_dim)                                */
+    float softcap;        /* > 0: logits become softcap * tanh(logit / softcap)                   */
+    int sequence;         /* RKV_PER_SEQUENCE: layers with the same number, all adjacent, share   */
+    int32_t *kept;        /* out [sets][budget]: rows kept, ascending; n_kept entries per set are
+                             written. Optional in rkv_compress                                    */
+    float *scores;        /* out [kv_heads][n_tokens - window]; optional in rkv_compress          */
+    float *shared_scores; /* other scopes than RKV_PER_HEAD, out of rkv_score and into rkv_select:
+                             [n_tokens - window], the set's summed means. Under tensor parallelism
+                             all-reduce (sum) it between the two. Optional in rkv_compress        */
 } rkv_layer;
 
-/* The function table: one implementation of the method. Functions get arguments that have passed
- * rkv_check and a config whose zeros are filled in. The CPU's tables are built in; rkv_cuda.cu
- * registers another. `context` is the backend's own. */
-typedef struct rkv_backend rkv_backend;
-typedef rkv_status (*rkv_stage)(const rkv_backend *self, const rkv_config *config,
-                                rkv_layer *layers, int n_layers, void *workspace, size_t bytes);
-struct rkv_backend {
-    const char *name;
-    const void *context;
-    rkv_status (*workspace_size)(const rkv_backend *self, const rkv_config *config,
-                                 const rkv_layer *layers, int n_layers, size_t *bytes);
-    rkv_stage score, select, compact, compress;
-    /* Memory the views lie in, for rkv_cache. copy_rows copies rows [src_token, + n_tokens) of
-     * src, all heads, to [dst_token, ...) of dst, same heads, dim and element size.
-     * fill_positions writes first, first + 1, ... to n entries at positions[s * stride + row]
-     * of each of n_sets sets. NULL in all: the backend cannot hold a cache. */
-    void *(*alloc)(const rkv_backend *self, size_t bytes);
-    void (*free)(const rkv_backend *self, void *memory);
-    rkv_status (*copy_in)(const rkv_backend *self, void *dst, const void *host_src, size_t bytes);
-    rkv_status (*copy_out)(const rkv_backend *self, void *host_dst, const void *src, size_t bytes);
-    rkv_status (*copy_rows)(const rkv_backend *self, const rkv_tensor *dst, int dst_token,
-                            const rkv_tensor *src, int src_token, int n_tokens);
-    rkv_status (*fill_positions)(const rkv_backend *self, int32_t *positions, int n_sets,
-                                 int stride, int row, int first, int n);
-    rkv_status (*synchronize)(const rkv_backend *self);
-};
+typedef struct rkv_backend rkv_backend; /* an implementation of the method: room 6 */
 
 /* clang-format on */
 
 /* ==== 5. Functions ========================================================================== */
 
-RKV_API const char *rkv_status_string(rkv_status status); /* static text, never NULL           */
+/* rkv_explain: writes one sentence about *error into text (256 bytes are enough for any) and
+ * returns text: "layer 3, head 1, token 17: layer.keys: a key is NaN, ...". Ends in a zero, cut
+ * off where size is too small. rkv_status_string: static text, never NULL. */
+RKV_API const char *rkv_explain(const rkv_error *error, char *text, size_t size);
+RKV_API const char *rkv_status_string(rkv_status status);
 
-/* Presets. All keep `budget` tokens per kv head, window included; every field may be changed.
- *   default      the published code: window 8, pool 7, recent 1, lambda 0.1, threshold 0.5,
- *                a set per head, row form, all tokens
- *   paper        the paper's equations: Eq. 4 pooling, own form, candidates only, one set per
- *                layer (Algorithm 1); beta and threshold, which it leaves open, as default
+/* Presets. All keep `budget` tokens per KV head, window included; every field may be changed.
+ *   default      R-KV as published: window 8, pool 7, recent 1, lambda 0.1, threshold 0.5, a kept
+ *                set per head
+ *   paper        R-KV by the paper's equations: RKV_PAPER, one kept set per layer (Algorithm 1)
  *   snapkv       attention alone (lambda 1), window and pooling as default
- *   h2o          attention alone, of the newest token, unpooled (window 1): one step's share of
- *                what H2O adds up over all steps
- *   streaming    the first 4 tokens and the newest budget - 4; no scores, no queries needed  */
+ *   streaming    StreamingLLM: the first 4 tokens and the newest budget - 4; reads no keys       */
 RKV_API rkv_config rkv_config_default(int budget);
 RKV_API rkv_config rkv_config_paper(int budget);
 RKV_API rkv_config rkv_config_snapkv(int budget);
-RKV_API rkv_config rkv_config_h2o(int budget);
 RKV_API rkv_config rkv_config_streaming(int budget);
 
-/* A contiguous [heads][tokens][dim] view; change its strides for any other layout. */
+/* rkv_tensor_make: a contiguous [heads][tokens][dim] view; change its strides for other layouts.
+ * rkv_tensor_strided: a view with the strides that another library tells (PyTorch's stride(), in
+ * elements). Here 0 is 0: a broadcast view (expand) has rows that share memory, and every call
+ * refuses it. */
 RKV_API rkv_tensor rkv_tensor_make(void *data, rkv_dtype dtype, int heads, int tokens, int dim);
+RKV_API rkv_tensor rkv_tensor_strided(void *data, rkv_dtype dtype, int heads, int tokens, int dim,
+                                      int64_t head_stride, int64_t token_stride,
+                                      int64_t dim_stride);
 
-/* rkv_backend_find: a function table by name: "scalar", "avx2", "avx512", "neon", or a registered
- * one ("cuda"). NULL asks for the best CPU path of this machine. Returns NULL when there is none
- * of that name, when it is compiled out, or when this CPU or OS cannot run it. Look at what it
- * returns: handed on, a NULL means the CPU, which device memory is not for. It asks the CPU every
- * time: keep the result where microseconds count, instead of passing NULL.
- * rkv_backend_at: the index-th usable table, NULL behind the last.
- * rkv_backend_register: adds a table, which must outlive its use; one of the same name is
- * replaced. Not thread-safe: call it at start-up. RKV_ERROR_ARGUMENT: a nameless or built-in
- * name, or a missing stage; RKV_ERROR_MEMORY: 16 are registered already.
- * rkv_cuda.cu, the companion file, has rkv_cuda_register(stream), which registers "cuda", and
- * rkv_cuda_backend(&table, stream), for one table per stream. */
+/* rkv_backend_find: a backend by name: "scalar", "avx2", "avx512", "neon" or a registered one
+ * ("cuda"). NULL asks for the best CPU path of this machine. Returns NULL when there is none of
+ * that name, when it is compiled out, or when this CPU cannot run it. Check for NULL: passing it
+ * on selects the CPU, which would crash on device pointers. */
 RKV_API const rkv_backend *rkv_backend_find(const char *name);
-RKV_API const rkv_backend *rkv_backend_at(int index);
-RKV_API rkv_status rkv_backend_register(const rkv_backend *backend);
 
-/* rkv_check: what every call checks before it reads a byte of the layers' buffers. *why gets a
- * static text that names the field and the rule, NULL when all is well; *layer the index of the
- * layer at fault, -1 when it is the config or nothing. Both may be NULL. The other functions return
- * the same status without the text; they also check what needs those bytes: block tables, kept
- * lists, finiteness (rkv_config.fault says where). */
-RKV_API rkv_status rkv_check(const rkv_config *config, const rkv_layer *layers, int n_layers,
-                             const char **why, int *layer);
-
-/* rkv_workspace_size: bytes that rkv_compress and each of its stages need for these layers.
- * Data pointers may still be NULL.
- * Never shrinks when n_tokens, n_layers or n_threads grows: size once for the largest round.
- * Linear in n_tokens: 4 bytes per token and kv head, 4 per row of every kept set, and a scratch for
- * each worker, as large as one kv head needs.
+/* rkv_workspace_size: bytes that rkv_compress and each of its stages need for these layers. Checks
+ * the description as they do, except that data pointers may still be NULL.
+ * Never shrinks when n_tokens, n_layers or n_threads grows: size once, for the largest round.
+ * Linear in n_tokens: 4 bytes per token and KV head, 4 per row of every kept set, and per worker a
+ * scratch as large as one KV head needs.
  * backend NULL means rkv_backend_find(NULL), here and below. */
 RKV_API rkv_status rkv_workspace_size(const rkv_backend *backend, const rkv_config *config,
                                       const rkv_layer *layers, int n_layers, size_t *bytes);
 
-/* rkv_compress: score, select and compact all layers, all or nothing.
+/* rkv_compress: scores, selects and compacts all layers, all or nothing: one round.
  *
- *   layers     in/out [n_layers]   see rkv_layer; a layer with n_tokens <= budget is left as it
- *                                  is and keeps every row
+ *   layers     in/out [n_layers]   see rkv_layer; a layer with n_tokens <= budget stays as it is
+ *                                  and keeps every row
  *   workspace  tmp                 rkv_workspace_size bytes, any alignment, garbage afterwards;
  *                                  device memory for a device backend
  *
- * Equations: R-KV (arXiv 2505.24133) Eq. 4 and Algorithm 1, or the published code where they
- * differ; rkv_config says which, and the default is the code's behaviour.
+ * Equations: R-KV (arXiv 2505.24133) Eq. 4 and Algorithm 1, or the published code: rkv_variant.
  * Ties: of two tokens with equal scores the more recent stays, on every backend.
- * Threads: parallel_for's, over the (layer, kv head) pairs.
+ * Threads: parallel_for's, over the (layer, KV head) pairs.
  * Cost: O(n_tokens * head_dim * (window * group + a few)) on typical keys; at worst, no two keys
- * alike, n_tokens^2 / 2 more dot products.
- * Returns RKV_OK, RKV_ERROR_ARGUMENT, _WORKSPACE, _NONFINITE, _UNSUPPORTED or _DEVICE. A device
- * backend returns before it has seen the data: a fault then leaves the rows as they were, and
- * shows in *config->fault. */
+ * similar, n_tokens^2 / 2 more dot products.
+ * Returns RKV_OK, RKV_ERROR_NULL, _ARGUMENT, _WORKSPACE, _NONFINITE, _UNSUPPORTED or _DEVICE. A
+ * device backend returns before it has seen the data: a fault in the data then leaves the rows as
+ * they were, and shows in *config.device_error. */
 RKV_API rkv_status rkv_compress(const rkv_backend *backend, const rkv_config *config,
                                 rkv_layer *layers, int n_layers, void *workspace, size_t bytes);
 
 /* The same in three steps, for engines that reduce, select or move by themselves.
- *   rkv_score    reads keys and queries; writes scores or, with a shared scope, shared_scores
- *                (required), and then scores too where given. Layers in which nothing is to be
- *                chosen (n_tokens <= budget, or window + pinned = budget) get none.
- *   rkv_select   reads scores or shared_scores; writes kept (required), n_kept, n_evicted.
- *   rkv_compact  reads kept (n_kept entries per set); moves rows of keys, values and positions,
- *                sets n_tokens to n_kept. The list may be one of your own, of 1 to budget rows. One
- *                that is not unique and in range, or not ascending when the order is
- *                RKV_BY_POSITION, that drops a pinned row or lists it elsewhere than in its place:
- *                RKV_ERROR_ARGUMENT.
- * Each is all or nothing. Errors as rkv_compress. The whole description is checked each time, the
- * queries too: an engine with scores of its own sets lambda to 0 and leaves the queries out. */
+ *   rkv_score    reads keys and queries; writes scores (required) or, with a shared scope,
+ *                shared_scores (required), and scores where given. Layers in which nothing is to
+ *                be chosen (n_tokens <= budget, or nothing left beside pinned and protected
+ *                tokens) get none.
+ *   rkv_select   reads scores or shared_scores, and pins; writes kept (required) and n_kept.
+ *   rkv_compact  reads kept (n_kept entries per set); moves rows of keys, values, positions and
+ *                pins; sets n_tokens to n_kept. The list may be your own, of 1 to budget rows,
+ *                ascending, with every pinned row.
+ * Each is all or nothing. Errors as rkv_compress. Each checks the whole description, the queries
+ * too: an engine with scores of its own sets lambda to 0 and leaves the queries out. */
 RKV_API rkv_status rkv_score(const rkv_backend *backend, const rkv_config *config,
                              rkv_layer *layers, int n_layers, void *workspace, size_t bytes);
 RKV_API rkv_status rkv_select(const rkv_backend *backend, const rkv_config *config,
@@ -377,134 +342,228 @@ RKV_API rkv_status rkv_select(const rkv_backend *backend, const rkv_config *conf
 RKV_API rkv_status rkv_compact(const rkv_backend *backend, const rkv_config *config,
                                rkv_layer *layers, int n_layers, void *workspace, size_t bytes);
 
-/* For engines with copy kernels of their own: the moves that a kept list (ascending, host memory)
- * stands for, as runs of adjacent rows; dst < src, to be carried out in order. A run's source and
- * destination may overlap: memmove, or row by row ascending. Rows that stay in place are not
- * listed. Returns the number of runs; writes at most max_moves of them. */
+/* What to do with a kept list of rkv_select (host memory) in an engine that moves or frees rows
+ * itself. Each returns -1 and writes nothing if the list is not ascending and unique, or leaves
+ * its range.
+ *   rkv_apply_kept    array[i] = array[kept[i]] for i < n_kept: your own per-row arrays (cells,
+ *                     positions). Returns n_kept.
+ *   rkv_moves         the list as moves of adjacent rows, to be done in order. dst < src; the two
+ *                     may overlap: memmove, or row by row ascending. Rows that stay are left out.
+ *   rkv_evicted_runs  the evicted positions as runs [begin, end), to be freed. positions: true
+ *                     position of each of the n_tokens rows before compaction, ascending and
+ *                     below INT32_MAX (else -1); NULL means the row number. A run spans all
+ *                     positions between two kept rows.
+ * The last two return how many there are and write at most max_moves or max_runs of them. */
 typedef struct rkv_move {
     int32_t dst, src, count;
 } rkv_move;
-RKV_API int rkv_moves(const int32_t *kept, int n_kept, rkv_move *moves, int max_moves);
-
-/* For engines that free cells instead of moving rows: the evicted positions as runs [begin, end).
- * positions: true position of each of the n_tokens rows before compaction, ascending; NULL means
- * the row number. Two evicted rows are in one run when no kept row lies between them. Returns the
- * number of runs; writes at most max_runs of them. */
 typedef struct rkv_run {
     int32_t begin, end;
 } rkv_run;
+RKV_API int rkv_apply_kept(void *array, size_t element_bytes, const int32_t *kept, int n_kept);
+RKV_API int rkv_moves(const int32_t *kept, int n_kept, rkv_move *moves, int max_moves);
 RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
                              const int32_t *positions, rkv_run *runs, int max_runs);
 
 #ifdef RKV_PTHREADS
-/* A fixed pool of POSIX threads, the caller being one of n_threads. rkv_threads_use points a
- * config at it (NULL: at none); the pool must outlive every config and cache that uses it. Calls
- * from several threads take turns; none may come from inside a task.
- * create: RKV_ERROR_ARGUMENT or RKV_ERROR_MEMORY, *out is then NULL. destroy takes NULL. */
+/* A fixed pool of POSIX threads; the caller is one of the n_threads (at least 1). rkv_threads_use
+ * points a config at it (NULL: at none); the pool must outlive every config and cache that uses
+ * it. Calls from several threads take turns; none may come from inside a task.
+ * create: RKV_ERROR_NULL or RKV_ERROR_MEMORY; *out is then NULL. destroy takes NULL. A child of
+ * fork() has no workers: it must not use the pool, but may destroy it. */
 typedef struct rkv_threads rkv_threads;
 RKV_API rkv_status rkv_threads_create(rkv_threads **out, int n_threads);
 RKV_API void rkv_threads_destroy(rkv_threads *threads);
 RKV_API void rkv_threads_use(rkv_threads *threads, rkv_config *config);
 #endif
 
+#ifdef RKV_CUDA
+/* In rkv_cuda.cu, whose head is their manual. stream is a cudaStream_t; error may be NULL.
+ *   rkv_cuda_register   registers the backend "cuda", which works on this stream. Once: another
+ *                       stream later is RKV_ERROR_ARGUMENT.
+ *   rkv_cuda_backend    fills in a table of your own, for more streams; registers nothing.
+ * RKV_ERROR_DEVICE: no device, or no code for it. */
+extern rkv_status rkv_cuda_register(void *stream, rkv_error *error);
+extern rkv_status rkv_cuda_backend(rkv_backend *out, void *stream, rkv_error *error);
+#endif
+
 #ifndef RKV_NO_CACHE
-/* The managed cache, for engines that have none: budget + buffer rows per layer and kv head, that
- * is all it will ever hold. Per decode step: append each layer's new key, value and query, run
- * attention over rkv_cache_keys / _values, and after the last layer call rkv_cache_step. */
+/* The managed cache, for engines that have none: budget + buffer rows per layer and KV head, and
+ * never more. For each token: append each layer's key, value and query, run attention over
+ * rkv_cache_keys and _values, and call rkv_cache_step after the last layer. */
 typedef struct rkv_cache rkv_cache;
 
 /* clang-format off */
+/* Most callers write
+ *     rkv_cache_config config = RKV_INIT;
+ *     config.compress = rkv_config_default(1024);
+ *     config.n_layers = 32; config.kv_heads = 8; config.query_heads = 32; config.head_dim = 128; */
 typedef struct rkv_cache_config {
-    rkv_config compress;        /* budget and options                                          */
-    const rkv_backend *backend; /* where the memory lies; NULL: rkv_backend_find(NULL)         */
-    int n_layers, kv_heads, query_heads, head_dim; /* required                                 */
-    int value_dim;              /* 0 means head_dim                                            */
-    rkv_dtype dtype;            /* of keys, values and queries                                 */
-    int buffer;                 /* rows beyond the budget = tokens between compressions;
-                                   0 means 128                                                 */
+    rkv_config compress;        /* budget and options                                             */
+    int n_layers, kv_heads, query_heads, head_dim; /* required                                    */
+    rkv_dtype dtype;            /* of keys, values and queries                                    */
+    int buffer;                 /* rows beyond the budget = tokens between rounds; 0 means 128    */
+
+    /* Advanced */
     int capacity;               /* rows reserved, for prompts longer than budget + buffer;
-                                   0 means budget + buffer                                     */
-    float scale, softcap;       /* as in rkv_layer                                             */
-    void *(*alloc)(void *user, size_t bytes); /* host memory of the cache's own records; both  */
-    void (*free)(void *user, void *memory);   /* NULL: malloc and free. Rows: the backend's    */
+                                   0 means budget + buffer                                        */
+    int value_dim;              /* 0 means head_dim                                               */
+    float scale, softcap;       /* as in rkv_layer                                                */
+    const rkv_backend *backend; /* where the memory lies; NULL: rkv_backend_find(NULL)            */
+    void *(*alloc)(void *user, size_t bytes); /* host memory of the cache's own records; both     */
+    void (*free)(void *user, void *memory);   /* NULL: malloc and free. Rows: the backend's       */
     void *user;
 } rkv_cache_config;
 /* clang-format on */
 
-/* RKV_ERROR_ARGUMENT, RKV_ERROR_MEMORY or RKV_ERROR_UNSUPPORTED (a backend without memory
- * functions); *out is NULL on an error. All memory is taken here, none later. The config is
- * copied; its backend, thread pool and fault record must outlive the cache. destroy takes NULL.
- * fork makes an equal, independent cache, with memory of its own from the same allocators. */
+/* create takes all memory here, none later. The config is copied; its backend, thread pool and
+ * error records must outlive the cache. RKV_ERROR_NULL, _ARGUMENT, _MEMORY or _UNSUPPORTED (a
+ * backend without memory functions); *out is then NULL. destroy takes NULL.
+ * fork makes an equal, independent cache, with memory of its own from the same allocators.
+ * error: what the last call on this cache found wrong: *config.compress.error if that was given,
+ * else a record of the cache's own. Never NULL. */
 RKV_API rkv_status rkv_cache_create(rkv_cache **out, const rkv_cache_config *config);
 RKV_API void rkv_cache_destroy(rkv_cache *cache);
 RKV_API rkv_status rkv_cache_fork(const rkv_cache *cache, rkv_cache **out);
+RKV_API const rkv_error *rkv_cache_error(const rkv_cache *cache);
 
 /* rkv_cache_append: n_tokens new tokens of one layer, in order. keys and values are views with
  * kv_heads heads, queries one with query_heads heads, each with `tokens` >= n_tokens rows of
- * which the first n_tokens are read; in the backend's memory. Rotary embedding applied, with
- * positions rkv_cache_position(cache, layer), + 1, ... Queries are never read, and may be NULL,
- * when lambda is 0 or pinned and window fill the budget (rkv_config_streaming).
- * More tokens than rkv_cache_room: RKV_ERROR_ARGUMENT. On any error nothing is appended. */
+ * which the first n_tokens are read; in the backend's memory. After rotary embedding with
+ * positions rkv_cache_position(cache, layer), + 1, ... Queries are not read, and may be NULL,
+ * when lambda is 0 or pinned and protected tokens fill the budget (rkv_config_streaming).
+ * More tokens than rkv_cache_room: RKV_ERROR_ARGUMENT. On an error nothing is appended. */
 RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
                                     const rkv_tensor *keys, const rkv_tensor *values,
                                     const rkv_tensor *queries);
 
-/* rkv_cache_step: compresses all layers in one call when it is due, that is when they hold
- * budget + buffer rows or more. *n_evicted (may be NULL) gets the rows dropped per kv head, 0
- * when nothing was due.
- * rkv_cache_compress: the same, due or not, when there are more rows than the budget: call it
- * after a prompt longer than the budget.
+/* rkv_cache_step: a round over all layers when one is due, that is when they hold budget + buffer
+ * rows or more. *n_evicted (may be NULL) gets the rows evicted per KV head, 0 without a round.
+ * rkv_cache_compress: the same, due or not, if there are more rows than the budget: call it after
+ * a prompt longer than the budget.
  * Layers that have not been appended to equally: RKV_ERROR_ARGUMENT. A round needs the queries of
  * all of the last `window` tokens. After rkv_cache_truncate some are missing until as many tokens
  * as it took have been appended again; until then compress returns RKV_ERROR_ARGUMENT, and step
  * does nothing and returns RKV_OK: there is always room for the tokens that are still to come.
- * Other errors as rkv_compress; on any error the cache is as it was. Only a device backend, which
- * returns before it finds a fault in the data, leaves a cache of the oldest `budget` rows then:
- * reset it, or load a snapshot. */
+ * Other errors as rkv_compress; on an error the cache is as it was. A NaN in a key or query
+ * (RKV_ERROR_NONFINITE) fails every round until its token is gone, and room runs out:
+ *     rkv_cache_truncate(cache, rkv_cache_error_position(cache))
+ * forgets it and what came after. Decode these tokens again, or give up on the sequence.
+ * rkv_cache_error_position: the position of the token that the last round found to hold a number
+ * that is not finite; 0 if it is older than truncation reaches (a tampered snapshot), so that the
+ * same line empties the cache; -1 if the last error was another.
+ * On a device backend a round waits for the device and reports what it found (RKV_ERROR_DEVICE if
+ * it cannot tell: the cache is then empty), unless
+ * compress.device_error was given: then it does not wait, and a fault that you find there means
+ * that the cache is lost: empty it, or load a snapshot. */
 RKV_API rkv_status rkv_cache_step(rkv_cache *cache, int *n_evicted);
 RKV_API rkv_status rkv_cache_compress(rkv_cache *cache, int *n_evicted);
+RKV_API int rkv_cache_error_position(const rkv_cache *cache);
 
 /* Views for attention, in the backend's memory; `data` and strides never change, `tokens` are the
  * rows in use, the same for all heads. data is NULL when there is no such layer. */
 RKV_API rkv_tensor rkv_cache_keys(const rkv_cache *cache, int layer);
 RKV_API rkv_tensor rkv_cache_values(const rkv_cache *cache, int layer);
-/* Physical length; how many tokens append takes just now; logical length, which is the position of
- * the next token; and the true positions of the rows, [rkv_cache_rows], in the backend's memory. */
+/* rows: in use. room: how many tokens append takes now. position: of the next token, which is the
+ * number of tokens so far. positions: true positions of the rows, in the backend's memory. */
 RKV_API int rkv_cache_rows(const rkv_cache *cache, int layer);
 RKV_API int rkv_cache_room(const rkv_cache *cache, int layer);
 RKV_API int rkv_cache_position(const rkv_cache *cache, int layer);
 RKV_API const int32_t *rkv_cache_positions(const rkv_cache *cache, int layer, int head);
 
-/* rkv_cache_truncate: forgets every token at `position` and after, to take back unconfirmed ones.
- * Reaches back to the start until the first compression, then over the tokens appended since the
- * last one and the window before them; further: RKV_ERROR_ARGUMENT, nothing changed. Also the way
- * out of a token that has been appended to some layers only. Costs nothing: counters change.
- * rkv_cache_reset: empty, as created. */
+/* rkv_cache_truncate: forgets every token at `position` and after, to take back unconfirmed ones;
+ * 0 empties the cache. Otherwise it reaches back to the start until the first round, then over the
+ * tokens appended since the last round and the protected ones before them; further:
+ * RKV_ERROR_ARGUMENT, nothing changed. Also the way out of a token that has been appended to some
+ * layers only. Costs nothing: counters change. */
 RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position);
-RKV_API void rkv_cache_reset(rkv_cache *cache);
 
 /* clang-format off */
 typedef struct rkv_cache_stats {
-    size_t bytes_held;  /* rows reserved, of keys, values and queries, all layers; not counted:
-                           4 bytes a row for its position, and the workspace                   */
-    size_t bytes_full;  /* keys and values of a cache that had kept every token                */
-    int64_t rounds;     /* compressions so far                                                 */
-    int64_t n_evicted;  /* rows dropped so far, per kv head and layer                          */
+    size_t bytes_held;  /* reserved rows of keys, values and queries, all layers; not counted:
+                           4 bytes a row for its position, and the workspace                      */
+    size_t bytes_full;  /* keys and values of a cache that had kept every token                   */
+    int64_t rounds;     /* so far                                                                 */
+    int64_t n_evicted;  /* rows evicted so far, per KV head and layer                             */
 } rkv_cache_stats;
 /* clang-format on */
 RKV_API rkv_cache_stats rkv_cache_get_stats(const rkv_cache *cache);
 
 /* A snapshot: little-endian, versioned, with a checksum; the rows in use only. save writes
- * rkv_cache_save_size bytes, fewer given: RKV_ERROR_ARGUMENT. Equal caches make equal snapshots.
- * load wants exactly these bytes, and a cache that was created with the same shapes, dtype,
- * budget, window, pinned, scope and order, and with room for the rows (capacity, buffer and the
- * other options may differ). Another shape or version, or damage: RKV_ERROR_ARGUMENT, the cache
- * as it was. RKV_ERROR_DEVICE: a copy failed half way, the cache is empty.
- * `memory` is host memory, any alignment. The checksum finds accidents, not forgers. */
+ * rkv_cache_save_size bytes. Equal caches make equal snapshots.
+ * load wants exactly these bytes, and a cache created with the same shapes, dtype, budget, window,
+ * protect, pinned and scope, and with room for the rows (capacity, buffer and the other options
+ * may differ). Anything else, or damage: RKV_ERROR_ARGUMENT, the cache as it was.
+ * RKV_ERROR_DEVICE: a copy failed half way, the cache is empty.
+ * `memory` is host memory, any alignment. The checksum detects corruption, not tampering. */
 RKV_API size_t rkv_cache_save_size(const rkv_cache *cache);
 RKV_API rkv_status rkv_cache_save(const rkv_cache *cache, void *memory, size_t bytes);
 RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t bytes);
 #endif /* RKV_NO_CACHE */
+
+/* ---- callers need read no further ---------------------------------------------------------- */
+
+/* ==== 6. Backend interface ==================================================================
+ * A backend is one implementation of the method: the CPU's are built in, rkv_cuda.cu is another.
+ * Its functions get arguments that room 19 has checked and a config whose zeros are filled in;
+ * `context` is the backend's own. It writes what it refuses to *config->error, or, where it finds
+ * out after the call, to *config->device_error, which it clears when a call that scores begins. */
+typedef enum rkv_stage { RKV_SCORE, RKV_SELECT, RKV_COMPACT, RKV_COMPRESS } rkv_stage;
+
+/* One call of rkv_score, rkv_select, rkv_compact or rkv_compress. */
+typedef struct rkv_call {
+    const rkv_config *config;
+    rkv_layer *layers;
+    int n_layers;
+    rkv_stage stage;
+    void *workspace;
+    size_t bytes;
+} rkv_call;
+
+struct rkv_backend {
+    const char *name;
+    const void *context;
+    rkv_status (*workspace_size)(const rkv_backend *self, const rkv_config *config,
+                                 const rkv_layer *layers, int n_layers, size_t *bytes);
+    rkv_status (*run)(const rkv_backend *self, const rkv_call *call);
+    /* Memory for rkv_cache; NULL in all: the backend cannot hold one. copy takes host memory and
+     * the backend's on either side, and is done when it returns. copy_rows copies rows
+     * [src_token, + n_tokens) of src, all heads, to [dst_token, ...) of dst, same heads, dim and
+     * element size. For a negative block in any row of src from src_token on it may return
+     * RKV_ERROR_ARGUMENT, before it writes. fill_positions writes first, first + 1, ... to n
+     * entries at positions[s * stride + row] of each of n_sets sets. synchronize waits for all
+     * that came before. */
+    void *(*alloc)(const rkv_backend *self, size_t bytes);
+    void (*free)(const rkv_backend *self, void *memory);
+    rkv_status (*copy)(const rkv_backend *self, void *dst, const void *src, size_t bytes);
+    rkv_status (*copy_rows)(const rkv_backend *self, const rkv_tensor *dst, int dst_token,
+                            const rkv_tensor *src, int src_token, int n_tokens);
+    rkv_status (*fill_positions)(const rkv_backend *self, int32_t *positions, int n_sets,
+                                 int stride, int row, int first, int n);
+    rkv_status (*synchronize)(const rkv_backend *self);
+};
+
+/* What backends check, since it takes the data: the texts are the same on all of them. */
+#define RKVI_RULE_KEY            "layer.keys: a key is NaN, infinite or of a norm above 1e18"
+#define RKVI_RULE_QUERY          "layer.queries: a query is NaN, infinite or of a norm above 1e18"
+#define RKVI_RULE_LOGITS         "layer.scale: the logits of this head overflow"
+#define RKVI_RULE_SCORE          "layer.scores: a score is NaN"
+#define RKVI_RULE_KEY_BLOCKS     "layer.keys.block_table: a block is negative or occurs twice"
+#define RKVI_RULE_VALUE_BLOCKS   "layer.values.block_table: a block is negative or occurs twice"
+#define RKVI_RULE_QUERY_BLOCKS   "layer.queries.block_table: a block is negative or occurs twice"
+#define RKVI_RULE_PINS           "layer.pins: more rows are pinned than the budget has places for"
+#define RKVI_RULE_KEPT_RANGE     "layer.kept: a row is negative or not below n_tokens"
+#define RKVI_RULE_KEPT_ORDER     "layer.kept: rows must ascend, each listed once"
+#define RKVI_RULE_KEPT_PINNED    "layer.kept: the first `pinned` rows must stay in their places"
+#define RKVI_RULE_KEPT_PINS      "layer.kept: a row that layer.pins protects is not listed"
+#define RKVI_RULE_TOO_LARGE      "layers: together they need more memory than there can be"
+#define RKVI_RULE_WORKSPACE_NULL "workspace: is NULL"
+#define RKVI_RULE_WORKSPACE_SIZE "workspace: smaller than rkv_workspace_size asks for"
+
+/* rkv_backend_register: adds a backend, which must outlive its use; one of the same name is
+ * replaced. Not thread-safe: call it at start-up. error may be NULL. RKV_ERROR_ARGUMENT: no name,
+ * a built-in name, or a missing function; RKV_ERROR_MEMORY: 16 are registered already. */
+RKV_API rkv_status rkv_backend_register(const rkv_backend *backend, rkv_error *error);
 
 #ifdef __cplusplus
 }
@@ -515,13 +574,18 @@ RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t b
 #ifndef RKV_IMPLEMENTED
 #define RKV_IMPLEMENTED
 
-/* ==== 6. Portability ========================================================================
+/* ==== 7. Portability ========================================================================
  * The only room in which a compiler, a CPU or an OS is named. */
 #if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
     defined(_M_FP_FAST) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error "rkv.h needs IEEE arithmetic: compile the implementing file without -ffast-math"
 #endif
+#if defined(__clang__) && defined(__x86_64__)
+#define RKVI_FLOAT_CONTROL /* up to the end of the implementation, whatever the flags are */
+#pragma float_control(precise, on, push)
+#endif
 
+#include <fenv.h>
 #include <float.h>
 #include <limits.h>
 #include <math.h>
@@ -531,32 +595,52 @@ RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t b
 #endif
 #ifdef RKV_PTHREADS
 #include <pthread.h>
+#include <unistd.h>
 #endif
 
-#if defined(_MSC_VER) && !defined(__clang__)
+#if defined(__TINYC__) || !(defined(__GNUC__) || defined(_MSC_VER))
+#define RKVI_INLINE static /* a compiler without intrinsics that are known here: scalar code */
+#define RKVI_TARGET(isa)
+#define RKVI_UNROLL
+#elif defined(_MSC_VER) && !defined(__clang__)
+#define RKVI_INTRINSICS
 #define RKVI_INLINE static __forceinline
 #define RKVI_TARGET(isa)
 #define RKVI_UNROLL
 #elif defined(__clang__)
+#define RKVI_INTRINSICS
 #define RKVI_INLINE      static __inline__ __attribute__((always_inline))
 #define RKVI_TARGET(isa) __attribute__((target(isa)))
 #define RKVI_UNROLL      _Pragma("clang loop unroll(full)")
-#elif defined(__GNUC__)
+#else
+#define RKVI_INTRINSICS
 #define RKVI_INLINE      static __inline__ __attribute__((always_inline))
 #define RKVI_TARGET(isa) __attribute__((target(isa)))
-#define RKVI_UNROLL      _Pragma("GCC unroll 16")
-#else
-#define RKVI_INLINE static
-#define RKVI_TARGET(isa)
+#ifdef __CUDACC__ /* nvcc warns of the pragma */
 #define RKVI_UNROLL
+#else
+#define RKVI_UNROLL _Pragma("GCC unroll 16")
+#endif
 #endif
 
 #define RKVI_CACHE_LINE 64
 
+/* A pointer that any thread may read and write. Without atomic operations nothing is stored. */
+#if defined(__GNUC__) && defined(RKVI_INTRINSICS)
+#define RKVI_ATOMIC_LOAD(at)         __atomic_load_n(at, __ATOMIC_RELAXED)
+#define RKVI_ATOMIC_STORE(at, value) __atomic_store_n(at, value, __ATOMIC_RELAXED)
+#elif defined(_MSC_VER) /* aligned pointers are loaded and stored whole */
+#define RKVI_ATOMIC_LOAD(at)         (*(at))
+#define RKVI_ATOMIC_STORE(at, value) (*(at) = (value))
+#else
+#define RKVI_ATOMIC_LOAD(at)         NULL
+#define RKVI_ATOMIC_STORE(at, value) (void)(value)
+#endif
+
 /* The number of the highest bit that is set; bits is not 0. */
 RKVI_INLINE int rkvi_top_bit(uint64_t bits)
 {
-#if defined(__GNUC__)
+#if defined(__GNUC__) && defined(RKVI_INTRINSICS)
     return 63 - __builtin_clzll(bits);
 #else
     int top = 0, half;
@@ -566,12 +650,13 @@ RKVI_INLINE int rkvi_top_bit(uint64_t bits)
 #endif
 }
 
-#if defined(__x86_64__) || (defined(_M_X64) && !defined(_M_ARM64EC))
+#ifndef RKVI_INTRINSICS
+#elif defined(__x86_64__) || (defined(_M_X64) && !defined(_M_ARM64EC))
 #if !defined(RKV_NO_AVX2) || !defined(RKV_NO_AVX512)
 #define RKVI_X86
 #include <immintrin.h>
 #if defined(_MSC_VER) && defined(__clang__)
-/* Leaves out of immintrin.h what the command line does not ask for. */
+/* clang-cl leaves out of immintrin.h what the command line does not enable. */
 #include <smmintrin.h>
 #include <avxintrin.h>
 #include <avx2intrin.h>
@@ -592,8 +677,8 @@ RKVI_INLINE int rkvi_top_bit(uint64_t bits)
 #endif
 #endif
 
-/* Brings a cache line close; a hint only. */
-#if defined(__GNUC__)
+/* Prefetches a cache line. */
+#if defined(__GNUC__) && defined(RKVI_INTRINSICS)
 #define RKVI_PREFETCH(address) __builtin_prefetch(address, 0, 2)
 #elif defined(_MSC_VER) && defined(RKVI_X86)
 #define RKVI_PREFETCH(address) _mm_prefetch((const char *)(address), _MM_HINT_T1)
@@ -620,8 +705,8 @@ static unsigned rkvi_os_saves(void)
 #ifdef _MSC_VER
     return (unsigned)_xgetbv(0);
 #else
-    unsigned low, high;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    unsigned low;
+    __asm__ volatile("xgetbv" : "=a"(low) : "c"(0) : "edx");
     return low;
 #endif
 }
@@ -650,6 +735,57 @@ static int rkvi_usable_avx512(void)
 #define RKVI_TARGET_AVX512 RKVI_TARGET("avx512f,avx2,fma,f16c")
 #endif
 
+/* The floating-point environment of the calling thread. rkv computes in one of its own: round to
+ * nearest, subnormal numbers as they are, no traps. The caller's comes back afterwards, flags
+ * included. "memory": no load or store moves across. */
+#if defined(RKVI_INTRINSICS) && defined(__GNUC__) && defined(__x86_64__)
+typedef unsigned rkvi_float_mode; /* MXCSR */
+static rkvi_float_mode rkvi_enter_float_mode(void)
+{
+    const unsigned masked = 0x1f80;
+    unsigned saved;
+    __asm__ volatile("stmxcsr %0\n\tldmxcsr %1" : "=m"(saved) : "m"(masked) : "memory");
+    return saved;
+}
+static void rkvi_leave_float_mode(rkvi_float_mode saved)
+{
+    __asm__ volatile("ldmxcsr %0" : : "m"(saved) : "memory");
+}
+#elif defined(RKVI_INTRINSICS) && defined(__GNUC__) && defined(__aarch64__)
+typedef struct rkvi_float_mode {
+    uint64_t control, status; /* FPCR, FPSR */
+} rkvi_float_mode;
+static rkvi_float_mode rkvi_enter_float_mode(void)
+{
+    rkvi_float_mode saved;
+    __asm__ volatile("mrs %0, fpcr\n\tmrs %1, fpsr\n\tmsr fpcr, xzr"
+                     : "=&r"(saved.control), "=&r"(saved.status)
+                     :
+                     : "memory");
+    return saved;
+}
+static void rkvi_leave_float_mode(rkvi_float_mode saved)
+{
+    __asm__ volatile("msr fpcr, %0\n\tmsr fpsr, %1"
+                     :
+                     : "r"(saved.control), "r"(saved.status)
+                     : "memory");
+}
+#else
+typedef fenv_t rkvi_float_mode;
+static rkvi_float_mode rkvi_enter_float_mode(void)
+{
+    rkvi_float_mode saved;
+    fegetenv(&saved);
+    fesetenv(FE_DFL_ENV);
+    return saved;
+}
+static void rkvi_leave_float_mode(rkvi_float_mode saved)
+{
+    fesetenv(&saved);
+}
+#endif
+
 static int rkvi_usable_scalar(void)
 {
     return 1;
@@ -661,8 +797,8 @@ static int rkvi_usable_neon(void) /* part of every AArch64 CPU */
 }
 #endif
 
-/* ==== 7. Helpers ============================================================================
- * Overflow-checked sizes, the carving of a workspace, half floats, and views as bytes. */
+/* ==== 8. Helpers ============================================================================
+ * Errors, overflow-checked sizes, the carving of a workspace, half floats, views as bytes. */
 
 static int rkvi_mul_size(size_t a, size_t b, size_t *out)
 {
@@ -676,6 +812,32 @@ static int rkvi_add_size(size_t a, size_t b, size_t *out)
     if (a > SIZE_MAX - b) return 0;
     *out = a + b;
     return 1;
+}
+
+static const rkv_error rkvi_no_error = { NULL, RKV_OK, -1, -1, -1 };
+
+/* Writes a record, unless error is NULL, and returns the status. */
+static rkv_status rkvi_record(rkv_error *error, rkv_status status, const char *rule, int layer,
+                              int head, int token)
+{
+    if (!error) return status;
+    error->rule = rule;
+    error->status = (int32_t)status;
+    error->layer = layer;
+    error->head = head;
+    error->token = token;
+    return status;
+}
+
+static rkv_status rkvi_refuse(const rkv_config *config, rkv_status status, const char *rule,
+                              int layer, int head, int token)
+{
+    return rkvi_record(config->error, status, rule, layer, head, token);
+}
+
+static void rkvi_clear_error(const rkv_config *config)
+{
+    if (config->error) *config->error = rkvi_no_error;
 }
 
 static int rkvi_min(int a, int b)
@@ -727,10 +889,10 @@ static uint32_t rkvi_bits_from_float(float value)
     return bits;
 }
 
-/* a * b + c, rounded once: libm's fmaf is slow without such an instruction and in some C libraries
- * (mingw-w64) not exact. In double the product is exact and the sum loses `lost`; with an odd last
- * bit where something is lost ("round to odd"), rounding to float afterwards is as good as at once
- * (Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008). */
+/* a * b + c, rounded once. Without an FMA instruction libm's fmaf is slow, and in some C libraries
+ * (mingw-w64) not exact. In double the product is exact and the sum loses `lost`. Where something
+ * is lost, the sum is rounded to odd; rounding it to float then gives the same result as rounding
+ * once (Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008). */
 RKVI_INLINE float rkvi_fma(float a, float b, float c)
 {
 #ifdef FP_FAST_FMAF
@@ -785,8 +947,8 @@ static size_t rkvi_element_bytes(const rkv_tensor *tensor)
     return tensor->element_bytes ? (size_t)tensor->element_bytes : rkvi_dtype_bytes(tensor->dtype);
 }
 
-/* Strides come out in elements here, in bytes from rkvi_view_of; rkv_check has made sure that
- * neither overflows. */
+/* Strides are in elements here, in bytes in rkvi_view_of. Validation has made sure that neither
+ * overflows. */
 static rkvi_view rkvi_view_in_elements(const rkv_tensor *tensor)
 {
     rkvi_view view;
@@ -823,24 +985,24 @@ static unsigned char *rkvi_row(const rkvi_view *view, int head, int token)
     return view->data + at + (size_t)(token % view->block_tokens) * view->token_stride;
 }
 
-/* ==== 8. Scalar kernels =====================================================================
- * The definition that every other kernel is held to, bit for bit. All arithmetic is IEEE single
- * precision; every multiply-add is fused and spelled out, so no compiler flag changes a bit.
+/* ==== 9. Scalar kernels =====================================================================
+ * The definition: every other kernel must give the same bits. All arithmetic is IEEE single
+ * precision. Every multiply-add is fused and written out, so no compiler flag changes a bit.
  * Lengths are multiples of 16 floats (the callers pad with zeros), so no kernel has a tail.
- * "Lanes": a dot product over i keeps 16 partial sums, i mod 16, each in ascending i, and adds
- * them up in one fixed tree (rkvi_reduce_scalar): one AVX-512 register, two of AVX2, four of
- * NEON. */
+ * "In lanes": a dot product over i keeps 16 partial sums, one per i mod 16, each in ascending i,
+ * and adds them up in one fixed tree (rkvi_reduce_scalar): one AVX-512 register, two of AVX2, four
+ * of NEON. */
 
 #define RKVI_LANES      16
-#define RKVI_CHUNK      48 /* rows of K that are read, and summed, together        */
-#define RKVI_TILE_ROWS  12 /* rows of one dot_tile                                 */
-#define RKVI_FOLD_LANES 8  /* query lanes that fold_group transposes at a time     */
+#define RKVI_CHUNK      48 /* rows of K that are read and summed together     */
+#define RKVI_TILE_ROWS  12 /* rows of one dot_tile                            */
+#define RKVI_FOLD_LANES 8  /* queries that fold_group transposes at a time    */
 
 #define RKVI_NORM_EPSILON 1e-8f /* k^ = k / (||k|| + 1e-8) */
 
-/* exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2)/2; the polynomial for exp(r) is that
- * of the Cephes library (expf), whose error is below 2e-7. Below -86 the result is 0: no
- * subnormal is ever made. */
+/* exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2)/2. The polynomial for exp(r) is that of
+ * the Cephes library (expf); its error is below 2e-7. Below -86 the result is 0, so no subnormal
+ * number arises. */
 #define RKVI_EXP_LOWEST  (-86.0f)
 #define RKVI_LOG2E       1.44269504f
 #define RKVI_ROUND_MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer */
@@ -853,8 +1015,8 @@ static unsigned char *rkvi_row(const rkvi_view *view, int head, int token)
 #define RKVI_EXP_C4      1.6666665459e-1f
 #define RKVI_EXP_C5      5.0000001201e-1f
 
-/* Rows that will be read soon, prefetched line by line between other work, which hides the way
- * from memory behind the arithmetic. */
+/* Rows that will be read soon. They are prefetched a line at a time between other work, so that the
+ * arithmetic hides the latency of memory. */
 typedef struct rkvi_fetch {
     const unsigned char *const *rows;
     int n_rows;
@@ -872,8 +1034,8 @@ RKVI_INLINE void rkvi_fetch_line(rkvi_fetch *fetch)
     fetch->n_rows--;
 }
 
-/* Dot products out[r][v] of RKVI_TILE_ROWS rows and width = 16 or 32 vectors, queries or keys, that
- * lie interleaved, panel[i][v]. A line of `fetch` is fetched per step of i. */
+/* Dot products out[r][v] of RKVI_TILE_ROWS rows and width = 16 or 32 vectors (queries or keys). The
+ * vectors are interleaved: panel[i][v]. Each step of i prefetches one line of `fetch`. */
 typedef struct rkvi_dot_tile {
     const float *panel;
     int width;
@@ -898,17 +1060,17 @@ typedef struct rkvi_kernels {
                      size_t n);
     /* One chain over i, ascending, per dot product: no lanes. */
     void (*dot_tile)(const rkvi_dot_tile *tile);
-    /* Four rows a, one behind the other, against RKVI_CHUNK rows b, in lanes:
+    /* Four adjacent rows a against RKVI_CHUNK rows b, in lanes:
      * out[b][a] = dot(a, b) * (inv_a[a] * inv_b[b]) */
     void (*cosine_tile)(const float *a, const float *inv_a, const float *b, size_t b_stride,
                         const float *inv_b, size_t dim, float *out);
     /* x[v] *= inv * inverse[v] for n <= 64 dot products of one row; bit v of the result says
      * x[v] > threshold. */
     uint64_t (*cosine_row)(float *x, float inv, const float *inverse, int n, float threshold);
-    /* RKVI_CHUNK rows of tile[row][g * window + v] become out[v][row] = scale * the max (or the
-     * sum, g ascending) over the `group` values of g. Reads up to 7 floats behind a row. */
-    void (*fold_group)(const float *tile, size_t tile_stride, int group, int window, int mean,
-                       float scale, float *out, size_t out_stride);
+    /* RKVI_CHUNK rows of tile[row][g * window + v] become out[v][row] = scale * the max over the
+     * `group` values of g. Reads up to 7 floats behind a row. */
+    void (*fold_group)(const float *tile, size_t tile_stride, int group, int window, float scale,
+                       float *out, size_t out_stride);
     /* x[i] = cap * tanh(x[i] * ratio) */
     void (*softcap)(float *x, size_t n, float ratio, float cap);
     /* x[i] = exp(x[i] - max), for x[i] <= max; returns their sum, in lanes. */
@@ -997,7 +1159,7 @@ static void rkvi_dot_tile_scalar(const rkvi_dot_tile *tile)
     }
 }
 
-/* The rows of a tile from `first` on, for the paths that take them in several goes. */
+/* The rows of a tile from `first` on, for paths that need several steps for a tile. */
 RKVI_INLINE rkvi_dot_tile rkvi_dot_rows_from(const rkvi_dot_tile *tile, int first)
 {
     rkvi_dot_tile rest = *tile;
@@ -1028,7 +1190,7 @@ static uint64_t rkvi_cosine_row_scalar(float *x, float inv, const float *inverse
 }
 
 static void rkvi_fold_group_scalar(const float *tile, size_t tile_stride, int group, int window,
-                                   int mean, float scale, float *out, size_t out_stride)
+                                   float scale, float *out, size_t out_stride)
 {
     int g, r, v;
     for (r = 0; r < RKVI_CHUNK; r++, tile += tile_stride)
@@ -1036,7 +1198,7 @@ static void rkvi_fold_group_scalar(const float *tile, size_t tile_stride, int gr
             float best = tile[v];
             for (g = 1; g < group; g++) {
                 float logit = tile[g * window + v];
-                best = mean ? best + logit : best > logit ? best : logit;
+                best = best > logit ? best : logit;
             }
             out[(size_t)v * out_stride + (size_t)r] = best * scale;
         }
@@ -1053,7 +1215,7 @@ static float rkvi_exp_scalar(float x)
     y = rkvi_fma(y, r, RKVI_EXP_C4);
     y = rkvi_fma(y, r, RKVI_EXP_C5);
     y = rkvi_fma(y, r * r, r) + 1.0f;
-    if (!(x >= RKVI_EXP_LOWEST)) return 0; /* -infinity too, which made y a NaN */
+    if (!(x >= RKVI_EXP_LOWEST)) return 0; /* also for -infinity, where y is NaN */
     return rkvi_float_from_bits(rkvi_bits_from_float(y) + (rkvi_bits_from_float(shifted) << 23));
 }
 
@@ -1093,7 +1255,7 @@ static void rkvi_max_into_scalar(float *dst, const float *src, size_t n)
     for (i = 0; i < n; i++) dst[i] = src[i] > dst[i] ? src[i] : dst[i];
 }
 
-/* ==== 9. AVX2 kernels =======================================================================
+/* ==== 10. AVX2 kernels ======================================================================
  * The same kernels. Those that AVX-512 would not make faster come first and serve both. */
 #ifdef RKVI_X86
 
@@ -1105,7 +1267,7 @@ RKVI_TARGET_AVX2 static void rkvi_load_f16_avx2(float *dst, const unsigned char 
         __m128i half_x8 = _mm_loadu_si128((const __m128i *)(const void *)(src + 2 * i));
         _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(half_x8));
     }
-    _mm256_zeroupper(); /* gcc 12 forgets it before a tail call, and SSE code then crawls */
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
     rkvi_load_f16_scalar(dst + i, src + 2 * i, n - i);
 }
 
@@ -1117,12 +1279,12 @@ RKVI_TARGET_AVX2 static void rkvi_load_bf16_avx2(float *dst, const unsigned char
         __m256i bits_x8 = _mm256_slli_epi32(_mm256_cvtepu16_epi32(half_x8), 16);
         _mm256_storeu_ps(dst + i, _mm256_castsi256_ps(bits_x8));
     }
-    _mm256_zeroupper(); /* gcc 12 forgets it before a tail call, and SSE code then crawls */
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
     rkvi_load_bf16_scalar(dst + i, src + 2 * i, n - i);
 }
 #endif
 
-/* The last three levels of the tree, of eight sums. */
+/* The last three levels of the tree: eight sums. */
 RKVI_TARGET_AVX2 RKVI_INLINE float rkvi_reduce8_avx2(__m256 sums_x8)
 {
     __m128 x4 = _mm_add_ps(_mm256_castps256_ps128(sums_x8), _mm256_extractf128_ps(sums_x8, 1));
@@ -1130,8 +1292,8 @@ RKVI_TARGET_AVX2 RKVI_INLINE float rkvi_reduce8_avx2(__m256 sums_x8)
     return _mm_cvtss_f32(_mm_add_ss(x2, _mm_shuffle_ps(x2, x2, 1)));
 }
 
-/* fold_group: for eight rows at a time, fold the groups in registers, eight window queries wide,
- * and transpose the 8 x 8 result. */
+/* fold_group takes eight rows at a time: it folds the groups in registers, eight window queries
+ * wide, and transposes the 8 x 8 result. */
 RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_transpose8_avx2(__m256 row[8])
 {
     __m256 pair[8], quad[8];
@@ -1155,20 +1317,16 @@ RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_transpose8_avx2(__m256 row[8])
     }
 }
 
-RKVI_TARGET_AVX2 RKVI_INLINE __m256 rkvi_fold_row_avx2(const float *row, int group, int window,
-                                                       int mean)
+RKVI_TARGET_AVX2 RKVI_INLINE __m256 rkvi_fold_row_avx2(const float *row, int group, int window)
 {
     __m256 best_x8 = _mm256_loadu_ps(row);
     int g;
-    for (g = 1; g < group; g++) {
-        __m256 logit_x8 = _mm256_loadu_ps(row + g * window);
-        best_x8 = mean ? _mm256_add_ps(best_x8, logit_x8) : _mm256_max_ps(best_x8, logit_x8);
-    }
+    for (g = 1; g < group; g++) best_x8 = _mm256_max_ps(best_x8, _mm256_loadu_ps(row + g * window));
     return best_x8;
 }
 
 RKVI_TARGET_AVX2 static void rkvi_fold_group_avx2(const float *tile, size_t tile_stride, int group,
-                                                  int window, int mean, float scale, float *out,
+                                                  int window, float scale, float *out,
                                                   size_t out_stride)
 {
     __m256 scale_x8 = _mm256_set1_ps(scale), row[8];
@@ -1178,8 +1336,8 @@ RKVI_TARGET_AVX2 static void rkvi_fold_group_avx2(const float *tile, size_t tile
         for (r0 = 0; r0 < RKVI_CHUNK; r0 += 8) {
             RKVI_UNROLL
             for (i = 0; i < 8; i++)
-                row[i] = rkvi_fold_row_avx2(tile + (size_t)(r0 + i) * tile_stride + v0, group,
-                                            window, mean);
+                row[i] =
+                    rkvi_fold_row_avx2(tile + (size_t)(r0 + i) * tile_stride + v0, group, window);
             rkvi_transpose8_avx2(row);
             for (i = 0; i < n_v; i++)
                 _mm256_storeu_ps(out + (size_t)(v0 + i) * out_stride + r0,
@@ -1197,7 +1355,7 @@ RKVI_TARGET_AVX2 static void rkvi_max_into_avx2(float *dst, const float *src, si
     }
 }
 
-/* The scaling at the end of cosine_tile, over the raw dot products in out. */
+/* The end of cosine_tile: scales the raw dot products in out. */
 RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_scale_cosines_avx2(const float *inv_a, const float *inv_b,
                                                           float *out)
 {
@@ -1268,13 +1426,13 @@ RKVI_TARGET_AVX2 static void rkvi_add_rows_avx2(float *sum, const float *rows, s
     for (; i < n; i += 16) rkvi_add_columns_avx2(sum + i, rows + i, stride, weights, n_rows, 2);
 }
 
-/* n_rows x n_vectors accumulators: 3 x 4 or 6 x 2, twelve of the sixteen registers. There is room
- * for the fewer of keys and query vectors besides; the others pass one at a time. */
+/* n_rows x n_vectors accumulators: 3 x 4 or 6 x 2, twelve of the sixteen registers. The smaller
+ * operand stays in the others; the larger is streamed. */
 RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dot_rows_avx2(const rkvi_dot_tile *tile, int n_rows,
                                                      int n_vectors)
 {
     const int n_held = n_rows < n_vectors ? n_rows : n_vectors;
-    const int n_passing = n_rows < n_vectors ? n_vectors : n_rows;
+    const int n_streamed = n_rows < n_vectors ? n_vectors : n_rows;
     const float *panel = tile->panel, *rows = tile->rows;
     const size_t stride = tile->stride, dim = tile->dim;
     rkvi_fetch fetch = *tile->fetch;
@@ -1282,7 +1440,7 @@ RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dot_rows_avx2(const rkvi_dot_tile *tile, 
     size_t i;
     int p, k;
     RKVI_UNROLL
-    for (p = 0; p < n_passing; p++) {
+    for (p = 0; p < n_streamed; p++) {
         RKVI_UNROLL
         for (k = 0; k < n_held; k++) dot_x8[p][k] = _mm256_setzero_ps();
     }
@@ -1293,17 +1451,17 @@ RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dot_rows_avx2(const rkvi_dot_tile *tile, 
             held_x8[k] = n_rows < n_vectors ? _mm256_broadcast_ss(rows + (size_t)k * stride + i)
                                             : _mm256_loadu_ps(panel + 8 * k);
         RKVI_UNROLL
-        for (p = 0; p < n_passing; p++) {
-            __m256 passing_x8 = n_rows < n_vectors
-                                    ? _mm256_loadu_ps(panel + 8 * p)
-                                    : _mm256_broadcast_ss(rows + (size_t)p * stride + i);
+        for (p = 0; p < n_streamed; p++) {
+            __m256 streamed_x8 = n_rows < n_vectors
+                                     ? _mm256_loadu_ps(panel + 8 * p)
+                                     : _mm256_broadcast_ss(rows + (size_t)p * stride + i);
             RKVI_UNROLL
             for (k = 0; k < n_held; k++)
-                dot_x8[p][k] = _mm256_fmadd_ps(passing_x8, held_x8[k], dot_x8[p][k]);
+                dot_x8[p][k] = _mm256_fmadd_ps(streamed_x8, held_x8[k], dot_x8[p][k]);
         }
     }
     RKVI_UNROLL
-    for (p = 0; p < n_passing; p++) {
+    for (p = 0; p < n_streamed; p++) {
         RKVI_UNROLL
         for (k = 0; k < n_held; k++) {
             int row = n_rows < n_vectors ? k : p, vector = n_rows < n_vectors ? p : k;
@@ -1449,7 +1607,7 @@ RKVI_TARGET_AVX2 static float rkvi_maximum_avx2(const float *x, size_t n)
 #endif /* RKV_NO_AVX2 */
 #endif /* RKVI_X86 */
 
-/* ==== 10. AVX-512 kernels =================================================================== */
+/* ==== 11. AVX-512 kernels =================================================================== */
 #if defined(RKVI_X86) && !defined(RKV_NO_AVX512)
 #if defined(__GNUC__) && !defined(__clang__) /* GCC PR 105593: its own header warns */
 #pragma GCC diagnostic push
@@ -1468,7 +1626,7 @@ RKVI_TARGET_AVX512 static void rkvi_load_f16_avx512(float *dst, const unsigned c
         __m256i half_x16 = _mm256_loadu_si256((const __m256i *)(const void *)(src + 2 * i));
         _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(half_x16));
     }
-    _mm256_zeroupper(); /* gcc 12 forgets it before a tail call, and SSE code then crawls */
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
     rkvi_load_f16_scalar(dst + i, src + 2 * i, n - i);
 }
 
@@ -1480,7 +1638,7 @@ RKVI_TARGET_AVX512 static void rkvi_load_bf16_avx512(float *dst, const unsigned 
         __m512i bits_x16 = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half_x16), 16);
         _mm512_storeu_ps(dst + i, _mm512_castsi512_ps(bits_x16));
     }
-    _mm256_zeroupper(); /* gcc 12 forgets it before a tail call, and SSE code then crawls */
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
     rkvi_load_bf16_scalar(dst + i, src + 2 * i, n - i);
 }
 
@@ -1557,7 +1715,7 @@ RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_dot_rows_avx512(const rkvi_dot_tile *ti
     __m512 dot_x16[RKVI_TILE_ROWS][2];
     size_t i;
     int r, v;
-    /* Every third row by a pointer, the others by stride: twelve would not fit the registers. */
+    /* A pointer for every third row, strides for the others: twelve would not fit. */
     RKVI_UNROLL
     for (r = 0; r < RKVI_TILE_ROWS; r += 3) third[r / 3] = tile->rows + (size_t)r * stride;
     RKVI_UNROLL
@@ -1721,7 +1879,7 @@ RKVI_TARGET_AVX512 static float rkvi_maximum_avx512(const float *x, size_t n)
 #endif
 #endif /* RKVI_X86, RKV_NO_AVX512 */
 
-/* ==== 11. NEON kernels ====================================================================== */
+/* ==== 12. NEON kernels ====================================================================== */
 #ifdef RKVI_NEON
 
 static void rkvi_load_f16_neon(float *dst, const unsigned char *src, size_t n)
@@ -1932,7 +2090,7 @@ static uint64_t rkvi_cosine_row_neon(float *x, float inv, const float *inverse, 
 
 /* Four window queries at a time: fold the groups of four rows, transpose 4 x 4. */
 static void rkvi_fold_group_neon(const float *tile, size_t tile_stride, int group, int window,
-                                 int mean, float scale, float *out, size_t out_stride)
+                                 float scale, float *out, size_t out_stride)
 {
     int v0, r0, i, g;
     for (v0 = 0; v0 < window; v0 += 4)
@@ -1942,10 +2100,8 @@ static void rkvi_fold_group_neon(const float *tile, size_t tile_stride, int grou
             for (i = 0; i < 4; i++) {
                 const float *row = tile + (size_t)(r0 + i) * tile_stride + v0;
                 float32x4_t best_x4 = vld1q_f32(row);
-                for (g = 1; g < group; g++) {
-                    float32x4_t logit_x4 = vld1q_f32(row + g * window);
-                    best_x4 = mean ? vaddq_f32(best_x4, logit_x4) : vmaxq_f32(best_x4, logit_x4);
-                }
+                for (g = 1; g < group; g++)
+                    best_x4 = vmaxq_f32(best_x4, vld1q_f32(row + g * window));
                 vst1q_f32(folded + 4 * i, best_x4);
             }
             by_query = vld4q_f32(folded);
@@ -2023,7 +2179,7 @@ static void rkvi_max_into_neon(float *dst, const float *src, size_t n)
 }
 #endif /* RKVI_NEON */
 
-/* The tables. rkvi_cpu_backends, in room 16, wraps each of them. */
+/* The tables. rkvi_cpu_backends, in room 18, wraps each of them. */
 #define RKVI_KERNELS(isa)                                                                     \
     {                                                                                         \
         rkvi_usable_##isa, rkvi_load_f16_##isa, rkvi_load_bf16_##isa, rkvi_sum_squares_##isa, \
@@ -2042,10 +2198,10 @@ static const rkvi_kernels rkvi_kernels_avx2 = RKVI_KERNELS(avx2);
 static const rkvi_kernels rkvi_kernels_avx512 = RKVI_KERNELS(avx512);
 #endif
 
-/* ==== 12. Plans =============================================================================
- * In: a checked config and layers.  Out: where in the workspace everything of a call lies.
- * Knows the sizes of all stages and nothing of what they compute. Everything per layer is O(n)
- * per kv head; what a worker needs to score one kv head, its scratch, exists once per thread. */
+/* ==== 13. Plans =============================================================================
+ * In: a checked config and layers.  Out: where in the workspace each array of a call lies.
+ * Knows the sizes of all stages, not what they compute. Each layer needs O(n) memory per KV head.
+ * What a worker needs to score one KV head, its scratch, exists once per thread. */
 
 /* clang-format off */
 typedef struct rkvi_plan {
@@ -2055,7 +2211,7 @@ typedef struct rkvi_plan {
     int owner;           /* the layer whose set this layer keeps; not itself in RKV_PER_SEQUENCE */
     int scored;          /* its tokens get scores and are chosen by them                        */
     float scale;         /* of the logits, resolved                                             */
-    size_t score_stride; /* floats per kv head                                                  */
+    size_t score_stride; /* floats per KV head                                                  */
     float *scores;       /* [kv_heads][score_stride]                                            */
     float *shared;       /* [score_stride], with a shared scope                                 */
     int32_t *kept;       /* [sets][budget]: the caller's list, or one in the workspace          */
@@ -2065,13 +2221,14 @@ typedef struct rkvi_plan {
 /* What one worker needs. Arrays over tokens are padded to whole chunks and registers. */
 /* clang-format off */
 typedef struct rkvi_scratch {
-    rkv_fault fault;       /* first fault this worker met */
+    rkv_error error;       /* the first that this worker met                                   */
+    int error_kv_head;     /* its KV head, also where error.head is a query head               */
     float *panel;          /* packed queries, [block][dim][32 or 16]                           */
     float *columns;        /* packed keys of a chunk, likewise                                 */
     float *waiting;        /* packed keys of rows that search together, likewise               */
     float *rows;           /* a chunk of K as f32, [RKVI_CHUNK][dim]                           */
     float *gathered;       /* rows of K from anywhere as f32, [RKVI_TILE_ROWS][dim]            */
-    float *four;           /* what the second pass multiplies K with, [4][dim]                 */
+    float *probes;         /* what the second pass multiplies K with, [4][dim]                 */
     float *tile;           /* dot products of a chunk, [RKVI_CHUNK][queries]                   */
     float *logits;         /* [window][tokens], later probabilities                            */
     float *signal;         /* [2][tokens]: importance, redundancy                              */
@@ -2082,12 +2239,11 @@ typedef struct rkvi_scratch {
     float *column;         /* per token: sum of its cosines, itself included                   */
     float *first;          /* per token: its cosine with the first token                       */
     int64_t *exempt;       /* per token: sum of exempted cosines, in units of 2^-32            */
-    int *missing;          /* per token: look-alikes not found yet; -1: none can be            */
-    int *open;             /* tokens with any missing, ascending                               */
+    int *wanted;           /* per token: similar keys still to be found; -1: none can be        */
+    int *open;             /* tokens that still want some, ascending                           */
     float *sum, *part;     /* [dim]: normalised sum of all keys, and of one chunk              */
     uint32_t *ranks;       /* selection: scores as integers                                    */
-    int32_t *slots;        /* selection: histogram; compaction: order and marks                */
-    unsigned char *row;    /* RKV_BY_SCORE: one row under way                                  */
+    int32_t *slots;        /* selection: histogram                                             */
     int32_t *blocks;       /* hash set of a block table                                        */
 } rkvi_scratch;
 /* clang-format on */
@@ -2103,7 +2259,7 @@ typedef struct rkvi_job {
 
 static int rkvi_is_scored(const rkv_config *config, int n_tokens)
 {
-    return n_tokens > config->budget && config->budget > config->window + config->pinned;
+    return n_tokens > config->budget && config->budget > config->protect + config->pinned;
 }
 
 static int rkvi_reads_queries(const rkv_config *config)
@@ -2111,25 +2267,20 @@ static int rkvi_reads_queries(const rkv_config *config)
     return config->lambda > 0;
 }
 
-/* Entries of a block table that cover n_tokens, and slots of a hash set that holds them. */
+/* Entries of a block table that cover n_tokens. */
 static size_t rkvi_n_blocks(const rkv_tensor *tensor, int n_tokens)
 {
     if (!tensor->block_table) return 0;
     return ((size_t)n_tokens + (size_t)tensor->block_tokens - 1) / (size_t)tensor->block_tokens;
 }
 
-static size_t rkvi_row_bytes(const rkv_tensor *tensor)
-{
-    return (size_t)tensor->dim * rkvi_element_bytes(tensor);
-}
-
-/* The largest needs among the layers: what a worker's scratch is sized for. */
+/* The largest sizes among the layers: a worker's scratch must hold them. */
 typedef struct rkvi_needs {
-    size_t tokens, dim, queries, blocks, row_bytes;
+    size_t tokens, dim, queries, blocks;
     int any_scored, any_moved;
 } rkvi_needs;
 
-static void rkvi_raise(size_t *most, size_t value)
+static void rkvi_keep_larger(size_t *most, size_t value)
 {
     if (value > *most) *most = value;
 }
@@ -2143,23 +2294,21 @@ static rkvi_needs rkvi_needs_of(const rkv_config *config, const rkv_layer *layer
         const rkv_layer *layer = &layers[l];
         if (layer->n_tokens <= config->budget) continue;
         needs.any_moved = 1;
-        rkvi_raise(&needs.tokens, (size_t)layer->n_tokens);
-        rkvi_raise(&needs.blocks, rkvi_n_blocks(&layer->keys, layer->n_tokens));
-        rkvi_raise(&needs.blocks, rkvi_n_blocks(&layer->values, layer->n_tokens));
-        rkvi_raise(&needs.row_bytes, rkvi_row_bytes(&layer->keys));
-        rkvi_raise(&needs.row_bytes, rkvi_row_bytes(&layer->values));
+        rkvi_keep_larger(&needs.tokens, (size_t)layer->n_tokens);
+        rkvi_keep_larger(&needs.blocks, rkvi_n_blocks(&layer->keys, layer->n_tokens));
+        rkvi_keep_larger(&needs.blocks, rkvi_n_blocks(&layer->values, layer->n_tokens));
         if (!rkvi_is_scored(config, layer->n_tokens)) continue;
         needs.any_scored = 1;
-        rkvi_raise(&needs.dim, (size_t)layer->keys.dim);
+        rkvi_keep_larger(&needs.dim, (size_t)layer->keys.dim);
         if (!rkvi_reads_queries(config)) continue;
-        rkvi_raise(&needs.blocks, rkvi_n_blocks(&layer->queries, config->window));
-        rkvi_raise(&needs.queries,
-                   (size_t)(layer->queries.heads / layer->keys.heads) * (size_t)config->window);
+        rkvi_keep_larger(&needs.blocks, rkvi_n_blocks(&layer->queries, config->window));
+        rkvi_keep_larger(&needs.queries, (size_t)(layer->queries.heads / layer->keys.heads) *
+                                             (size_t)config->window);
     }
     return needs;
 }
 
-/* Pooling looks L before and R behind a token; both are clipped to what can matter. */
+/* Pooling looks at L tokens before and R after a token, both clipped to n_tokens. */
 static int rkvi_pool_before(const rkv_config *config, int n_tokens)
 {
     return rkvi_min(config->pool / 2, n_tokens);
@@ -2170,8 +2319,7 @@ static int rkvi_pool_after(const rkv_config *config, int n_tokens)
     return rkvi_min((config->pool - 1) / 2, n_tokens);
 }
 
-/* Floats of the pooling row: the tokens between borders of zeros, and as much again as the widest
- * shift looks behind them. */
+/* Floats of the pooling row: the tokens between borders of zeros, and room for the widest shift. */
 static size_t rkvi_pool_floats(const rkv_config *config, int n_tokens)
 {
     size_t width =
@@ -2201,7 +2349,7 @@ static void rkvi_carve_scoring(rkvi_arena *arena, const rkv_config *config, cons
     s->waiting = rkvi_take_floats(arena, rows);
     s->rows = rkvi_take_floats(arena, rows);
     s->gathered = rkvi_take_floats(arena, RKVI_TILE_ROWS * dim);
-    s->four = rkvi_take_floats(arena, 4 * dim);
+    s->probes = rkvi_take_floats(arena, 4 * dim);
     s->tile = rkvi_take_floats(arena, tile);
     s->logits = rkvi_take_floats(arena, logits);
     s->signal = rkvi_take_floats(arena, 2 * tokens);
@@ -2212,7 +2360,7 @@ static void rkvi_carve_scoring(rkvi_arena *arena, const rkv_config *config, cons
     s->column = rkvi_take_floats(arena, tokens);
     s->first = rkvi_take_floats(arena, tokens);
     s->exempt = (int64_t *)rkvi_take(arena, tokens, sizeof *s->exempt);
-    s->missing = (int *)rkvi_take(arena, tokens, sizeof *s->missing);
+    s->wanted = (int *)rkvi_take(arena, tokens, sizeof *s->wanted);
     s->open = (int *)rkvi_take(arena, tokens, sizeof *s->open);
     s->sum = rkvi_take_floats(arena, dim);
     s->part = rkvi_take_floats(arena, dim);
@@ -2224,17 +2372,14 @@ static void rkvi_carve_scoring(rkvi_arena *arena, const rkv_config *config, cons
 static void rkvi_carve_scratch(rkvi_arena *arena, const rkv_config *config, const rkvi_needs *needs,
                                rkvi_scratch *s)
 {
-    size_t slots = needs->tokens > RKVI_RADIX ? needs->tokens : RKVI_RADIX;
     rkvi_scratch none;
     memset(&none, 0, sizeof none);
     *s = none;
     if (needs->any_scored) rkvi_carve_scoring(arena, config, needs, s);
     if (!needs->any_moved) return;
     s->ranks = (uint32_t *)rkvi_take(arena, needs->tokens, sizeof *s->ranks);
-    s->slots = (int32_t *)rkvi_take(arena, slots, sizeof *s->slots);
+    s->slots = (int32_t *)rkvi_take(arena, RKVI_RADIX, sizeof *s->slots);
     s->blocks = (int32_t *)rkvi_take(arena, 2 * needs->blocks, sizeof *s->blocks);
-    if (config->order == RKV_BY_POSITION) return;
-    s->row = (unsigned char *)rkvi_take(arena, needs->row_bytes, 1);
 }
 
 /* The layer that owns the kept set of layer l, given that of layer l - 1. */
@@ -2286,7 +2431,7 @@ static void rkvi_carve_layer(rkvi_arena *arena, const rkv_config *config, const 
     plan->sets = sets;
 }
 
-/* Threads that find something to do: no more than there are kv heads. */
+/* Threads that have work: no more than there are KV heads. */
 static int rkvi_workers(const rkv_config *config, const rkv_layer *layers, int n_layers)
 {
     size_t heads = 0;
@@ -2296,7 +2441,7 @@ static int rkvi_workers(const rkv_config *config, const rkv_layer *layers, int n
     return heads < (size_t)config->n_threads ? (int)heads : config->n_threads;
 }
 
-/* Lays a whole call out in arena; job is NULL when only measuring. */
+/* Lays out a whole call in arena; job is NULL when only measuring. */
 static void rkvi_carve(rkvi_arena *arena, const rkv_config *config, const rkv_layer *layers,
                        int n_layers, rkvi_job *job)
 {
@@ -2324,10 +2469,11 @@ static void rkvi_carve(rkvi_arena *arena, const rkv_config *config, const rkv_la
     job->n_workers = n_workers;
 }
 
-/* ==== 13. Scoring ===========================================================================
- * In: one kv head's keys and its group's window queries.  Out: a score per candidate, the tokens
- * outside the window. In data-flow order: read the keys once (norms, their normalised sum, the
- * logits), importance, redundancy, mix. Knows nothing of other heads, threads or kept sets. */
+/* ==== 14. Scoring ===========================================================================
+ * In: one KV head's keys and its group's window queries.  Out: a score for each candidate, that
+ * is, each token outside the window. In data-flow order: read the keys once (norms, sum of the
+ * unit keys, logits), importance, redundancy (with room 15), mix. Knows nothing of other heads,
+ * threads or kept sets. */
 
 typedef struct rkvi_head {
     const rkvi_kernels *kernels;
@@ -2365,8 +2511,8 @@ typedef struct rkvi_rows {
     size_t stride; /* floats */
 } rkvi_rows;
 
-/* Key rows that can be used where they lie: f32, aligned, no padding needed, evenly spaced. A
- * spacing of whole 4 KiB would put a chunk's rows into the same few cache sets. */
+/* Can key rows be used in place? They must be f32, aligned, evenly spaced and need no padding. A
+ * spacing of a multiple of 4 KiB would put a chunk's rows into the same few cache sets. */
 static int rkvi_rows_in_place(const rkvi_head *h)
 {
     const rkvi_view *keys = h->keys;
@@ -2375,7 +2521,7 @@ static int rkvi_rows_in_place(const rkvi_head *h)
            keys->head_stride % sizeof(float) == 0 && (uintptr_t)keys->data % sizeof(float) == 0;
 }
 
-/* Key rows that lie one behind the other and need no padding: many can be loaded as one. */
+/* Are key rows adjacent, without padding? Then many can be loaded as one. */
 static int rkvi_rows_adjacent(const rkvi_head *h)
 {
     const rkvi_view *keys = h->keys;
@@ -2383,7 +2529,7 @@ static int rkvi_rows_adjacent(const rkvi_head *h)
            keys->token_stride == h->dim * keys->element;
 }
 
-/* RKVI_CHUNK keys from `first` on as f32, behind the last one zeros. */
+/* RKVI_CHUNK keys from `first` on as f32; zeros after the last one. */
 static rkvi_rows rkvi_key_chunk(const rkvi_head *h, int first, float *stage)
 {
     rkvi_rows rows;
@@ -2405,20 +2551,22 @@ static rkvi_rows rkvi_key_chunk(const rkvi_head *h, int first, float *stage)
     return rows;
 }
 
-static rkv_status rkvi_fault_at(rkvi_scratch *s, const rkvi_head *h, int token, int query_head)
+static rkv_status rkvi_nonfinite(rkvi_scratch *s, const rkvi_head *h, const char *rule, int head,
+                                 int token)
 {
-    s->fault.status = RKV_ERROR_NONFINITE;
-    s->fault.head = query_head < 0 ? h->index : query_head;
-    s->fault.token = token;
-    s->fault.query = query_head >= 0;
+    s->error.status = RKV_ERROR_NONFINITE;
+    s->error.rule = rule;
+    s->error.head = head;
+    s->error.token = token;
+    s->error_kv_head = h->index;
     return RKV_ERROR_NONFINITE;
 }
 
 /* Squares of norms up to here keep every product in range; NaN compares false. */
 #define RKVI_MAX_SQUARE 1e36f
 
-/* A panel holds n vectors interleaved for dot_tile, [block][dim][block width], zeros behind the
- * last. Width of the block that starts at vector v: 32, or 16 at the end. */
+/* A panel holds n vectors interleaved for dot_tile, [block][dim][block width], with zeros after the
+ * last. The block that starts at vector v is 32 wide, or 16 at the end. */
 static int rkvi_block_width(int n, int v)
 {
     return n - v > RKVI_LANES ? 2 * RKVI_LANES : RKVI_LANES;
@@ -2444,14 +2592,14 @@ static rkv_status rkvi_pack_queries(const rkvi_head *h, rkvi_scratch *s)
     const size_t dim = (size_t)h->queries->dim;
     float *row = s->rows, square;
     int q;
-    if (h->n_queries == 0) return RKV_OK; /* the view may then say anything */
+    if (h->n_queries == 0) return RKV_OK; /* the view may be anything */
     rkvi_clear_panel(s->panel, h->n_queries, h->dim);
     memset(row + dim, 0, (h->dim - dim) * sizeof *row);
     for (q = 0; q < h->n_queries; q++) {
         int head = h->index * h->group + q / h->config->window, token = q % h->config->window;
         rkvi_load(h->kernels, h->queries->dtype, row, rkvi_row(h->queries, head, token), dim);
         h->kernels->sum_squares(row, h->dim, 1, h->dim, &square);
-        if (!(square <= RKVI_MAX_SQUARE)) return rkvi_fault_at(s, h, token, head);
+        if (!(square <= RKVI_MAX_SQUARE)) return rkvi_nonfinite(s, h, RKVI_RULE_QUERY, head, token);
         rkvi_pack(s->panel, h->n_queries, q, row, h->dim);
     }
     return RKV_OK;
@@ -2464,12 +2612,13 @@ static rkv_status rkvi_chunk_norms(const rkvi_head *h, rkvi_scratch *s, rkvi_row
     int r;
     h->kernels->sum_squares(rows.data, rows.stride, RKVI_CHUNK, h->dim, square);
     for (r = 0; r < RKVI_CHUNK; r++)
-        if (!(square[r] <= RKVI_MAX_SQUARE)) return rkvi_fault_at(s, h, first + r, -1);
+        if (!(square[r] <= RKVI_MAX_SQUARE))
+            return rkvi_nonfinite(s, h, RKVI_RULE_KEY, h->index, first + r);
     h->kernels->normalise(square, RKVI_CHUNK, s->inverse + first, s->self + first);
     return RKV_OK;
 }
 
-/* The keys [first, first + RKVI_TILE_ROWS), as far as there are any, to be fetched. */
+/* The keys [first, first + RKVI_TILE_ROWS), as far as they exist, to be prefetched. */
 static rkvi_fetch rkvi_fetch_keys(const rkvi_head *h, int first,
                                   const unsigned char *rows[RKVI_TILE_ROWS])
 {
@@ -2487,10 +2636,8 @@ static rkvi_fetch rkvi_fetch_keys(const rkvi_head *h, int first,
 static void rkvi_chunk_logits(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first,
                               size_t logit_stride)
 {
-    const rkv_config *config = h->config;
     size_t tile_stride = rkvi_round_up((size_t)h->n_queries, RKVI_LANES) + RKVI_FOLD_LANES;
-    int mean = config->grouping == RKV_GROUP_MEAN, q0, r;
-    float scale = mean ? 1.0f / (float)h->group : 1.0f;
+    int q0, r;
     const unsigned char *next_rows[RKVI_TILE_ROWS];
     rkvi_dot_tile tile;
     rkvi_fetch fetch;
@@ -2513,14 +2660,12 @@ static void rkvi_chunk_logits(const rkvi_head *h, rkvi_scratch *s, rkvi_rows row
         for (r = 0; r < RKVI_CHUNK; r++)
             h->kernels->softcap(s->tile + (size_t)r * tile_stride, tile_stride - RKVI_FOLD_LANES,
                                 h->scale / h->softcap, h->softcap);
-    else
-        scale *= h->scale;
-    h->kernels->fold_group(s->tile, tile_stride, h->group, config->window, mean, scale,
-                           s->logits + first, logit_stride);
+    h->kernels->fold_group(s->tile, tile_stride, h->group, h->config->window,
+                           h->softcap > 0 ? 1.0f : h->scale, s->logits + first, logit_stride);
 }
 
-/* The pass over K: norms, the sum of the normalised keys (chunk by chunk, which fixes the order
- * of additions and keeps their error small at any n), and the logits. */
+/* The first pass over K: norms, the sum of the unit keys, and the logits. The sum is made chunk by
+ * chunk, which fixes the order of additions and keeps the error small for any n. */
 static rkv_status rkvi_read_keys(const rkvi_head *h, rkvi_scratch *s, size_t logit_stride)
 {
     size_t i;
@@ -2542,8 +2687,8 @@ static rkv_status rkvi_read_keys(const rkvi_head *h, rkvi_scratch *s, size_t log
     return RKV_OK;
 }
 
-/* Max-pools x[n] in place over [j - before, j + after], clipped; values are not negative, so zeros
- * stand for what is outside. Doubles the width of the maxima until one overlap is left. */
+/* Max-pools x[n] in place over [j - before, j + after], clipped. Values are not negative, so zeros
+ * can stand for what is outside. Doubles the width of the maxima; one overlapping step ends it. */
 static void rkvi_pool(const rkvi_head *h, rkvi_scratch *s, float *x, int n)
 {
     int before = rkvi_pool_before(h->config, n), after = rkvi_pool_after(h->config, n);
@@ -2557,7 +2702,8 @@ static void rkvi_pool(const rkvi_head *h, rkvi_scratch *s, float *x, int n)
     memcpy(x, s->pool, (size_t)n * sizeof *x);
 }
 
-/* x[n] -> exp(x - max), zeros up to a whole register; returns the sum, or NaN if x overflowed. */
+/* x[n] becomes exp(x - max), with zeros up to a whole register. Returns the sum; NaN if x
+ * overflowed. */
 static float rkvi_exponentials(const rkvi_head *h, float *x, int n)
 {
     size_t padded = rkvi_round_up((size_t)n, RKVI_LANES), i;
@@ -2567,17 +2713,17 @@ static float rkvi_exponentials(const rkvi_head *h, float *x, int n)
     return max <= FLT_MAX ? h->kernels->exp_sum(x, padded, max) : max - max;
 }
 
-/* Softmax over the candidates per window query, mean over these, pooling after or before. */
+/* Softmax over the candidates for each window query, then the mean; pooling after it or before. */
 static rkv_status rkvi_importance(const rkvi_head *h, rkvi_scratch *s, size_t logit_stride,
                                   float *importance)
 {
     size_t padded = rkvi_round_up((size_t)h->n_candidates, RKVI_LANES);
     int window = h->config->window, v;
-    int pool_first = h->config->pooling == RKV_POOL_BEFORE_MEAN;
+    int pool_first = h->config->variant == RKV_PAPER;
     for (v = 0; v < window; v++) {
         float *row = s->logits + (size_t)v * logit_stride;
         float sum = rkvi_exponentials(h, row, h->n_candidates);
-        if (!(sum > 0)) return rkvi_fault_at(s, h, -1, -1);
+        if (!(sum > 0)) return rkvi_nonfinite(s, h, RKVI_RULE_LOGITS, h->index, -1);
         s->weights[v] = 1.0f / (sum * (float)window);
         if (pool_first) rkvi_pool(h, s, row, h->n_candidates);
     }
@@ -2587,40 +2733,107 @@ static rkv_status rkvi_importance(const rkvi_head *h, rkvi_scratch *s, size_t lo
     return RKV_OK;
 }
 
-/* Redundancy. Needs only column sums of the cosine matrix and, per row, its `recent` most recent
- * look-alikes, so the matrix never exists: the sums factor through the sum of the normalised keys,
- * and look-alikes are searched from the newest token back, which on real keys ends within a few
- * steps. Exempted cosines are summed as 64-bit integers, so the order of finding them is free. */
-
+/* Redundancy needs only column sums of the cosine matrix and, per row, its `recent` newest similar
+ * keys, so the matrix is never built: the sums factor through the sum of the unit keys, and room 15
+ * finds the similar keys. Exempted cosines are summed as 64-bit integers, so it does not matter in
+ * which order they are found. */
 #define RKVI_EXEMPT_UNIT 4294967296.0 /* 2^32 per 1.0: sums of 2^30 cosines are exact */
 
-static int rkvi_wants_column0(const rkv_config *config)
+static void rkvi_find_similar_keys(const rkvi_head *h, rkvi_scratch *s); /* room 15 */
+
+/* Column means (paper: own means) without the exempted entries, then exp. *total is the divisor
+ * that makes it a softmax. */
+static void rkvi_redundancy(const rkvi_head *h, rkvi_scratch *s, float *redundancy, float *total)
 {
-    return config->redundancy == RKV_REDUNDANCY_ROW && config->column0 == RKV_COLUMN0_EXEMPT;
+    const int span = h->n_span, recent = h->config->recent;
+    const double unit = 1.0 / RKVI_EXEMPT_UNIT, share = (double)1 / span;
+    int i;
+    rkvi_find_similar_keys(h, s);
+    if (h->config->variant == RKV_PUBLISHED)
+        for (i = 1; i < span; i++)
+            if (s->wanted[i] < 0 || s->wanted[i] == recent) /* found none */
+                s->exempt[0] += (int64_t)((double)s->first[i] * RKVI_EXEMPT_UNIT);
+    for (i = 0; i < span; i++) {
+        double exempt = (double)s->exempt[i] * unit; /* exact: unit is a power of two */
+        redundancy[i] = (float)(((double)s->column[i] - (double)s->self[i] - exempt) * share);
+    }
+    *total = rkvi_exponentials(h, redundancy, span);
 }
 
-/* Row i has found that token j is a look-alike. The diagonal of the matrix is 0: below a negative
- * threshold it is one of the row's finds, of no weight. */
-static void rkvi_found(const rkvi_head *h, rkvi_scratch *s, int i, int j, float cosine)
+/* One KV head, from keys and queries to scores. */
+static rkv_status rkvi_score_head(const rkvi_head *h, rkvi_scratch *s)
 {
-    int at = h->config->redundancy == RKV_REDUNDANCY_OWN ? i : j;
-    if (s->missing[i] <= 0 || (i == j && h->config->threshold >= 0)) return;
-    s->missing[i]--;
+    const float lambda = h->config->lambda;
+    size_t stride = rkvi_padded((size_t)h->n_tokens);
+    float *importance = s->signal, *redundancy = s->signal + stride, total = 1;
+    rkv_status status = rkvi_pack_queries(h, s);
+    if (status == RKV_OK) status = rkvi_read_keys(h, s, stride);
+    if (status != RKV_OK) return status;
+    if (h->n_queries) {
+        status = rkvi_importance(h, s, stride, importance);
+        if (status != RKV_OK) return status;
+    }
+    if (h->wants_redundancy) rkvi_redundancy(h, s, redundancy, &total);
+    s->weights[0] = lambda;
+    s->weights[1] = h->wants_redundancy ? -((1.0f - lambda) / total) : 0;
+    memset(h->scores, 0, stride * sizeof *h->scores);
+    h->kernels->add_rows(h->scores, h->n_queries ? importance : redundancy, stride,
+                         h->n_queries ? s->weights : s->weights + 1,
+                         !!h->n_queries + h->wants_redundancy,
+                         rkvi_round_up((size_t)h->n_candidates, RKVI_LANES));
+    return RKV_OK;
+}
+
+/* ==== 15. Similar keys ======================================================================
+ * In: one KV head's keys and their norms.  Out: the `recent` newest similar keys of every row,
+ * handed to rkvi_record_match one by one; the column sums of the cosine matrix on the way.
+ *
+ * Row i searches the columns j of the matrix from the newest to the oldest and stops when it has
+ * found enough. On real keys almost all rows stop within the newest few columns, so these come
+ * first, and cheaply:
+ *   1. the 2 newest columns, for all rows: part of a pass over K that is needed anyway
+ *      (rkvi_read_columns);
+ *   2. the 16 columns before, for the rows that are still open (rkvi_find_similar_keys);
+ *   3. chunks of 48 columns, from the newest to the oldest (rkvi_search_all), packed while many
+ *      rows search, where they lie for the last few (rkvi_search_few):
+ *
+ *       columns   0             first    end           span
+ *       rows    0 +---------------+-------+
+ *                 |  older rows  >| chunk |  have met      older rows search the chunk, and
+ *           first +---------------+-------+  all columns   rows inside it what lies before it:
+ *                 |< rows inside  | chunk |  from end on   one tile of the symmetric matrix
+ *             end +---------------+-------+                can serve both (rkvi_search_older)
+ *                 |< waiting rows, each from its end[i]    rows left over wait until enough
+ *            span +                                        can search together
+ *
+ * Invariant, at the top of each turn of rkvi_search_all:
+ *   - every open row before `end` has met all columns from `end` on, and no other;
+ *   - every other open row waits, and has met all columns from its end[i] on, and no other;
+ *   - a row meets its columns from the newest to the oldest, and each once.
+ * So the first matches a row finds are its newest. */
+
+/* Token j is similar to row i. The diagonal of the matrix is 0: with a negative threshold it counts
+ * as one of the row's matches, of no weight. */
+static void rkvi_record_match(const rkvi_head *h, rkvi_scratch *s, int i, int j, float cosine)
+{
+    int at = h->config->variant == RKV_PAPER ? i : j;
+    if (s->wanted[i] <= 0 || (i == j && h->config->threshold >= 0)) return;
+    s->wanted[i]--;
     if (i == j) return;
     s->exempt[at] += (int64_t)((double)cosine * RKVI_EXEMPT_UNIT);
 }
 
-/* Drops the rows that have found everything from a list of rows; returns the new length. */
-static int rkvi_still_open(const rkvi_scratch *s, int *rows, int n_rows)
+/* Drops the rows that have found enough from a list of rows; returns the new length. */
+static int rkvi_drop_finished(const rkvi_scratch *s, int *rows, int n_rows)
 {
     int i, n = 0;
     for (i = 0; i < n_rows; i++)
-        if (s->missing[rows[i]] > 0) rows[n++] = rows[i];
+        if (s->wanted[rows[i]] > 0) rows[n++] = rows[i];
     return n;
 }
 
-/* Tokens whose keys lie packed in a panel: rows of K meet all of them at once. Where they serve as
- * columns they are ascending. */
+/* Tokens whose keys are packed into a panel: a row of K meets all of them at once. Ascending, where
+ * they serve as columns. */
 typedef struct rkvi_packed {
     const float *panel;
     int n;
@@ -2654,8 +2867,8 @@ static void rkvi_pack_columns(const rkvi_head *h, rkvi_scratch *s, int first, in
     }
 }
 
-/* Who searches when rows of K meet packed keys: the rows, whose columns the packed keys then are,
- * the packed keys, whose columns the rows are, or both. */
+/* Who searches when rows of K meet packed keys: the rows (the packed keys are their columns), the
+ * packed keys (the rows are their columns), or both. */
 #define RKVI_ROWS_SEARCH   1
 #define RKVI_PACKED_SEARCH 2
 
@@ -2664,11 +2877,11 @@ static uint64_t rkvi_open_packed(const rkvi_scratch *s, const rkvi_packed *packe
     uint64_t open = 0;
     int v;
     for (v = 0; v < packed->n; v++)
-        if (s->missing[packed->token[v]] > 0) open |= (uint64_t)1 << v;
+        if (s->wanted[packed->token[v]] > 0) open |= (uint64_t)1 << v;
     return open;
 }
 
-/* n rows of K, ascending tokens; behind them as many rows of anything as make a tile. */
+/* n rows of K, ascending; what follows them up to a whole tile is ignored. */
 typedef struct rkvi_tile_rows {
     const float *data;
     size_t stride;
@@ -2712,18 +2925,18 @@ static void rkvi_search_tile(const rkvi_head *h, rkvi_scratch *s, const rkvi_til
                                                 h->config->threshold);
         for (left = above & open; left; left ^= (uint64_t)1 << v) {
             v = rkvi_top_bit(left);
-            rkvi_found(h, s, packed->token[v], token, cosine[v]);
-            if (s->missing[packed->token[v]] <= 0) open ^= (uint64_t)1 << v;
+            rkvi_record_match(h, s, packed->token[v], token, cosine[v]);
+            if (s->wanted[packed->token[v]] <= 0) open ^= (uint64_t)1 << v;
         }
         left = who & RKVI_ROWS_SEARCH ? above : 0;
-        for (; left && s->missing[token] > 0; left ^= (uint64_t)1 << v) {
+        for (; left && s->wanted[token] > 0; left ^= (uint64_t)1 << v) {
             v = rkvi_top_bit(left);
-            rkvi_found(h, s, token, packed->token[v], cosine[v]);
+            rkvi_record_match(h, s, token, packed->token[v], cosine[v]);
         }
     }
 }
 
-/* The n listed keys where they lie, if evenly, or gathered. */
+/* The n listed keys: in place if they are adjacent and usable there, else gathered. */
 static void rkvi_gather(const rkvi_head *h, rkvi_scratch *s, const int *tokens, int n,
                         rkvi_tile_rows *rows)
 {
@@ -2741,7 +2954,7 @@ static void rkvi_gather(const rkvi_head *h, rkvi_scratch *s, const int *tokens, 
     rows->stride = h->dim;
 }
 
-/* The listed rows look for look-alikes among the packed keys. */
+/* The listed rows search the packed keys. */
 static void rkvi_search_columns(const rkvi_head *h, rkvi_scratch *s, const int *tokens,
                                 int n_tokens, const rkvi_packed *packed)
 {
@@ -2753,7 +2966,7 @@ static void rkvi_search_columns(const rkvi_head *h, rkvi_scratch *s, const int *
     }
 }
 
-/* All tokens [first, end), at most RKVI_CHUNK of them, and the packed keys. */
+/* All tokens [first, end), at most RKVI_CHUNK, meet the packed keys. */
 static void rkvi_search_chunk(const rkvi_head *h, rkvi_scratch *s, int first, int end,
                               const rkvi_packed *packed, int who)
 {
@@ -2769,20 +2982,20 @@ static void rkvi_search_chunk(const rkvi_head *h, rkvi_scratch *s, int first, in
     }
 }
 
-/* A look-alike is decided by dot_tile's order of additions, everywhere. What cosine_tile finds, in
- * another order, counts where it is further from the threshold than this, so that both must agree:
- * each is off by less than (dim + 8) * 2^-24, for the rounding of as many operations. */
-static float rkvi_undecided(const rkvi_head *h)
+/* dot_tile's order of additions decides who is similar, everywhere. cosine_tile adds in another
+ * order; its result counts only where it is further from the threshold than this, so that both must
+ * agree: each is off by less than (dim + 8) * 2^-24, the rounding of that many operations. */
+static float rkvi_rounding_band(const rkvi_head *h)
 {
     return 2.0f * (float)(h->dim + 8) / 16777216.0f;
 }
 
-/* The rows [first, end) of a chunk and the two newest columns of the span, cosines[4 * row + 1] and
- * [4 * row + 2]. */
+/* The rows [first, end) of a chunk meet the two newest columns of the span. The cosines are in
+ * cosines[4 * row + 1] and [4 * row + 2]. */
 static void rkvi_search_newest(const rkvi_head *h, rkvi_scratch *s, int first, int end,
                                const float *cosines)
 {
-    const float threshold = h->config->threshold, band = rkvi_undecided(h);
+    const float threshold = h->config->threshold, band = rkvi_rounding_band(h);
     const int span = h->n_span;
     rkvi_packed newest;
     int r, undecided = 0;
@@ -2795,28 +3008,28 @@ static void rkvi_search_newest(const rkvi_head *h, rkvi_scratch *s, int first, i
         return;
     }
     for (r = 0; r < end - first; r++, cosines += 4) {
-        if (cosines[1] > threshold) rkvi_found(h, s, first + r, span - 1, cosines[1]);
-        if (cosines[2] > threshold && span > 1 && s->missing[first + r] > 0)
-            rkvi_found(h, s, first + r, span - 2, cosines[2]);
+        if (cosines[1] > threshold) rkvi_record_match(h, s, first + r, span - 1, cosines[1]);
+        if (cosines[2] > threshold && span > 1 && s->wanted[first + r] > 0)
+            rkvi_record_match(h, s, first + r, span - 2, cosines[2]);
     }
 }
 
-/* The second pass over K: the sum of every column, and what takes no extra pass: the cosine with
- * the two newest tokens of the span (RKVI_NEWEST) and with the first. */
+/* The second pass over K: the sum of every column and, in the same pass, the cosines with the two
+ * newest tokens of the span (RKVI_NEWEST) and with the first. */
 static void rkvi_read_columns(const rkvi_head *h, rkvi_scratch *s)
 {
     const int span = h->n_span, token[4] = { -1, span - 1, span - 2, 0 };
     float inverse[4], cosines[4 * RKVI_CHUNK];
     int first, end, r, v;
-    memcpy(s->four, s->sum, h->dim * sizeof *s->four);
+    memcpy(s->probes, s->sum, h->dim * sizeof *s->probes);
     inverse[0] = 1.0f;
     for (v = 1; v < 4; v++) {
-        rkvi_load_key(h, token[v], s->four + (size_t)v * h->dim);
+        rkvi_load_key(h, token[v], s->probes + (size_t)v * h->dim);
         inverse[v] = token[v] < 0 ? 0 : s->inverse[token[v]];
     }
     for (first = 0; first < span; first = end) {
         rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
-        h->kernels->cosine_tile(s->four, inverse, rows.data, rows.stride, s->inverse + first,
+        h->kernels->cosine_tile(s->probes, inverse, rows.data, rows.stride, s->inverse + first,
                                 h->dim, cosines);
         end = rkvi_min(first + RKVI_CHUNK, span);
         for (r = 0; r < end - first; r++) {
@@ -2845,8 +3058,8 @@ static int rkvi_n_vectors(int n)
     return (n + RKVI_LANES - 1) / RKVI_LANES;
 }
 
-/* Rows that still search, wherever they are: row token[i] has seen all columns from end[i] on. They
- * wait until they are enough to search the next columns together, packed. */
+/* Open rows of any chunk: row token[i] has met all columns from end[i] on. They wait until enough
+ * of them can search the next columns together, packed. */
 typedef struct rkvi_waiting {
     int n, token[2 * RKVI_CHUNK], end[2 * RKVI_CHUNK];
 } rkvi_waiting;
@@ -2860,7 +3073,7 @@ static void rkvi_wait(rkvi_waiting *waiting, const int *rows, int n_rows, int en
     }
 }
 
-/* Those that have seen the least, at most RKVI_CHUNK of them: their numbers in next[]. */
+/* Those that have met the fewest columns, at most RKVI_CHUNK of them: their indices in next[]. */
 static int rkvi_next_waiting(const rkvi_waiting *waiting, int *next)
 {
     int i, n = 0, end = 0;
@@ -2871,7 +3084,7 @@ static int rkvi_next_waiting(const rkvi_waiting *waiting, int *next)
     return n;
 }
 
-/* Packs them, unless they still are, in no more registers than they need. */
+/* Packs them into as few registers as they need, unless they still are. */
 static void rkvi_pack_waiting(const rkvi_head *h, rkvi_scratch *s, const rkvi_waiting *waiting,
                               const int *next, int n, rkvi_packed *packed)
 {
@@ -2887,19 +3100,61 @@ static void rkvi_pack_waiting(const rkvi_head *h, rkvi_scratch *s, const rkvi_wa
     }
 }
 
-/* Drops those that have found everything and those that have seen everything. */
+/* Drops those that have found enough and those that have met every column. */
 static void rkvi_stop_waiting(const rkvi_scratch *s, rkvi_waiting *waiting)
 {
     int i, n = 0;
     for (i = 0; i < waiting->n; i++) {
-        if (s->missing[waiting->token[i]] <= 0 || waiting->end[i] == 0) continue;
+        if (s->wanted[waiting->token[i]] <= 0 || waiting->end[i] == 0) continue;
         waiting->token[n] = waiting->token[i];
         waiting->end[n++] = waiting->end[i];
     }
     waiting->n = n;
 }
 
-/* Waiting rows search back, a chunk at a time, as long as more than `most` wait or `enough` can
+/* So few rows search without packing. In most heads of real models one row resembles no other, the
+ * first token's. */
+#define RKVI_FEW 12
+
+/* Token j, if it is similar to row i: dot_tile's order of additions, for one pair. */
+static void rkvi_match_exactly(const rkvi_head *h, rkvi_scratch *s, int i, const float *row, int j,
+                               const float *column)
+{
+    float cosine = 0;
+    size_t d;
+    for (d = 0; d < h->dim; d++) cosine = rkvi_fma(row[d], column[d], cosine);
+    cosine *= s->inverse[i] * s->inverse[j];
+    if (cosine > h->config->threshold) rkvi_record_match(h, s, i, j, cosine);
+}
+
+/* n <= RKVI_FEW waiting rows meet the tokens [first, end), at most RKVI_CHUNK. Four rows at a time
+ * meet the columns where they lie; what may be similar is decided exactly. */
+static void rkvi_search_few(const rkvi_head *h, rkvi_scratch *s, const rkvi_waiting *waiting,
+                            const int *next, int n, int first, int end)
+{
+    const float maybe = h->config->threshold - rkvi_rounding_band(h);
+    const rkvi_rows columns = rkvi_key_chunk(h, first, s->rows);
+    float cosines[4 * RKVI_CHUNK], inverse[4];
+    int r, v, j;
+    for (r = 0; r < n; r += 4) {
+        for (v = 0; v < 4; v++) {
+            int token = r + v < n ? waiting->token[next[r + v]] : -1;
+            rkvi_load_key(h, token, s->gathered + (size_t)v * h->dim);
+            inverse[v] = token < 0 ? 0 : s->inverse[token];
+        }
+        h->kernels->cosine_tile(s->gathered, inverse, columns.data, columns.stride,
+                                s->inverse + first, h->dim, cosines);
+        for (v = 0; v < 4 && r + v < n; v++) {
+            const int row = waiting->token[next[r + v]];
+            for (j = end - first - 1; j >= 0 && s->wanted[row] > 0; j--)
+                if (cosines[4 * j + v] > maybe)
+                    rkvi_match_exactly(h, s, row, s->gathered + (size_t)v * h->dim, first + j,
+                                       columns.data + (size_t)j * columns.stride);
+        }
+    }
+}
+
+/* Waiting rows search, a chunk of columns at a time, while more than `most` wait or `enough` can
  * search together. */
 static void rkvi_search_waiting(const rkvi_head *h, rkvi_scratch *s, rkvi_waiting *waiting,
                                 int most, int enough)
@@ -2908,10 +3163,14 @@ static void rkvi_search_waiting(const rkvi_head *h, rkvi_scratch *s, rkvi_waitin
     rkvi_packed packed;
     packed.n = 0;
     while ((n = rkvi_next_waiting(waiting, next)) > 0 && (waiting->n > most || n >= enough)) {
-        rkvi_pack_waiting(h, s, waiting, next, n, &packed);
         end = waiting->end[next[0]];
         first = rkvi_chunk_before(end);
-        rkvi_search_chunk(h, s, first, end, &packed, RKVI_PACKED_SEARCH);
+        if (n <= RKVI_FEW) {
+            rkvi_search_few(h, s, waiting, next, n, first, end);
+        } else {
+            rkvi_pack_waiting(h, s, waiting, next, n, &packed);
+            rkvi_search_chunk(h, s, first, end, &packed, RKVI_PACKED_SEARCH);
+        }
         for (i = 0; i < n; i++) waiting->end[next[i]] = first;
         rkvi_stop_waiting(s, waiting);
     }
@@ -2922,10 +3181,10 @@ typedef struct rkvi_search {
     rkvi_waiting waiting;
 } rkvi_search;
 
-/* Behind rows[n_older], the open rows before the chunk of columns, stand n_inside that lie in it:
- * these search what is older, and the older rows search the chunk. As long as many are open on
- * both sides, all pairs of the chunk and an older one are computed, each of which serves both its
- * rows; then the rows inside wait for others, and the older rows go on alone. */
+/* rows: n_older open rows before the chunk of columns, then n_inside in it. The older rows search
+ * the chunk; the rows inside search the columns before it. While many are open on both sides, all
+ * pairs of the chunk and an older chunk are computed, and each pair serves both its rows. Then the
+ * rows inside wait, and the older rows go on alone. */
 static void rkvi_search_older(const rkvi_head *h, rkvi_scratch *s, rkvi_search *search, int *rows,
                               int n_older, int n_inside)
 {
@@ -2934,9 +3193,9 @@ static void rkvi_search_older(const rkvi_head *h, rkvi_scratch *s, rkvi_search *
     while (n_inside > 0 && end > 0) {
         int first = rkvi_chunk_before(end), n_before = rkvi_count_before(rows, n_older, first);
         int n_apart = n_inside * (end - first) + (n_older - n_before) * columns->n;
-        if (n_apart < (end - first) * columns->n) break; /* so many pairs if each searches apart */
+        if (n_apart < (end - first) * columns->n) break; /* fewer pairs if each side goes alone */
         rkvi_search_chunk(h, s, first, end, columns, RKVI_ROWS_SEARCH | RKVI_PACKED_SEARCH);
-        n_inside = rkvi_still_open(s, inside, n_inside);
+        n_inside = rkvi_drop_finished(s, inside, n_inside);
         n_older = n_before;
         end = first;
     }
@@ -2944,101 +3203,58 @@ static void rkvi_search_older(const rkvi_head *h, rkvi_scratch *s, rkvi_search *
     if (end > 0) rkvi_wait(&search->waiting, inside, n_inside, end);
 }
 
-/* The open rows (ascending) search all columns before `end`, from the newest chunk of columns to
- * the oldest; those from `end` on, at most RKVI_CHUNK, have been searched. Of rows that lie in a
- * chunk of columns, that chunk comes first. */
+/* The open rows (ascending) search all columns before `end`, chunk by chunk; the columns from `end`
+ * on, at most RKVI_CHUNK, they have met. Rows inside a chunk search that chunk first. */
 static void rkvi_search_all(const rkvi_head *h, rkvi_scratch *s, int *rows, int n_rows, int end)
 {
     int n_older = rkvi_count_before(rows, n_rows, end), n_inside, first;
     rkvi_search search;
     search.waiting.n = 0;
     if (end > 0) rkvi_wait(&search.waiting, rows + n_older, n_rows - n_older, end);
-    for (n_rows = n_older; n_rows > 0; n_rows = rkvi_still_open(s, rows, n_older)) {
+    for (n_rows = n_older; n_rows > RKVI_FEW; n_rows = rkvi_drop_finished(s, rows, n_older)) {
         first = rkvi_chunk_before(end);
         n_older = rkvi_count_before(rows, n_rows, first);
         rkvi_pack_columns(h, s, first, end, &search.columns);
         rkvi_search_columns(h, s, rows + n_older, n_rows - n_older, &search.columns);
-        n_inside = rkvi_still_open(s, rows + n_older, n_rows - n_older);
+        n_inside = rkvi_drop_finished(s, rows + n_older, n_rows - n_older);
         rkvi_search_older(h, s, &search, rows, n_older, n_inside);
         rkvi_search_waiting(h, s, &search.waiting, RKVI_CHUNK, RKVI_LANES);
         end = first;
     }
+    rkvi_wait(&search.waiting, rows, n_rows, end);
     rkvi_search_waiting(h, s, &search.waiting, 0, 1);
 }
 
-/* A key so short that its cosines cannot exceed the threshold: nothing to search for. */
-static int rkvi_is_hopeless(const rkvi_head *h, const rkvi_scratch *s, int token)
+/* A key so short that none of its cosines can exceed the threshold. */
+static int rkvi_cannot_match(const rkvi_head *h, const rkvi_scratch *s, int token)
 {
     float threshold = h->config->threshold;
     return threshold >= 0 && s->self[token] * 1.0001f <= threshold * threshold;
 }
 
-#define RKVI_NEWEST 2          /* columns that the second pass over K searches         */
-#define RKVI_NARROW RKVI_LANES /* columns searched next, before whole chunks are tried */
+#define RKVI_NEWEST 2          /* columns of step 1 */
+#define RKVI_NARROW RKVI_LANES /* columns of step 2 */
 
-static void rkvi_find_look_alikes(const rkvi_head *h, rkvi_scratch *s)
+static void rkvi_find_similar_keys(const rkvi_head *h, rkvi_scratch *s)
 {
     const int span = h->n_span, recent = h->config->recent;
     rkvi_packed narrow;
     int i, n_open, first, end;
     memset(s->exempt, 0, (size_t)span * sizeof *s->exempt);
-    for (i = 0; i < span; i++) s->missing[i] = rkvi_is_hopeless(h, s, i) ? -1 : recent;
+    for (i = 0; i < span; i++) s->wanted[i] = rkvi_cannot_match(h, s, i) ? -1 : recent;
     rkvi_read_columns(h, s);
     for (i = 0; i < span; i++) s->open[i] = i;
-    n_open = rkvi_still_open(s, s->open, span);
+    n_open = rkvi_drop_finished(s, s->open, span);
     if (n_open == 0 || span <= RKVI_NEWEST) return;
     end = span - RKVI_NEWEST;
     first = end > RKVI_NARROW ? end - RKVI_NARROW : 0;
     rkvi_pack_columns(h, s, first, end, &narrow);
     rkvi_search_columns(h, s, s->open, n_open, &narrow);
-    n_open = rkvi_still_open(s, s->open, n_open);
+    n_open = rkvi_drop_finished(s, s->open, n_open);
     rkvi_search_all(h, s, s->open, n_open, first);
 }
 
-/* Column means (or own means) without the exempted entries, then softmax. *total is the divisor
- * that is still to be applied. */
-static void rkvi_redundancy(const rkvi_head *h, rkvi_scratch *s, float *redundancy, float *total)
-{
-    const int span = h->n_span, recent = h->config->recent;
-    const double unit = 1.0 / RKVI_EXEMPT_UNIT, share = 1.0 / span;
-    int i;
-    rkvi_find_look_alikes(h, s);
-    if (rkvi_wants_column0(h->config))
-        for (i = 1; i < span; i++)
-            if (s->missing[i] < 0 || s->missing[i] == recent) /* found none */
-                s->exempt[0] += (int64_t)((double)s->first[i] * RKVI_EXEMPT_UNIT);
-    for (i = 0; i < span; i++) {
-        double exempt = (double)s->exempt[i] * unit; /* a power of two: exact, fused or not */
-        redundancy[i] = (float)(((double)s->column[i] - (double)s->self[i] - exempt) * share);
-    }
-    *total = rkvi_exponentials(h, redundancy, span);
-}
-
-/* One kv head, from keys and queries to scores. */
-static rkv_status rkvi_score_head(const rkvi_head *h, rkvi_scratch *s)
-{
-    const float lambda = h->config->lambda;
-    size_t stride = rkvi_padded((size_t)h->n_tokens);
-    float *importance = s->signal, *redundancy = s->signal + stride, total;
-    rkv_status status = rkvi_pack_queries(h, s);
-    if (status == RKV_OK) status = rkvi_read_keys(h, s, stride);
-    if (status != RKV_OK) return status;
-    if (h->n_queries) {
-        status = rkvi_importance(h, s, stride, importance);
-        if (status != RKV_OK) return status;
-    }
-    if (h->wants_redundancy) rkvi_redundancy(h, s, redundancy, &total);
-    s->weights[0] = lambda;
-    s->weights[1] = h->wants_redundancy ? -((1.0f - lambda) / total) : 0;
-    memset(h->scores, 0, stride * sizeof *h->scores);
-    h->kernels->add_rows(h->scores, h->n_queries ? importance : redundancy, stride,
-                         h->n_queries ? s->weights : s->weights + 1,
-                         !!h->n_queries + h->wants_redundancy,
-                         rkvi_round_up((size_t)h->n_candidates, RKVI_LANES));
-    return RKV_OK;
-}
-
-/* ==== 14. Selection =========================================================================
+/* ==== 16. Selection =========================================================================
  * In: the scores of one set's candidates.  Out: the kept list.
  * Knows nothing of keys or attention. Equal scores: the more recent token stays. */
 
@@ -3049,9 +3265,8 @@ static uint32_t rkvi_rank(float score)
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* The rank of the n_keep-th largest of n ranks, by radix: 11 bits at a time from the highest that
- * differs, until what is left of a bin is kept whole. *n_ties is how many of that very rank are
- * kept. */
+/* The rank of the n_keep-th largest of n ranks, by radix: 11 bits at a time from the highest bit
+ * that differs, until a bin is kept whole. *n_ties is how many of that very rank are kept. */
 static uint32_t rkvi_cut(const uint32_t *ranks, int n, int n_keep, int32_t *histogram, int *n_ties)
 {
     uint32_t same = 0xffffffffu, any = 0, prefix, mask;
@@ -3071,7 +3286,7 @@ static uint32_t rkvi_cut(const uint32_t *ranks, int n, int n_keep, int32_t *hist
         for (; histogram[bin] < n_keep; bin--) n_keep -= histogram[bin];
         mask = 0xffffffffu << shift;
         prefix |= bin << shift;
-        if (histogram[bin] == n_keep && prefix > 0) { /* all that is left: ranks above prefix - 1 */
+        if (histogram[bin] == n_keep && prefix > 0) { /* keep all ranks above prefix - 1 */
             *n_ties = 0;
             return prefix - 1;
         }
@@ -3080,61 +3295,33 @@ static uint32_t rkvi_cut(const uint32_t *ranks, int n, int n_keep, int32_t *hist
     return prefix;
 }
 
-/* Does token a come before token b in RKV_BY_SCORE order? */
-static int rkvi_is_better(const float *scores, int32_t a, int32_t b)
-{
-    uint32_t rank_a = rkvi_rank(scores[a]), rank_b = rkvi_rank(scores[b]);
-    return rank_a != rank_b ? rank_a > rank_b : a > b;
-}
+/* The rank of candidates that rkv_layer.pins names: above every score. */
+#define RKVI_PINNED_RANK 0xffffffffu
 
-static void rkvi_sift_down(const float *scores, int32_t *tokens, int at, int n)
+/* Keeps the pinned tokens, the best candidates and the protected tokens. pins: NULL, or a byte per
+ * row; no more candidates are pinned than can be kept. */
+static void rkvi_choose(const rkv_config *config, const float *scores, const uint8_t *pins,
+                        int n_tokens, rkvi_scratch *s, int32_t *kept)
 {
-    int child;
-    for (; (child = 2 * at + 1) < n; at = child) {
-        int32_t token = tokens[at];
-        if (child + 1 < n && rkvi_is_better(scores, tokens[child], tokens[child + 1])) child++;
-        if (!rkvi_is_better(scores, token, tokens[child])) return;
-        tokens[at] = tokens[child];
-        tokens[child] = token;
-    }
-}
-
-/* Heap sort: in place, no recursion, n log n for the worst input too. */
-static void rkvi_sort_by_score(const float *scores, int32_t *tokens, int n)
-{
-    int i;
-    for (i = n / 2 - 1; i >= 0; i--) rkvi_sift_down(scores, tokens, i, n);
-    for (i = n - 1; i > 0; i--) {
-        int32_t worst = tokens[0];
-        tokens[0] = tokens[i];
-        tokens[i] = worst;
-        rkvi_sift_down(scores, tokens, 0, i);
-    }
-}
-
-/* pinned tokens, the best candidates, the window. */
-static void rkvi_choose(const rkv_config *config, const float *scores, int n_tokens,
-                        rkvi_scratch *s, int32_t *kept)
-{
-    const int first = config->pinned, end = n_tokens - config->window;
-    const int n_keep = config->budget - config->window - config->pinned;
+    const int first = config->pinned, end = n_tokens - config->protect;
+    const int n_keep = config->budget - config->protect - config->pinned;
     int i, n_ties, at = first + n_keep;
     uint32_t cut;
     for (i = 0; i < first; i++) kept[i] = i;
-    for (i = 0; i < config->window; i++) kept[at + i] = end + i;
+    for (i = 0; i < config->protect; i++) kept[at + i] = end + i;
     if (n_keep == 0) return;
-    for (i = first; i < end; i++) s->ranks[i] = rkvi_rank(scores[i]);
+    for (i = first; i < end; i++)
+        s->ranks[i] = pins && pins[i] ? RKVI_PINNED_RANK : rkvi_rank(scores[i]);
     cut = rkvi_cut(s->ranks + first, end - first, n_keep, s->slots, &n_ties);
     for (i = end - 1; at > first; i--) { /* from the newest: it wins a tie */
         kept[at - 1] = i;
         at -= s->ranks[i] > cut || (s->ranks[i] == cut && n_ties-- > 0);
     }
-    if (config->order == RKV_BY_SCORE) rkvi_sort_by_score(scores, kept + first, n_keep);
 }
 
-/* ==== 15. Compaction ========================================================================
- * In: kept lists.  Out: the kept rows at the front, in the list's order. In place; every list has
- * been checked, so nothing here can fail half way. */
+/* ==== 17. Compaction ========================================================================
+ * In: kept lists, ascending.  Out: the kept rows at the front, in cache order. In place. Every list
+ * has been checked, so nothing here can fail half way. */
 
 /* A row is one piece, or, in a transposed view, dim pieces of one element. */
 typedef struct rkvi_pieces {
@@ -3152,7 +3339,7 @@ static rkvi_pieces rkvi_pieces_of(const rkvi_view *view)
     return pieces;
 }
 
-/* Rows kept[from ...] that lie one behind the other: how many, up to n_kept. */
+/* How many of the rows kept[from ...] are adjacent. */
 static int rkvi_run_length(const int32_t *kept, int from, int n_kept)
 {
     int n = 1;
@@ -3160,8 +3347,8 @@ static int rkvi_run_length(const int32_t *kept, int from, int n_kept)
     return n;
 }
 
-/* Ascending lists: every row moves down or not at all, so front to back loses nothing. */
-static void rkvi_move_down(const rkvi_view *view, int head, const int32_t *kept, int pinned,
+/* Every row moves down or not at all, so going front to back loses nothing. */
+static void rkvi_move_rows(const rkvi_view *view, int head, const int32_t *kept, int pinned,
                            int n_kept)
 {
     rkvi_pieces pieces = rkvi_pieces_of(view);
@@ -3184,70 +3371,12 @@ static void rkvi_move_down(const rkvi_view *view, int head, const int32_t *kept,
     }
 }
 
-static void rkvi_copy_row(const rkvi_view *view, unsigned char *dst, size_t dst_stride,
-                          const unsigned char *src, size_t src_stride)
-{
-    rkvi_pieces pieces = rkvi_pieces_of(view);
-    int piece;
-    for (piece = 0; piece < pieces.n; piece++)
-        memcpy(dst + (size_t)piece * dst_stride, src + (size_t)piece * src_stride, pieces.bytes);
-}
+/* ==== 18. CPU backends ======================================================================
+ * In: checked arguments.  Out: rkv_backend, for each table of kernels. Spreads the (layer, KV head)
+ * pairs over the caller's threads. Checks what needs the caller's data (block tables, lists, pins)
+ * before the first byte is written. */
 
-/* Lists in any order: rows are moved along the chains that end in an evicted row, then around the
- * cycles, with one row set aside. reader[t]: which dst wants row t, or one of the two below. */
-#define RKVI_NO_READER (-1)
-#define RKVI_WRITTEN   (-2)
-
-static void rkvi_follow(const rkvi_view *view, int head, const int32_t *kept, int n_kept, int dst,
-                        int32_t *reader, unsigned char *aside)
-{
-    const int start = dst;
-    for (;;) {
-        int src = kept[dst];
-        unsigned char *to = rkvi_row(view, head, dst);
-        reader[dst] = RKVI_WRITTEN;
-        if (src == start) { /* a cycle closes */
-            rkvi_copy_row(view, to, view->dim_stride, aside, view->element);
-            return;
-        }
-        rkvi_copy_row(view, to, view->dim_stride, rkvi_row(view, head, src), view->dim_stride);
-        if (src >= n_kept) return; /* a chain's other end */
-        dst = src;
-    }
-}
-
-static void rkvi_permute(const rkvi_view *view, int head, const int32_t *kept, int pinned,
-                         int n_kept, int n_tokens, rkvi_scratch *s)
-{
-    int32_t *reader = s->slots;
-    int dst;
-    for (dst = 0; dst < n_tokens; dst++) reader[dst] = RKVI_NO_READER;
-    for (dst = pinned; dst < n_kept; dst++) reader[kept[dst]] = dst;
-    for (dst = pinned; dst < n_kept; dst++)
-        if (reader[dst] == RKVI_NO_READER)
-            rkvi_follow(view, head, kept, n_kept, dst, reader, s->row);
-    for (dst = pinned; dst < n_kept; dst++) {
-        if (reader[dst] == RKVI_WRITTEN || kept[dst] == dst) continue;
-        rkvi_copy_row(view, s->row, view->element, rkvi_row(view, head, dst), view->dim_stride);
-        rkvi_follow(view, head, kept, n_kept, dst, reader, s->row);
-    }
-}
-
-static void rkvi_move_rows(const rkv_config *config, const rkvi_view *view, int head,
-                           const int32_t *kept, int n_kept, int n_tokens, rkvi_scratch *s)
-{
-    if (config->order == RKV_BY_POSITION)
-        rkvi_move_down(view, head, kept, config->pinned, n_kept);
-    else
-        rkvi_permute(view, head, kept, config->pinned, n_kept, n_tokens, s);
-}
-
-/* ==== 16. The CPU backends ==================================================================
- * In: checked arguments.  Out: the stages of rkv_backend, over any of the kernel tables. Spreads
- * (layer, kv head) pairs over the caller's threads; what reads lists in the caller's memory is
- * checked here, before the first byte is written. */
-
-/* A phase: something done for every item, kv head or set, of every layer that loses rows. */
+/* A phase does something for every item (KV head or set) of every layer that loses rows. */
 typedef void (*rkvi_item)(const rkvi_job *job, rkvi_scratch *s, int layer, int index);
 typedef enum rkvi_per { RKVI_HEADS, RKVI_SETS, RKVI_OWNERS } rkvi_per;
 typedef struct rkvi_phase {
@@ -3279,6 +3408,14 @@ static void rkvi_work(void *arg, int worker)
     }
 }
 
+/* rkvi_work on a thread that the caller lends. */
+static void rkvi_task(void *arg, int worker)
+{
+    const rkvi_float_mode saved = rkvi_enter_float_mode();
+    rkvi_work(arg, worker);
+    rkvi_leave_float_mode(saved);
+}
+
 static void rkvi_run(const rkvi_job *job, rkvi_item item, rkvi_per per)
 {
     rkvi_phase phase;
@@ -3288,14 +3425,14 @@ static void rkvi_run(const rkvi_job *job, rkvi_item item, rkvi_per per)
     if (job->n_workers == 1)
         rkvi_work(&phase, 0);
     else
-        job->config->parallel_for(job->config->pool_handle, job->n_workers, rkvi_work, &phase);
+        job->config->parallel_for(job->config->pool_handle, job->n_workers, rkvi_task, &phase);
 }
 
 static void rkvi_score_item(const rkvi_job *job, rkvi_scratch *s, int l, int index)
 {
     const rkvi_plan *plan = &job->plans[l];
     rkvi_head h;
-    if (!plan->scored || s->fault.status != RKV_OK) return;
+    if (!plan->scored || s->error.status != RKV_OK) return;
     h.kernels = job->kernels;
     h.config = job->config;
     h.keys = &plan->keys;
@@ -3304,17 +3441,17 @@ static void rkvi_score_item(const rkvi_job *job, rkvi_scratch *s, int l, int ind
     h.group = plan->group;
     h.n_tokens = plan->n_tokens;
     h.n_candidates = plan->n_tokens - job->config->window;
-    h.n_span = job->config->span == RKV_SPAN_ALL ? h.n_tokens : h.n_candidates;
+    h.n_span = job->config->variant == RKV_PUBLISHED ? h.n_tokens : h.n_candidates;
     h.n_queries = rkvi_reads_queries(job->config) ? plan->group * job->config->window : 0;
     h.wants_redundancy = job->config->lambda < 1;
     h.scale = plan->scale;
     h.softcap = job->layers[l].softcap;
     h.dim = rkvi_round_up((size_t)plan->keys.dim, RKVI_LANES);
     h.scores = plan->scores + (size_t)index * plan->score_stride;
-    if (rkvi_score_head(&h, s) != RKV_OK) s->fault.layer = l;
+    if (rkvi_score_head(&h, s) != RKV_OK) s->error.layer = l;
 }
 
-/* The sum over the set's layers of the mean over their heads. */
+/* For each set: the sum over its layers of the mean over their heads. */
 static void rkvi_share_item(const rkvi_job *job, rkvi_scratch *s, int l, int index)
 {
     rkvi_plan *plan = &job->plans[l];
@@ -3332,6 +3469,18 @@ static void rkvi_share_item(const rkvi_job *job, rkvi_scratch *s, int l, int ind
     }
 }
 
+/* Entries per set of positions and pins. */
+static size_t rkvi_row_stride(const rkv_layer *layer)
+{
+    return (size_t)(layer->row_stride > 0 ? layer->row_stride : layer->keys.tokens);
+}
+
+static const uint8_t *rkvi_pins_of(const rkvi_job *job, int l, int set)
+{
+    const rkv_layer *layer = &job->layers[l];
+    return layer->pins ? layer->pins + (size_t)set * rkvi_row_stride(layer) : NULL;
+}
+
 static void rkvi_select_item(const rkvi_job *job, rkvi_scratch *s, int l, int index)
 {
     const rkvi_plan *plan = &job->plans[l];
@@ -3340,29 +3489,42 @@ static void rkvi_select_item(const rkvi_job *job, rkvi_scratch *s, int l, int in
         scores = job->config->scope == RKV_PER_HEAD
                      ? plan->scores + (size_t)index * plan->score_stride
                      : plan->shared;
-    rkvi_choose(job->config, scores, plan->n_tokens, s,
+    rkvi_choose(job->config, scores, rkvi_pins_of(job, l, index), plan->n_tokens, s,
                 plan->kept + (size_t)index * (size_t)job->config->budget);
+}
+
+/* A per-row array of the caller's as a view of `sets` heads. */
+static rkvi_view rkvi_array_view(const rkv_layer *layer, void *array, size_t element)
+{
+    rkvi_view view;
+    memset(&view, 0, sizeof view);
+    view.data = (unsigned char *)array;
+    view.dim = 1;
+    view.element = view.dim_stride = view.token_stride = element;
+    view.head_stride = rkvi_row_stride(layer) * element;
+    return view;
 }
 
 static void rkvi_compact_item(const rkvi_job *job, rkvi_scratch *s, int l, int index)
 {
     const rkvi_plan *plan = &job->plans[l];
+    const rkv_layer *layer = &job->layers[l];
+    const int pinned = job->config->pinned, n_kept = plan->n_kept;
     int set = job->config->scope == RKV_PER_HEAD ? index : 0;
     const int32_t *kept = job->plans[plan->owner].kept + (size_t)set * (size_t)job->config->budget;
-    rkvi_view positions;
-    rkvi_move_rows(job->config, &plan->keys, index, kept, plan->n_kept, plan->n_tokens, s);
-    if (plan->values.data)
-        rkvi_move_rows(job->config, &plan->values, index, kept, plan->n_kept, plan->n_tokens, s);
-    if (!job->layers[l].positions || index >= plan->sets) return;
-    memset(&positions, 0, sizeof positions);
-    positions.data = (unsigned char *)job->layers[l].positions;
-    positions.dim = 1;
-    positions.element = positions.dim_stride = positions.token_stride = sizeof(int32_t);
-    positions.head_stride =
-        (size_t)(job->layers[l].position_stride > 0 ? job->layers[l].position_stride
-                                                    : job->layers[l].keys.tokens) *
-        sizeof(int32_t);
-    rkvi_move_rows(job->config, &positions, index, kept, plan->n_kept, plan->n_tokens, s);
+    rkvi_view array;
+    (void)s;
+    rkvi_move_rows(&plan->keys, index, kept, pinned, n_kept);
+    if (plan->values.data) rkvi_move_rows(&plan->values, index, kept, pinned, n_kept);
+    if (index >= plan->sets) return;
+    if (layer->positions) {
+        array = rkvi_array_view(layer, layer->positions, sizeof *layer->positions);
+        rkvi_move_rows(&array, index, kept, pinned, n_kept);
+    }
+    if (layer->pins) {
+        array = rkvi_array_view(layer, layer->pins, sizeof *layer->pins);
+        rkvi_move_rows(&array, index, kept, pinned, n_kept);
+    }
 }
 
 static void rkvi_copy_scores_out(const rkvi_job *job)
@@ -3394,22 +3556,8 @@ static void rkvi_keep_all(const rkvi_job *job)
     }
 }
 
-static const rkv_fault rkvi_no_fault = { RKV_OK, -1, -1, -1, 0 };
-
-static rkv_status rkvi_refuse(const rkvi_job *job, rkv_status status, int layer, int head,
-                              int token)
-{
-    rkv_fault fault = rkvi_no_fault;
-    fault.status = (int32_t)status;
-    fault.layer = layer;
-    fault.head = head;
-    fault.token = token;
-    if (job->config->fault) *job->config->fault = fault;
-    return status;
-}
-
-/* The blocks that a view uses are in range and each of them once: -1, else the first row of the
- * first that is not. An open-addressed set of 2 n. */
+/* -1 if no block of a view is negative or used twice, else the first row of the first that is. The
+ * set is open-addressed, with 2 n slots. */
 static int rkvi_bad_block(const rkv_tensor *tensor, int n_tokens, int32_t *set)
 {
     size_t n = rkvi_n_blocks(tensor, n_tokens), i, slot;
@@ -3431,47 +3579,79 @@ static rkv_status rkvi_check_blocks(const rkvi_job *job)
     int l, bad;
     for (l = 0; l < job->n_layers; l++) {
         const rkv_layer *layer = &job->layers[l];
+        const char *rule = RKVI_RULE_KEY_BLOCKS;
         int n_tokens = job->plans[l].n_tokens;
         int32_t *set = job->scratches[0].blocks;
         if (n_tokens == job->plans[l].n_kept) continue;
         bad = rkvi_bad_block(&layer->keys, n_tokens, set);
-        if (bad < 0 && layer->values.data) bad = rkvi_bad_block(&layer->values, n_tokens, set);
-        if (bad < 0 && job->plans[l].scored && rkvi_reads_queries(job->config))
+        if (bad < 0 && layer->values.data) {
+            rule = RKVI_RULE_VALUE_BLOCKS;
+            bad = rkvi_bad_block(&layer->values, n_tokens, set);
+        }
+        if (bad < 0 && job->plans[l].scored && rkvi_reads_queries(job->config)) {
+            rule = RKVI_RULE_QUERY_BLOCKS;
             bad = rkvi_bad_block(&layer->queries, job->config->window, set);
-        if (bad >= 0) return rkvi_refuse(job, RKV_ERROR_ARGUMENT, l, 0, bad);
+        }
+        if (bad >= 0) return rkvi_refuse(job->config, RKV_ERROR_ARGUMENT, rule, l, -1, bad);
     }
     return RKV_OK;
 }
 
-/* -1 where a kept list holds to what rkv_compact asks, else its first entry that does not. */
-static int rkvi_bad_entry(const rkv_config *config, const int32_t *kept, int n_kept, int n_tokens,
-                          int32_t *seen)
+/* Refuses sets that pin more candidates than can be kept. */
+static rkv_status rkvi_check_pins(const rkvi_job *job)
 {
-    int i, by_position = config->order == RKV_BY_POSITION;
-    for (i = 0; i < n_tokens; i++) seen[i] = 0;
-    for (i = 0; i < n_kept; i++) {
-        if (kept[i] < 0 || kept[i] >= n_tokens || seen[kept[i]]) return i;
-        if (i < config->pinned && kept[i] != i) return i;
-        if (by_position && i > 0 && kept[i] < kept[i - 1]) return i;
-        seen[kept[i]] = 1;
+    const rkv_config *config = job->config;
+    int l, set, i, n_keep = config->budget - config->protect - config->pinned;
+    for (l = 0; l < job->n_layers; l++) {
+        const rkvi_plan *plan = &job->plans[l];
+        if (plan->n_tokens == plan->n_kept || !job->layers[l].pins) continue;
+        for (set = 0; set < plan->sets; set++) {
+            const uint8_t *pins = rkvi_pins_of(job, l, set);
+            int n_pins = 0;
+            for (i = config->pinned; i < plan->n_tokens - config->protect; i++)
+                n_pins += pins[i] != 0;
+            if (n_pins > n_keep)
+                return rkvi_refuse(config, RKV_ERROR_ARGUMENT, RKVI_RULE_PINS, l, set, -1);
+        }
     }
-    return -1;
+    return RKV_OK;
 }
 
-/* Lists given to rkv_compact: of n_kept rows, which need not be what rkv_select chose. */
+/* The rule that a kept list breaks, or NULL; *at gets the entry, or the row, at fault. */
+static const char *rkvi_list_rule(const rkv_config *config, const int32_t *kept, int n_kept,
+                                  int n_tokens, const uint8_t *pins, int *at)
+{
+    int i, row = 0;
+    for (i = 0; i < n_kept; i++) {
+        *at = i;
+        if (kept[i] < 0 || kept[i] >= n_tokens) return RKVI_RULE_KEPT_RANGE;
+        if (i > 0 && kept[i] <= kept[i - 1]) return RKVI_RULE_KEPT_ORDER;
+        if (i < config->pinned && kept[i] != i) return RKVI_RULE_KEPT_PINNED;
+    }
+    for (i = 0; pins && row < n_tokens; row++) {
+        *at = row;
+        if (i < n_kept && kept[i] == row)
+            i++;
+        else if (pins[row])
+            return RKVI_RULE_KEPT_PINS;
+    }
+    return NULL;
+}
+
+/* Lists given to rkv_compact: n_kept rows, not necessarily those that rkv_select chose. */
 static rkv_status rkvi_check_lists(const rkvi_job *job)
 {
     const rkv_config *config = job->config;
-    int l, set;
+    int l, set, at;
     for (l = 0; l < job->n_layers; l++) {
         rkvi_plan *plan = &job->plans[l];
         if (plan->n_tokens == plan->n_kept) continue;
         plan->n_kept = job->layers[plan->owner].n_kept;
         for (set = 0; set < plan->sets; set++) {
             const int32_t *kept = plan->kept + (size_t)set * (size_t)config->budget;
-            int bad =
-                rkvi_bad_entry(config, kept, plan->n_kept, plan->n_tokens, job->scratches[0].slots);
-            if (bad >= 0) return rkvi_refuse(job, RKV_ERROR_ARGUMENT, l, set, bad);
+            const char *rule = rkvi_list_rule(config, kept, plan->n_kept, plan->n_tokens,
+                                              rkvi_pins_of(job, l, set), &at);
+            if (rule) return rkvi_refuse(config, RKV_ERROR_ARGUMENT, rule, l, set, at);
         }
     }
     return RKV_OK;
@@ -3491,34 +3671,30 @@ static rkv_status rkvi_take_scores(const rkvi_job *job)
             float *to = shared ? plan->shared : plan->scores + (size_t)set * plan->score_stride;
             for (i = 0; i < n; i++)
                 if (from[i] != from[i])
-                    return rkvi_refuse(job, RKV_ERROR_NONFINITE, l, set, (int)i);
+                    return rkvi_refuse(job->config, RKV_ERROR_NONFINITE, RKVI_RULE_SCORE, l, set,
+                                       (int)i);
             memcpy(to, from, n * sizeof *to);
         }
     }
     return RKV_OK;
 }
 
-static int rkvi_fault_kv_head(const rkvi_job *job, const rkv_fault *fault)
+/* The earliest error that any worker met. Workers take their items in ascending order, so it is the
+ * same one for any number of threads. */
+static rkv_status rkvi_first_error(const rkvi_job *job)
 {
-    return fault->query ? fault->head / job->plans[fault->layer].group : fault->head;
-}
-
-/* The earliest fault that any worker met. Every worker takes its items in ascending order, so it
- * is the same one for any number of threads. */
-static rkv_status rkvi_first_fault(const rkvi_job *job)
-{
-    const rkv_fault *first = NULL;
+    const rkvi_scratch *first = NULL;
     int w;
     for (w = 0; w < job->n_workers; w++) {
-        const rkv_fault *fault = &job->scratches[w].fault;
-        if (fault->status == RKV_OK) continue;
-        if (!first || fault->layer < first->layer ||
-            (fault->layer == first->layer &&
-             rkvi_fault_kv_head(job, fault) < rkvi_fault_kv_head(job, first)))
-            first = fault;
+        const rkvi_scratch *s = &job->scratches[w];
+        if (s->error.status == RKV_OK) continue;
+        if (!first || s->error.layer < first->error.layer ||
+            (s->error.layer == first->error.layer && s->error_kv_head < first->error_kv_head))
+            first = s;
     }
-    if (job->config->fault) *job->config->fault = first ? *first : rkvi_no_fault;
-    return first ? RKV_ERROR_NONFINITE : RKV_OK;
+    if (!first) return RKV_OK;
+    return rkvi_refuse(job->config, RKV_ERROR_NONFINITE, first->error.rule, first->error.layer,
+                       first->error.head, first->error.token);
 }
 
 static rkv_status rkvi_cpu_workspace_size(const rkv_backend *self, const rkv_config *config,
@@ -3527,29 +3703,33 @@ static rkv_status rkvi_cpu_workspace_size(const rkv_backend *self, const rkv_con
     rkvi_arena arena = { NULL, 0, 0 };
     (void)self;
     rkvi_carve(&arena, config, layers, n_layers, NULL);
-    if (arena.overflow || arena.used > PTRDIFF_MAX - RKVI_ALIGN) return RKV_ERROR_ARGUMENT;
+    if (arena.overflow || arena.used > PTRDIFF_MAX - RKVI_ALIGN)
+        return rkvi_refuse(config, RKV_ERROR_ARGUMENT, RKVI_RULE_TOO_LARGE, -1, -1, -1);
     *bytes = arena.used + RKVI_ALIGN;
     return RKV_OK;
 }
 
-/* Lays the job out in the workspace. rkv_fault of every worker starts clean. */
-static rkv_status rkvi_open_job(rkvi_job *job, const rkv_backend *self, const rkv_config *config,
-                                rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+/* Lays the job out in the workspace. */
+static rkv_status rkvi_open_job(rkvi_job *job, const rkv_backend *self, const rkv_call *call)
 {
     rkvi_arena arena = { NULL, 0, 0 };
     size_t needed = 0;
-    rkv_status status = rkvi_cpu_workspace_size(self, config, layers, n_layers, &needed);
+    rkv_status status =
+        rkvi_cpu_workspace_size(self, call->config, call->layers, call->n_layers, &needed);
     int w;
     if (status != RKV_OK) return status;
-    if (!workspace || bytes < needed) return RKV_ERROR_WORKSPACE;
-    arena.base =
-        (unsigned char *)workspace + (RKVI_ALIGN - (uintptr_t)workspace % RKVI_ALIGN) % RKVI_ALIGN;
+    if (!call->workspace)
+        return rkvi_refuse(call->config, RKV_ERROR_WORKSPACE, RKVI_RULE_WORKSPACE_NULL, -1, -1, -1);
+    if (call->bytes < needed)
+        return rkvi_refuse(call->config, RKV_ERROR_WORKSPACE, RKVI_RULE_WORKSPACE_SIZE, -1, -1, -1);
+    arena.base = (unsigned char *)call->workspace +
+                 (RKVI_ALIGN - (uintptr_t)call->workspace % RKVI_ALIGN) % RKVI_ALIGN;
     job->kernels = (const rkvi_kernels *)self->context;
-    job->config = config;
-    job->layers = layers;
-    job->n_layers = n_layers;
-    rkvi_carve(&arena, config, layers, n_layers, job);
-    for (w = 0; w < job->n_workers; w++) job->scratches[w].fault = rkvi_no_fault;
+    job->config = call->config;
+    job->layers = call->layers;
+    job->n_layers = call->n_layers;
+    rkvi_carve(&arena, call->config, call->layers, call->n_layers, job);
+    for (w = 0; w < job->n_workers; w++) job->scratches[w].error = rkvi_no_error;
     return RKV_OK;
 }
 
@@ -3558,7 +3738,7 @@ static rkv_status rkvi_run_score(const rkvi_job *job)
     rkv_status status = rkvi_check_blocks(job);
     if (status != RKV_OK) return status;
     rkvi_run(job, rkvi_score_item, RKVI_HEADS);
-    status = rkvi_first_fault(job);
+    status = rkvi_first_error(job);
     if (status != RKV_OK) return status;
     if (job->config->scope != RKV_PER_HEAD) rkvi_run(job, rkvi_share_item, RKVI_OWNERS);
     rkvi_copy_scores_out(job);
@@ -3570,61 +3750,44 @@ static void rkvi_run_select(const rkvi_job *job)
     int l;
     rkvi_keep_all(job);
     rkvi_run(job, rkvi_select_item, RKVI_SETS);
-    for (l = 0; l < job->n_layers; l++) {
-        job->layers[l].n_kept = job->plans[l].n_kept;
-        job->layers[l].n_evicted = job->plans[l].n_tokens - job->plans[l].n_kept;
-    }
+    for (l = 0; l < job->n_layers; l++) job->layers[l].n_kept = job->plans[l].n_kept;
 }
 
 static void rkvi_run_compact(const rkvi_job *job)
 {
     int l;
     rkvi_run(job, rkvi_compact_item, RKVI_HEADS);
-    for (l = 0; l < job->n_layers; l++) {
+    for (l = 0; l < job->n_layers; l++)
         job->layers[l].n_kept = job->layers[l].n_tokens = job->plans[l].n_kept;
-        job->layers[l].n_evicted = job->plans[l].n_tokens - job->plans[l].n_kept;
-    }
 }
 
-static rkv_status rkvi_cpu_score(const rkv_backend *self, const rkv_config *config,
-                                 rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
+/* Every check comes before the first write to a caller's buffer. */
+static rkv_status rkvi_cpu_run(const rkv_backend *self, const rkv_call *call)
 {
     rkvi_job job;
-    rkv_status status = rkvi_open_job(&job, self, config, layers, n_layers, workspace, bytes);
-    return status == RKV_OK ? rkvi_run_score(&job) : status;
-}
-
-static rkv_status rkvi_cpu_select(const rkv_backend *self, const rkv_config *config,
-                                  rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
-{
-    rkvi_job job;
-    rkv_status status = rkvi_open_job(&job, self, config, layers, n_layers, workspace, bytes);
-    if (status == RKV_OK) status = rkvi_take_scores(&job);
-    if (status == RKV_OK) rkvi_run_select(&job);
-    return status;
-}
-
-static rkv_status rkvi_cpu_compact(const rkv_backend *self, const rkv_config *config,
-                                   rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
-{
-    rkvi_job job;
-    rkv_status status = rkvi_open_job(&job, self, config, layers, n_layers, workspace, bytes);
-    if (status == RKV_OK) status = rkvi_check_blocks(&job);
-    if (status == RKV_OK) status = rkvi_check_lists(&job);
-    if (status == RKV_OK) rkvi_run_compact(&job);
-    return status;
-}
-
-static rkv_status rkvi_cpu_compress(const rkv_backend *self, const rkv_config *config,
-                                    rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
-{
-    rkvi_job job;
-    rkv_status status = rkvi_open_job(&job, self, config, layers, n_layers, workspace, bytes);
-    if (status == RKV_OK) status = rkvi_run_score(&job);
+    rkv_status status = rkvi_open_job(&job, self, call);
     if (status != RKV_OK) return status;
-    rkvi_run_select(&job);
-    rkvi_run_compact(&job);
-    return RKV_OK;
+    switch (call->stage) {
+    case RKV_SCORE: return rkvi_run_score(&job);
+    case RKV_SELECT:
+        status = rkvi_check_pins(&job);
+        if (status == RKV_OK) status = rkvi_take_scores(&job);
+        if (status == RKV_OK) rkvi_run_select(&job);
+        return status;
+    case RKV_COMPACT:
+        status = rkvi_check_blocks(&job);
+        if (status == RKV_OK) status = rkvi_check_lists(&job);
+        if (status == RKV_OK) rkvi_run_compact(&job);
+        return status;
+    case RKV_COMPRESS:
+        status = rkvi_check_pins(&job);
+        if (status == RKV_OK) status = rkvi_run_score(&job);
+        if (status != RKV_OK) return status;
+        rkvi_run_select(&job);
+        rkvi_run_compact(&job);
+        return RKV_OK;
+    }
+    return RKV_ERROR_UNSUPPORTED;
 }
 
 #ifndef RKV_NO_CACHE
@@ -3655,6 +3818,8 @@ static rkv_status rkvi_cpu_copy_rows(const rkv_backend *self, const rkv_tensor *
     rkvi_pieces pieces = rkvi_pieces_of(&to);
     int head, token, piece;
     (void)self;
+    for (token = src_token; from.table && token < src->tokens; token++)
+        if (from.table[token / from.block_tokens] < 0) return RKV_ERROR_ARGUMENT;
     if (from.dim_stride != from.element) pieces = rkvi_pieces_of(&from);
     for (head = 0; head < dst->heads; head++)
         for (token = 0; token < n_tokens; token++) {
@@ -3689,11 +3854,10 @@ static rkv_status rkvi_cpu_synchronize(const rkv_backend *self)
 #else
 #define RKVI_CPU_ALLOC rkvi_cpu_alloc, rkvi_cpu_free
 #endif
-#define RKVI_CPU_BACKEND(name, kernels)                                                        \
-    {                                                                                          \
-        name, &(kernels), rkvi_cpu_workspace_size, rkvi_cpu_score, rkvi_cpu_select,            \
-            rkvi_cpu_compact, rkvi_cpu_compress, RKVI_CPU_ALLOC, rkvi_cpu_copy, rkvi_cpu_copy, \
-            rkvi_cpu_copy_rows, rkvi_cpu_fill_positions, rkvi_cpu_synchronize                  \
+#define RKVI_CPU_BACKEND(name, kernels)                                                         \
+    {                                                                                           \
+        name, &(kernels), rkvi_cpu_workspace_size, rkvi_cpu_run, RKVI_CPU_ALLOC, rkvi_cpu_copy, \
+            rkvi_cpu_copy_rows, rkvi_cpu_fill_positions, rkvi_cpu_synchronize                   \
     }
 
 static const rkv_backend rkvi_cpu_backends[] = {
@@ -3711,68 +3875,648 @@ static const rkv_backend rkvi_cpu_backends[] = {
 };
 #define RKVI_N_CPU_BACKENDS ((int)(sizeof rkvi_cpu_backends / sizeof *rkvi_cpu_backends))
 
-/* The one global of this file. */
+/* The globals of this file: the registry, and which CPU path is the best, once that is known. */
 #define RKVI_MAX_REGISTERED 16
 static const rkv_backend *rkvi_registered[RKVI_MAX_REGISTERED];
+static const rkv_backend *rkvi_best_cpu;
 
 static int rkvi_cpu_is_usable(int i)
 {
     return ((const rkvi_kernels *)rkvi_cpu_backends[i].context)->usable();
 }
 
+/* Asking the CPU takes up to 50 us in a virtual machine: once. Threads that ask at the same time
+ * store the same answer. */
+static const rkv_backend *rkvi_best(void)
+{
+    const rkv_backend *best = RKVI_ATOMIC_LOAD(&rkvi_best_cpu);
+    int i = RKVI_N_CPU_BACKENDS - 1;
+    if (best) return best;
+    while (!rkvi_cpu_is_usable(i)) i--; /* "scalar", the first, always is */
+    RKVI_ATOMIC_STORE(&rkvi_best_cpu, &rkvi_cpu_backends[i]);
+    return &rkvi_cpu_backends[i];
+}
+
 RKV_API const rkv_backend *rkv_backend_find(const char *name)
 {
     int i;
-    for (i = RKVI_N_CPU_BACKENDS - 1; i >= 0; i--)
-        if ((!name || strcmp(name, rkvi_cpu_backends[i].name) == 0) && rkvi_cpu_is_usable(i))
-            return &rkvi_cpu_backends[i];
-    for (i = 0; name && i < RKVI_MAX_REGISTERED && rkvi_registered[i]; i++)
+    if (!name) return rkvi_best();
+    for (i = 0; i < RKVI_N_CPU_BACKENDS; i++)
+        if (strcmp(name, rkvi_cpu_backends[i].name) == 0)
+            return rkvi_cpu_is_usable(i) ? &rkvi_cpu_backends[i] : NULL;
+    for (i = 0; i < RKVI_MAX_REGISTERED && rkvi_registered[i]; i++)
         if (strcmp(name, rkvi_registered[i]->name) == 0) return rkvi_registered[i];
     return NULL;
 }
 
-RKV_API const rkv_backend *rkv_backend_at(int index)
+/* The rule that a backend breaks, or NULL. */
+static const char *rkvi_backend_rule(const rkv_backend *b)
 {
-    int i;
-    if (index < 0) return NULL;
-    for (i = 0; i < RKVI_N_CPU_BACKENDS; i++)
-        if (rkvi_cpu_is_usable(i) && index-- == 0) return &rkvi_cpu_backends[i];
-    return index < RKVI_MAX_REGISTERED ? rkvi_registered[index] : NULL;
+    if (!b) return "backend: is NULL";
+    if (!b->name || !b->name[0]) return "backend.name: must not be empty";
+    if (!b->workspace_size) return "backend.workspace_size: is NULL";
+    if (!b->run) return "backend.run: is NULL";
+    return NULL;
 }
 
-static int rkvi_is_complete(const rkv_backend *b)
+RKV_API rkv_status rkv_backend_register(const rkv_backend *backend, rkv_error *error)
 {
-    return b && b->name && b->name[0] && b->workspace_size && b->score && b->select && b->compact &&
-           b->compress;
-}
-
-RKV_API rkv_status rkv_backend_register(const rkv_backend *backend)
-{
+    const char *rule = rkvi_backend_rule(backend);
     int i;
-    if (!rkvi_is_complete(backend)) return RKV_ERROR_ARGUMENT;
-    for (i = 0; i < RKVI_N_CPU_BACKENDS; i++)
-        if (strcmp(backend->name, rkvi_cpu_backends[i].name) == 0) return RKV_ERROR_ARGUMENT;
+    for (i = 0; !rule && i < RKVI_N_CPU_BACKENDS; i++)
+        if (strcmp(backend->name, rkvi_cpu_backends[i].name) == 0)
+            rule = "backend.name: is that of a built-in backend";
+    if (rule) return rkvi_record(error, RKV_ERROR_ARGUMENT, rule, -1, -1, -1);
     for (i = 0; i < RKVI_MAX_REGISTERED; i++)
         if (!rkvi_registered[i] || strcmp(rkvi_registered[i]->name, backend->name) == 0) {
             rkvi_registered[i] = backend;
-            return RKV_OK;
+            return rkvi_record(error, RKV_OK, NULL, -1, -1, -1);
         }
-    return RKV_ERROR_MEMORY;
+    return rkvi_record(error, RKV_ERROR_MEMORY, "backend: 16 are registered already", -1, -1, -1);
 }
 
-/* ==== 17. Public functions ==================================================================
- * In: whatever a caller passes.  Out: checked arguments for a backend, or a status. */
+/* ==== 19. Validation ========================================================================
+ * In: whatever a caller passes.  Out: the rule that it breaks, as a text that names the field, or
+ * NULL. Looks at the description only: what needs the data is for the backends (room 6 has the
+ * texts). A rule is a function that returns NULL or its text. */
+
+static int rkvi_tail_of(const rkv_config *c)
+{
+    int window = c->window ? c->window : 8;
+    return c->protect > window ? c->protect : window;
+}
+
+static rkv_config rkvi_resolve(const rkv_config *given)
+{
+    rkv_config config = *given;
+    if (config.window == 0) config.window = 8;
+    if (config.pool == 0) config.pool = 7;
+    if (config.recent == 0) config.recent = 1;
+    config.protect = rkvi_tail_of(given);
+    if (config.n_threads < 1 || !config.parallel_for) config.n_threads = 1;
+    return config;
+}
+
+static const char *rkvi_config_rule(const rkv_config *c)
+{
+    if (c->budget < 1) return "config.budget: must be at least 1";
+    if (c->pinned < 0) return "config.pinned: must not be negative";
+    if (c->n_threads < 0) return "config.n_threads: must not be negative";
+    if (c->window < 0) return "config.window: must not be negative";
+    if (c->protect < 0) return "config.protect: must not be negative";
+    if (c->pool < 0) return "config.pool: must not be negative";
+    if (c->recent < 0) return "config.recent: must not be negative";
+    if (c->pinned > c->budget || rkvi_tail_of(c) > c->budget - c->pinned)
+        return "config.budget: must hold pinned + window, or pinned + protect if that is more";
+    if (!(c->lambda >= 0 && c->lambda <= 1)) return "config.lambda: must be in [0, 1]";
+    if (!(c->threshold >= -1 && c->threshold <= 1)) return "config.threshold: must be in [-1, 1]";
+    if ((unsigned)c->scope > RKV_PER_SEQUENCE) return "config.scope: no such scope";
+    if ((unsigned)c->variant > RKV_PAPER) return "config.variant: no such variant";
+    return NULL;
+}
+
+/* *bytes grows by n - 1 steps of `stride`; 0 if that overflows. */
+static int rkvi_add_steps(size_t *bytes, size_t n, size_t stride)
+{
+    size_t reach;
+    return rkvi_mul_size(n - 1, stride, &reach) && rkvi_add_size(*bytes, reach, bytes) &&
+           *bytes <= PTRDIFF_MAX;
+}
+
+/* One axis of a view: how many steps of how many elements. */
+typedef struct rkvi_axis {
+    size_t n, stride;
+} rkvi_axis;
+
+enum { RKVI_AXES = 4 };
+
+/* The axes of a view from the tightest to the widest, without those of a single step. */
+static int rkvi_axes_of(const rkv_tensor *t, const rkvi_view *view, rkvi_axis axes[RKVI_AXES])
+{
+    rkvi_axis all[RKVI_AXES];
+    int i, at, n = 0;
+    all[0].n = (size_t)t->dim;
+    all[0].stride = view->dim_stride;
+    all[1].n = (size_t)(t->block_table ? t->block_tokens : t->tokens);
+    all[1].stride = view->token_stride;
+    all[2].n = (size_t)t->heads;
+    all[2].stride = view->head_stride;
+    all[3].n = t->block_table ? rkvi_n_blocks(t, t->tokens) : 1;
+    all[3].stride = view->block_stride;
+    for (i = 0; i < RKVI_AXES; i++) {
+        if (all[i].n < 2) continue;
+        for (at = n++; at > 0 && axes[at - 1].stride > all[i].stride; at--) axes[at] = axes[at - 1];
+        axes[at] = all[i];
+    }
+    return n;
+}
+
+/* Strides nest if each is wider than all that lies below it: then no two rows share a byte. */
+static int rkvi_rows_nest(const rkv_tensor *t)
+{
+    rkvi_view view = rkvi_view_in_elements(t);
+    rkvi_axis axes[RKVI_AXES];
+    size_t below = 1;
+    int i, n = rkvi_axes_of(t, &view, axes);
+    for (i = 0; i < n; i++) {
+        if (axes[i].stride < below) return 0;
+        if (!rkvi_add_steps(&below, axes[i].n, axes[i].stride)) return 0;
+    }
+    return 1;
+}
+
+static int rkvi_has_contiguous_size(const rkv_tensor *t)
+{
+    size_t n = (size_t)t->dim, rows = (size_t)(t->block_table ? t->block_tokens : t->tokens);
+    return rkvi_mul_size(n, rows, &n) && rkvi_mul_size(n, (size_t)t->heads, &n) &&
+           n <= PTRDIFF_MAX / 8;
+}
+
+/* Bytes that a view spans, 0 if they overflow. Paged: of as many blocks as the table has. */
+static size_t rkvi_extent(const rkv_tensor *t)
+{
+    rkvi_view view = rkvi_view_in_elements(t);
+    rkvi_axis axes[RKVI_AXES];
+    size_t bytes = 1;
+    int i, n = rkvi_axes_of(t, &view, axes);
+    for (i = 0; i < n; i++)
+        if (!rkvi_add_steps(&bytes, axes[i].n, axes[i].stride)) return 0;
+    return rkvi_mul_size(bytes, view.element, &bytes) && bytes <= PTRDIFF_MAX ? bytes : 0;
+}
+
+/* The rules for one view: its own, then those that depend on what it is for. */
+typedef enum rkvi_view_rule {
+    RKVI_DATA,
+    RKVI_DTYPE,
+    RKVI_ELEMENT_BYTES,
+    RKVI_HEADS_RANGE,
+    RKVI_TOKENS_RANGE,
+    RKVI_DIM,
+    RKVI_HEAD_STRIDE,
+    RKVI_TOKEN_STRIDE,
+    RKVI_DIM_STRIDE,
+    RKVI_BLOCK_STRIDE,
+    RKVI_BLOCK_TOKENS,
+    RKVI_SIZE,
+    RKVI_NOT_READABLE,
+    RKVI_NOT_THE_DTYPE,
+    RKVI_TOO_FEW_TOKENS,
+    RKVI_OVERLAP,
+    RKVI_OTHER_DTYPE,
+    RKVI_OTHER_HEADS,
+    RKVI_OTHER_DIM,
+    RKVI_N_VIEW_RULES,
+    RKVI_SOUND = RKVI_N_VIEW_RULES
+} rkvi_view_rule;
+
+#define RKVI_VIEW_RULES(view)                                                                     \
+    {                                                                                             \
+        view ": it or its data is NULL", view ".dtype: no such type",                             \
+            view ".element_bytes: must not be negative", view ".heads: must be at least 1",       \
+            view ".tokens: must not be negative", view ".dim: must be at least 1",                \
+            view ".head_stride: negative, a broadcast, or above PTRDIFF_MAX",                     \
+            view ".token_stride: negative, a broadcast, or above PTRDIFF_MAX",                    \
+            view ".dim_stride: negative, a broadcast, or above PTRDIFF_MAX",                      \
+            view ".block_stride: negative, a broadcast, or above PTRDIFF_MAX",                    \
+            view ".block_tokens: must be at least 1 with a block table",                          \
+            view ": its size overflows",                                                          \
+            view ".dim_stride: must be 0 or 1, numbers of a row lie side by side",                \
+            view ".element_bytes: must be 0 or the dtype's", view ".tokens: fewer than n_tokens", \
+            view ": rows overlap, a stride is too small", view ".dtype: not the cache's",         \
+            view ".heads: not the cache's", view ".dim: not the cache's"                          \
+    }
+enum { RKVI_KEYS, RKVI_VALUES, RKVI_QUERIES, RKVI_APPENDED, RKVI_N_VIEWS = 2 * RKVI_APPENDED };
+static const char *const rkvi_view_rules[RKVI_N_VIEWS][RKVI_N_VIEW_RULES] = {
+    RKVI_VIEW_RULES("layer.keys"),    RKVI_VIEW_RULES("layer.values"),
+    RKVI_VIEW_RULES("layer.queries"), RKVI_VIEW_RULES("keys"),
+    RKVI_VIEW_RULES("values"),        RKVI_VIEW_RULES("queries")
+};
+
+static int rkvi_stride_is_sane(int64_t stride)
+{
+    return stride >= 0 && (uint64_t)stride <= PTRDIFF_MAX;
+}
+
+/* What holds for keys, values and queries alike. */
+static rkvi_view_rule rkvi_tensor_rule(const rkv_tensor *t)
+{
+    if ((unsigned)t->dtype > RKV_BF16) return RKVI_DTYPE;
+    if (t->element_bytes < 0) return RKVI_ELEMENT_BYTES;
+    if (t->heads < 1) return RKVI_HEADS_RANGE;
+    if (t->tokens < 0) return RKVI_TOKENS_RANGE;
+    if (t->dim < 1) return RKVI_DIM;
+    if (!rkvi_stride_is_sane(t->head_stride)) return RKVI_HEAD_STRIDE;
+    if (!rkvi_stride_is_sane(t->token_stride)) return RKVI_TOKEN_STRIDE;
+    if (!rkvi_stride_is_sane(t->dim_stride)) return RKVI_DIM_STRIDE;
+    if (!rkvi_stride_is_sane(t->block_stride)) return RKVI_BLOCK_STRIDE;
+    if (t->block_table && t->block_tokens < 1) return RKVI_BLOCK_TOKENS;
+    if (!rkvi_has_contiguous_size(t) || rkvi_extent(t) == 0) return RKVI_SIZE;
+    return RKVI_SOUND;
+}
+
+static int rkvi_has_own_elements(const rkv_tensor *t)
+{
+    return t->element_bytes == 0 || (size_t)t->element_bytes == rkvi_dtype_bytes(t->dtype);
+}
+
+/* What holds for a view whose numbers are read. */
+static rkvi_view_rule rkvi_readable_rule(const rkv_tensor *t)
+{
+    rkvi_view_rule rule = rkvi_tensor_rule(t);
+    if (rule != RKVI_SOUND) return rule;
+    if (t->dim_stride > 1) return RKVI_NOT_READABLE;
+    return rkvi_has_own_elements(t) ? RKVI_SOUND : RKVI_NOT_THE_DTYPE;
+}
+
+/* What holds for a view whose first n_tokens rows are moved. */
+static rkvi_view_rule rkvi_movable_rule(const rkv_tensor *t, int n_tokens)
+{
+    if (t->tokens < n_tokens) return RKVI_TOO_FEW_TOKENS;
+    return rkvi_rows_nest(t) ? RKVI_SOUND : RKVI_OVERLAP;
+}
+
+static const char *rkvi_keys_rule(const rkv_layer *layer)
+{
+    rkvi_view_rule rule = rkvi_readable_rule(&layer->keys);
+    if (layer->n_tokens < 0) return "layer.n_tokens: must not be negative";
+    if (layer->n_tokens > INT_MAX / 2) return "layer.n_tokens: must be below 2^30";
+    if (rule == RKVI_SOUND) rule = rkvi_movable_rule(&layer->keys, layer->n_tokens);
+    return rule == RKVI_SOUND ? NULL : rkvi_view_rules[RKVI_KEYS][rule];
+}
+
+static const char *rkvi_values_rule(const rkv_layer *layer)
+{
+    const rkv_tensor *values = &layer->values;
+    rkvi_view_rule rule;
+    if (!values->data && values->dim == 0) return NULL; /* no values */
+    rule = rkvi_tensor_rule(values);
+    if (rule == RKVI_SOUND) rule = rkvi_movable_rule(values, layer->n_tokens);
+    if (rule != RKVI_SOUND) return rkvi_view_rules[RKVI_VALUES][rule];
+    if (values->heads != layer->keys.heads) return "layer.values.heads: must equal keys.heads";
+    return NULL;
+}
+
+static int rkvi_needs_queries(const rkv_config *config, const rkv_layer *layer)
+{
+    return rkvi_is_scored(config, layer->n_tokens) && rkvi_reads_queries(config);
+}
+
+static const char *rkvi_queries_rule(const rkv_config *config, const rkv_layer *layer)
+{
+    const rkv_tensor *queries = &layer->queries;
+    rkvi_view_rule rule = rkvi_readable_rule(queries);
+    if (rule != RKVI_SOUND) return rkvi_view_rules[RKVI_QUERIES][rule];
+    if (queries->dim != layer->keys.dim) return "layer.queries.dim: must equal keys.dim";
+    if (queries->heads % layer->keys.heads != 0)
+        return "layer.queries.heads: must be a multiple of keys.heads";
+    if (queries->tokens != config->window)
+        return "layer.queries.tokens: must equal config.window (no partial window)";
+    return NULL;
+}
+
+static const char *rkvi_layer_rule(const rkv_config *config, const rkv_layer *layer, int is_owner)
+{
+    const char *rule = rkvi_keys_rule(layer);
+    if (!rule) rule = rkvi_values_rule(layer);
+    if (!rule && rkvi_needs_queries(config, layer)) rule = rkvi_queries_rule(config, layer);
+    if (rule) return rule;
+    if (!(layer->scale >= 0 && layer->scale <= 100)) return "layer.scale: must be in [0, 100]";
+    if (!(layer->softcap >= 0 && layer->softcap <= 1e6f))
+        return "layer.softcap: must be in [0, 1e6]";
+    if ((layer->positions || layer->pins) && layer->row_stride != 0 &&
+        layer->row_stride < layer->n_tokens)
+        return "layer.row_stride: must be 0 or at least n_tokens";
+    if (is_owner) return NULL;
+    if (layer->kept) return "layer.kept: only in the first layer of a sequence";
+    if (layer->positions) return "layer.positions: only in the first layer of a sequence";
+    if (layer->pins) return "layer.pins: only in the first layer of a sequence";
+    if (layer->shared_scores) return "layer.shared_scores: only in the first layer of a sequence";
+    return NULL;
+}
+
+/* A range of bytes that a call reads or writes. If a view spans it: that view, the stride of its
+ * widest axis, and the bytes of one step of it. */
+typedef struct rkvi_range {
+    uintptr_t begin;
+    size_t bytes;
+    const rkv_tensor *view;
+    size_t stride, step;
+} rkvi_range;
+
+static rkvi_range rkvi_range_of(const void *data, size_t bytes)
+{
+    rkvi_range range;
+    memset(&range, 0, sizeof range);
+    range.begin = (uintptr_t)data;
+    range.bytes = data ? bytes : 0;
+    return range;
+}
+
+/* The bytes of a view: from `begin`, n steps along each axis; strides in bytes, the widest last. */
+typedef struct rkvi_grid {
+    uintptr_t begin;
+    size_t bytes; /* of the whole span */
+    int n_axes;
+    rkvi_axis axes[RKVI_AXES];
+} rkvi_grid;
+
+static rkvi_grid rkvi_grid_of(const rkvi_range *range)
+{
+    rkvi_view view = rkvi_view_in_elements(range->view);
+    rkvi_grid grid;
+    int i;
+    grid.begin = range->begin;
+    grid.bytes = range->bytes;
+    grid.n_axes = rkvi_axes_of(range->view, &view, grid.axes);
+    for (i = 0; i < grid.n_axes; i++) grid.axes[i].stride *= view.element;
+    return grid;
+}
+
+/* Only its table knows where a paged view ends: an empty range, which overlaps nothing. */
+static rkvi_range rkvi_range_of_view(const rkv_tensor *t)
+{
+    rkvi_range range = rkvi_range_of(t->block_table ? NULL : t->data, rkvi_extent(t));
+    rkvi_grid grid;
+    const rkvi_axis *widest;
+    range.view = t;
+    if (!range.bytes) return range;
+    grid = rkvi_grid_of(&range);
+    if (!grid.n_axes) return range;
+    widest = &grid.axes[grid.n_axes - 1];
+    range.stride = widest->stride;
+    range.step = range.bytes - (widest->n - 1) * widest->stride;
+    return range;
+}
+
+/* How far after a step of a the next step of b begins, for equal strides. */
+static size_t rkvi_apart(uintptr_t a, uintptr_t b, size_t stride)
+{
+    return b >= a ? (b - a) % stride : (stride - (a - b) % stride) % stride;
+}
+
+/* Two views that interleave (K and V of one buffer, say) overlap as ranges without sharing a byte.
+ * Where their widest strides are equal it is enough to compare one step of b with the two steps of
+ * a next to it: b begins `apart` bytes after the one and `stride - apart` before the other. */
+static int rkvi_grids_overlap(rkvi_grid a, rkvi_grid b)
+{
+    size_t apart, stride;
+    if (a.begin + a.bytes <= b.begin || b.begin + b.bytes <= a.begin) return 0;
+    if (!a.n_axes || !b.n_axes) return 1;
+    stride = a.axes[--a.n_axes].stride;
+    if (stride != b.axes[--b.n_axes].stride) return 1;
+    a.bytes -= (a.axes[a.n_axes].n - 1) * stride;
+    b.bytes -= (b.axes[b.n_axes].n - 1) * stride;
+    if (a.bytes > stride || b.bytes > stride) return 1; /* rows of queries may overlap */
+    apart = rkvi_apart(a.begin, b.begin, stride);
+    a.begin = stride;
+    b.begin = stride + apart;
+    if (rkvi_grids_overlap(a, b)) return 1;
+    b.begin = apart;
+    return rkvi_grids_overlap(a, b);
+}
+
+static int rkvi_ranges_overlap(const rkvi_range *a, const rkvi_range *b)
+{
+    if (!a->bytes || !b->bytes) return 0;
+    if (a->begin + a->bytes <= b->begin || b->begin + b->bytes <= a->begin) return 0;
+    if (!a->view || !b->view) return 1;
+    if (a->stride && a->stride == b->stride) { /* [token][layer]: many pairs, decided quickly */
+        size_t apart = rkvi_apart(a->begin, b->begin, a->stride);
+        if (apart >= a->step && apart + b->step <= a->stride) return 0;
+    }
+    return rkvi_grids_overlap(rkvi_grid_of(a), rkvi_grid_of(b));
+}
+
+/* keys, values, kept, positions, scores, shared scores, pins; queries, which are only read */
+enum { RKVI_BUFFERS = 8, RKVI_BUFFER_QUERIES = 7 };
+typedef struct rkvi_buffers {
+    rkvi_range of[RKVI_BUFFERS];
+} rkvi_buffers;
+
+static rkvi_buffers rkvi_buffers_of(const rkv_config *config, const rkv_layer *layer, int is_owner)
+{
+    size_t sets = (size_t)rkvi_sets(config, layer, is_owner);
+    size_t n = layer->n_tokens > config->window ? (size_t)(layer->n_tokens - config->window) : 0;
+    size_t stride = rkvi_row_stride(layer);
+    rkvi_buffers buffers;
+    memset(&buffers, 0, sizeof buffers);
+    buffers.of[0] = rkvi_range_of_view(&layer->keys);
+    if (layer->values.data) buffers.of[1] = rkvi_range_of_view(&layer->values);
+    buffers.of[2] = rkvi_range_of(layer->kept, sets * (size_t)config->budget * sizeof(int32_t));
+    buffers.of[3] = rkvi_range_of(layer->positions, sets * stride * sizeof(int32_t));
+    buffers.of[4] = rkvi_range_of(layer->scores, (size_t)layer->keys.heads * n * sizeof(float));
+    buffers.of[5] = rkvi_range_of(layer->shared_scores, n * sizeof(float));
+    buffers.of[6] = rkvi_range_of(layer->pins, sets * stride * sizeof *layer->pins);
+    if (rkvi_needs_queries(config, layer))
+        buffers.of[RKVI_BUFFER_QUERIES] = rkvi_range_of_view(&layer->queries);
+    return buffers;
+}
+
+/* Does anything of `mine` overlap one of the `n` layers of `others`? `hulls` are ranges around all
+ * buffers of a kind in `others`, or more: what lies outside of them overlaps none. */
+static int rkvi_overlaps_any(const rkvi_buffers *mine, const rkvi_buffers *others, int n,
+                             const rkvi_buffers *hulls)
+{
+    int i, j, m;
+    for (i = 0; i < RKVI_BUFFERS; i++) {
+        for (j = 0; mine->of[i].bytes && j < RKVI_BUFFERS; j++) {
+            if (i == RKVI_BUFFER_QUERIES && j == RKVI_BUFFER_QUERIES) continue;
+            if (!rkvi_ranges_overlap(&mine->of[i], &hulls->of[j])) continue;
+            for (m = 0; m < n; m++)
+                if (rkvi_ranges_overlap(&mine->of[i], &others[m].of[j])) return 1;
+        }
+    }
+    return 0;
+}
+
+static void rkvi_widen(rkvi_range *hull, const rkvi_range *by)
+{
+    uintptr_t begin = hull->begin, end = begin + hull->bytes;
+    if (!by->bytes) return;
+    if (!hull->bytes || by->begin < begin) begin = by->begin;
+    if (by->begin + by->bytes > end) end = by->begin + by->bytes;
+    hull->begin = begin;
+    hull->bytes = end - begin;
+}
+
+#define RKVI_NEIGHBOURS 64
+
+/* Every layer against itself and the 64 before it: all of one sequence's, at a cost linear in the
+ * number of layers. Caches that lie in memory in layer order, as most do, lie outside of the hulls
+ * of those before. */
+static const char *rkvi_check_overlap(const rkv_config *config, const rkv_layer *layers,
+                                      int n_layers, int *layer)
+{
+    rkvi_buffers recent[RKVI_NEIGHBOURS], hulls, mine;
+    int l, i, j, owner = 0;
+    memset(&hulls, 0, sizeof hulls);
+    for (l = 0; l < n_layers; l++) {
+        *layer = l;
+        owner = rkvi_owner(config, layers, l, owner);
+        mine = rkvi_buffers_of(config, &layers[l], owner == l);
+        for (i = 0; i < RKVI_BUFFERS; i++)
+            for (j = 0; mine.of[i].bytes && j < i; j++)
+                if (rkvi_ranges_overlap(&mine.of[i], &mine.of[j]))
+                    return "layer: two of its buffers overlap";
+        if (rkvi_overlaps_any(&mine, recent, rkvi_min(l, RKVI_NEIGHBOURS), &hulls))
+            return "layer: one of its buffers overlaps one of an earlier layer";
+        recent[l % RKVI_NEIGHBOURS] = mine;
+        for (i = 0; i < RKVI_BUFFERS; i++) rkvi_widen(&hulls.of[i], &mine.of[i]);
+    }
+    return NULL;
+}
+
+/* What only a call that reads the data needs. */
+static const char *rkvi_data_rule(const rkv_config *config, const rkv_layer *layers, int n_layers,
+                                  int *layer)
+{
+    int l;
+    for (l = 0; l < n_layers; l++) {
+        *layer = l;
+        if (!layers[l].keys.data) return rkvi_view_rules[RKVI_KEYS][RKVI_DATA];
+        if (rkvi_needs_queries(config, &layers[l]) && !layers[l].queries.data)
+            return rkvi_view_rules[RKVI_QUERIES][RKVI_DATA];
+    }
+    return rkvi_check_overlap(config, layers, n_layers, layer);
+}
+
+/* Layers of one sequence must be adjacent: l, which opens a set, must not use an older number
+ * again. `highest` of the numbers so far saves ascending ones the search. */
+static int rkvi_reopens(const rkv_config *config, const rkv_layer *layers, int l, int *highest)
+{
+    int i, sequence = layers[l].sequence;
+    if (config->scope != RKV_PER_SEQUENCE) return 0;
+    if (l == 0 || sequence > *highest) {
+        *highest = sequence;
+        return 0;
+    }
+    for (i = 0; i < l; i++)
+        if (layers[i].sequence == sequence) return 1;
+    return 0;
+}
+
+/* The rule that a config and its layers break; *layer gets the layer at fault, -1 for none. */
+static const char *rkvi_validate(const rkv_config *given, const rkv_layer *layers, int n_layers,
+                                 int with_data, int *layer)
+{
+    const char *rule;
+    rkv_config config;
+    int l, owner = 0, highest = 0;
+    *layer = -1;
+    if (n_layers < 0) return "n_layers: must not be negative";
+    if (n_layers > 0 && !layers) return "layers: is NULL";
+    rule = rkvi_config_rule(given);
+    if (rule) return rule;
+    config = rkvi_resolve(given);
+    for (l = 0; l < n_layers; l++) {
+        *layer = l;
+        owner = rkvi_owner(&config, layers, l, owner);
+        rule = rkvi_layer_rule(&config, &layers[l], owner == l);
+        if (rule) return rule;
+        if (layers[l].n_tokens != layers[owner].n_tokens)
+            return "layer.n_tokens: must be equal in all layers of a sequence";
+        if (owner == l && rkvi_reopens(&config, layers, l, &highest))
+            return "layer.sequence: the layers of a sequence must be adjacent";
+    }
+    return with_data ? rkvi_data_rule(&config, layers, n_layers, layer) : NULL;
+}
+
+/* What one stage needs of one layer. */
+static const char *rkvi_stage_rule(const rkv_config *config, const rkv_layer *layer, int is_owner,
+                                   rkv_stage stage)
+{
+    const int scored = rkvi_is_scored(config, layer->n_tokens);
+    const int shared = config->scope != RKV_PER_HEAD;
+    if ((stage == RKV_SCORE || stage == RKV_SELECT) && scored) {
+        if (shared && is_owner && !layer->shared_scores) return "layer.shared_scores: is NULL";
+        if (!shared && !layer->scores) return "layer.scores: is NULL";
+    }
+    if (!is_owner || (stage != RKV_SELECT && stage != RKV_COMPACT)) return NULL;
+    if (!layer->kept) return "layer.kept: is NULL";
+    if (stage == RKV_SELECT || layer->n_tokens <= config->budget) return NULL;
+    if (layer->n_kept < 1) return "layer.n_kept: must be at least 1, the rows of the kept list";
+    if (layer->n_kept > config->budget) return "layer.n_kept: more than config.budget";
+    if (layer->n_kept < config->pinned) return "layer.n_kept: fewer than config.pinned";
+    return NULL;
+}
+
+static int rkvi_workspace_overlaps(const rkv_config *config, const rkv_layer *layer, int is_owner,
+                                   const rkv_call *call)
+{
+    const rkvi_range workspace = rkvi_range_of(call->workspace, call->bytes);
+    const rkvi_buffers buffers = rkvi_buffers_of(config, layer, is_owner);
+    int i;
+    for (i = 0; i < RKVI_BUFFERS; i++)
+        if (rkvi_ranges_overlap(&buffers.of[i], &workspace)) return 1;
+    return 0;
+}
+
+/* The rules of one stage, for a description that is valid. */
+static const char *rkvi_call_rule(const rkv_call *call, int *layer)
+{
+    int l, owner = 0;
+    for (l = 0; l < call->n_layers; l++) {
+        const char *rule;
+        *layer = l;
+        owner = rkvi_owner(call->config, call->layers, l, owner);
+        rule = rkvi_stage_rule(call->config, &call->layers[l], owner == l, call->stage);
+        if (rule) return rule;
+        if (rkvi_workspace_overlaps(call->config, &call->layers[l], owner == l, call))
+            return "workspace: overlaps a buffer of this layer";
+    }
+    return NULL;
+}
+
+/* ==== 20. Public functions ==================================================================
+ * In: whatever a caller passes.  Out: checked arguments for a backend, or a status and a record of
+ * what is wrong. */
+
+/* text[*at ...] gets `part`, as far as it fits with the final zero. */
+static void rkvi_put_text(char *text, size_t size, size_t *at, const char *part)
+{
+    for (; *part && *at + 1 < size; part++) text[(*at)++] = *part;
+    if (size > 0) text[*at] = '\0';
+}
+
+/* "name number, ", unless the number does not apply. */
+static void rkvi_put_place(char *text, size_t size, size_t *at, const char *name, int32_t number)
+{
+    char digits[12], *first = digits + sizeof digits - 1;
+    if (number < 0) return;
+    *first = '\0';
+    do *--first = (char)('0' + number % 10);
+    while ((number /= 10) > 0);
+    if (*at > 0) rkvi_put_text(text, size, at, ", ");
+    rkvi_put_text(text, size, at, name);
+    rkvi_put_text(text, size, at, first);
+}
+
+RKV_API const char *rkv_explain(const rkv_error *error, char *text, size_t size)
+{
+    size_t at = 0;
+    if (!text || size == 0) return "";
+    text[0] = '\0';
+    if (!error) error = &rkvi_no_error;
+    rkvi_put_place(text, size, &at, "layer ", error->layer);
+    rkvi_put_place(text, size, &at, "head ", error->head);
+    rkvi_put_place(text, size, &at, "token ", error->token);
+    if (at > 0) rkvi_put_text(text, size, &at, ": ");
+    rkvi_put_text(text, size, &at,
+                  error->rule ? error->rule : rkv_status_string((rkv_status)error->status));
+    return text;
+}
 
 RKV_API const char *rkv_status_string(rkv_status status)
 {
     switch (status) {
     case RKV_OK: return "ok";
-    case RKV_ERROR_ARGUMENT: return "bad argument (rkv_check says which)";
+    case RKV_ERROR_NULL: return "config, cache or the pointer for the result is NULL";
+    case RKV_ERROR_ARGUMENT: return "bad argument: rkv_explain says which";
     case RKV_ERROR_WORKSPACE: return "workspace missing or too small";
     case RKV_ERROR_NONFINITE: return "a key, query or score is not finite";
     case RKV_ERROR_UNSUPPORTED: return "not supported by this backend";
     case RKV_ERROR_MEMORY: return "out of memory";
-    case RKV_ERROR_DEVICE: return "device error";
+    case RKV_ERROR_DEVICE: return "the device refused a launch or a copy";
     }
     return "unknown status";
 }
@@ -3794,10 +4538,7 @@ RKV_API rkv_config rkv_config_paper(int budget)
 {
     rkv_config config = rkv_config_default(budget);
     config.scope = RKV_PER_LAYER;
-    config.pooling = RKV_POOL_BEFORE_MEAN;
-    config.redundancy = RKV_REDUNDANCY_OWN;
-    config.span = RKV_SPAN_CANDIDATES;
-    config.column0 = RKV_COLUMN0_PLAIN;
+    config.variant = RKV_PAPER;
     return config;
 }
 
@@ -3805,14 +4546,6 @@ RKV_API rkv_config rkv_config_snapkv(int budget)
 {
     rkv_config config = rkv_config_default(budget);
     config.lambda = 1;
-    return config;
-}
-
-RKV_API rkv_config rkv_config_h2o(int budget)
-{
-    rkv_config config = rkv_config_snapkv(budget);
-    config.window = 1;
-    config.pool = 1;
     return config;
 }
 
@@ -3835,523 +4568,140 @@ RKV_API rkv_tensor rkv_tensor_make(void *data, rkv_dtype dtype, int heads, int t
     return tensor;
 }
 
-static rkv_config rkvi_resolve(const rkv_config *given)
+/* Stride 0 of an axis with steps becomes negative, which validation refuses. */
+static int64_t rkvi_literal_stride(int64_t stride, int n)
 {
-    rkv_config config = *given;
-    if (config.window == 0) config.window = 8;
-    if (config.pool == 0) config.pool = 7;
-    if (config.recent == 0) config.recent = 1;
-    if (config.n_threads < 1 || !config.parallel_for) config.n_threads = 1;
-    return config;
+    return n < 2 ? 0 : stride == 0 ? -1 : stride;
 }
 
-/* A rule returns NULL or what is wrong, in words that name the field. */
-static const char *rkvi_check_config(const rkv_config *c)
+RKV_API rkv_tensor rkv_tensor_strided(void *data, rkv_dtype dtype, int heads, int tokens, int dim,
+                                      int64_t head_stride, int64_t token_stride, int64_t dim_stride)
 {
-    if (c->budget < 1) return "config.budget: must be at least 1";
-    if (c->window < 0) return "config.window: must not be negative";
-    if (c->pool < 0) return "config.pool: must not be negative";
-    if (c->recent < 0) return "config.recent: must not be negative";
-    if (c->pinned < 0) return "config.pinned: must not be negative";
-    if (c->pinned > c->budget || (c->window ? c->window : 8) > c->budget - c->pinned)
-        return "config.budget: must hold window + pinned";
-    if (!(c->lambda >= 0 && c->lambda <= 1)) return "config.lambda: must be in [0, 1]";
-    if (!(c->threshold >= -1 && c->threshold <= 1)) return "config.threshold: must be in [-1, 1]";
-    if ((unsigned)c->scope > RKV_PER_SEQUENCE) return "config.scope: no such value";
-    if ((unsigned)c->pooling > RKV_POOL_BEFORE_MEAN) return "config.pooling: no such value";
-    if ((unsigned)c->grouping > RKV_GROUP_MEAN) return "config.grouping: no such value";
-    if ((unsigned)c->redundancy > RKV_REDUNDANCY_OWN) return "config.redundancy: no such value";
-    if ((unsigned)c->span > RKV_SPAN_CANDIDATES) return "config.span: no such value";
-    if ((unsigned)c->column0 > RKV_COLUMN0_PLAIN) return "config.column0: no such value";
-    if ((unsigned)c->order > RKV_BY_SCORE) return "config.order: no such value";
-    if (c->n_threads < 0) return "config.n_threads: must not be negative";
-    return NULL;
+    rkv_tensor tensor = rkv_tensor_make(data, dtype, heads, tokens, dim);
+    tensor.head_stride = rkvi_literal_stride(head_stride, heads);
+    tensor.token_stride = rkvi_literal_stride(token_stride, tokens);
+    tensor.dim_stride = rkvi_literal_stride(dim_stride, dim);
+    return tensor;
 }
 
-/* Bytes from the first to behind the last of n steps of `stride`, on top of `bytes`. */
-static int rkvi_add_steps(size_t *bytes, size_t n, size_t stride)
+static rkv_status rkvi_measure(const rkv_backend *backend, const rkv_config *config,
+                               const rkv_layer *layers, int n_layers, size_t *bytes)
 {
-    size_t reach;
-    return rkvi_mul_size(n - 1, stride, &reach) && rkvi_add_size(*bytes, reach, bytes) &&
-           *bytes <= PTRDIFF_MAX;
-}
-
-/* One axis of a view: how many steps of how many elements. */
-typedef struct rkvi_axis {
-    size_t n, stride;
-} rkvi_axis;
-
-enum { RKVI_AXES = 4 };
-
-/* The axes of a view from the tightest to the widest, those of one step left out. */
-static int rkvi_axes_of(const rkv_tensor *t, const rkvi_view *view, rkvi_axis axes[RKVI_AXES])
-{
-    rkvi_axis all[RKVI_AXES];
-    int i, at, n = 0;
-    all[0].n = (size_t)t->dim;
-    all[0].stride = view->dim_stride;
-    all[1].n = (size_t)(t->block_table ? t->block_tokens : t->tokens);
-    all[1].stride = view->token_stride;
-    all[2].n = (size_t)t->heads;
-    all[2].stride = view->head_stride;
-    all[3].n = t->block_table ? rkvi_n_blocks(t, t->tokens) : 1;
-    all[3].stride = view->block_stride;
-    for (i = 0; i < RKVI_AXES; i++) {
-        if (all[i].n < 2) continue;
-        for (at = n++; at > 0 && axes[at - 1].stride > all[i].stride; at--) axes[at] = axes[at - 1];
-        axes[at] = all[i];
-    }
-    return n;
-}
-
-/* Do two rows of one view share bytes? Strides that nest, each wider than all that lies below
- * it, make sure that they do not. */
-static int rkvi_rows_nest(const rkv_tensor *t)
-{
-    rkvi_view view = rkvi_view_in_elements(t);
-    rkvi_axis axes[RKVI_AXES];
-    size_t below = 1;
-    int i, n = rkvi_axes_of(t, &view, axes);
-    for (i = 0; i < n; i++) {
-        if (axes[i].stride < below) return 0;
-        if (!rkvi_add_steps(&below, axes[i].n, axes[i].stride)) return 0;
-    }
-    return 1;
-}
-
-static int rkvi_has_contiguous_size(const rkv_tensor *t)
-{
-    size_t n = (size_t)t->dim, rows = (size_t)(t->block_table ? t->block_tokens : t->tokens);
-    return rkvi_mul_size(n, rows, &n) && rkvi_mul_size(n, (size_t)t->heads, &n) &&
-           n <= PTRDIFF_MAX / 8;
-}
-
-/* Bytes from the view's first to behind its last; 0 where they overflow. Paged: of as many blocks
- * as the table names. */
-static size_t rkvi_extent(const rkv_tensor *t)
-{
-    rkvi_view view = rkvi_view_in_elements(t);
-    rkvi_axis axes[RKVI_AXES];
-    size_t bytes = 1;
-    int i, n = rkvi_axes_of(t, &view, axes);
-    for (i = 0; i < n; i++)
-        if (!rkvi_add_steps(&bytes, axes[i].n, axes[i].stride)) return 0;
-    return rkvi_mul_size(bytes, view.element, &bytes) && bytes <= PTRDIFF_MAX ? bytes : 0;
-}
-
-static int rkvi_stride_is_sane(int64_t stride)
-{
-    return stride >= 0 && (uint64_t)stride <= PTRDIFF_MAX;
-}
-
-/* What holds for keys, values and queries alike. */
-static int rkvi_tensor_is_sound(const rkv_tensor *t)
-{
-    return (unsigned)t->dtype <= RKV_BF16 && t->element_bytes >= 0 && t->heads >= 1 &&
-           t->tokens >= 0 && t->dim >= 1 && (!t->block_table || t->block_tokens >= 1) &&
-           rkvi_stride_is_sane(t->head_stride) && rkvi_stride_is_sane(t->token_stride) &&
-           rkvi_stride_is_sane(t->dim_stride) && rkvi_stride_is_sane(t->block_stride) &&
-           rkvi_has_contiguous_size(t) && rkvi_extent(t) > 0;
-}
-
-static int rkvi_is_readable(const rkv_tensor *t)
-{
-    return t->dim_stride <= 1 &&
-           (t->element_bytes == 0 || (size_t)t->element_bytes == rkvi_dtype_bytes(t->dtype));
-}
-
-static const char *rkvi_check_keys(const rkv_layer *layer)
-{
-    const rkv_tensor *keys = &layer->keys;
-    if (layer->n_tokens < 0) return "layer.n_tokens: must not be negative";
-    if (layer->n_tokens > INT_MAX / 2) return "layer.n_tokens: 2^30 or more";
-    if (!rkvi_tensor_is_sound(keys)) return "layer.keys: a field is out of range or overflows";
-    if (!rkvi_is_readable(keys)) return "layer.keys: dim must be contiguous, elements the dtype's";
-    if (layer->n_tokens > keys->tokens) return "layer.n_tokens: more than keys.tokens";
-    if (!rkvi_rows_nest(keys)) return "layer.keys: rows overlap";
-    return NULL;
-}
-
-static const char *rkvi_check_values(const rkv_layer *layer)
-{
-    const rkv_tensor *values = &layer->values;
-    if (!values->data && values->dim == 0) return NULL; /* no values */
-    if (!rkvi_tensor_is_sound(values)) return "layer.values: a field is out of range or overflows";
-    if (values->heads != layer->keys.heads) return "layer.values: heads differ from keys.heads";
-    if (layer->n_tokens > values->tokens) return "layer.n_tokens: more than values.tokens";
-    if (!rkvi_rows_nest(values)) return "layer.values: rows overlap";
-    return NULL;
-}
-
-static int rkvi_needs_queries(const rkv_config *config, const rkv_layer *layer)
-{
-    return rkvi_is_scored(config, layer->n_tokens) && rkvi_reads_queries(config);
-}
-
-static const char *rkvi_check_queries(const rkv_config *config, const rkv_layer *layer)
-{
-    const rkv_tensor *queries = &layer->queries;
-    if (!rkvi_tensor_is_sound(queries)) return "layer.queries: a field is out of range";
-    if (!rkvi_is_readable(queries))
-        return "layer.queries: dim must be contiguous, elements the dtype's";
-    if (queries->dim != layer->keys.dim) return "layer.queries: dim differs from keys.dim";
-    if (queries->heads % layer->keys.heads != 0)
-        return "layer.queries: heads must be a multiple of keys.heads";
-    if (queries->tokens != config->window)
-        return "layer.queries: tokens must equal config.window (no partial window)";
-    return NULL;
-}
-
-static const char *rkvi_check_layer(const rkv_config *config, const rkv_layer *layer, int is_owner)
-{
-    const char *why = rkvi_check_keys(layer);
-    if (!why) why = rkvi_check_values(layer);
-    if (!why && rkvi_needs_queries(config, layer)) why = rkvi_check_queries(config, layer);
-    if (why) return why;
-    if (!(layer->scale >= 0 && layer->scale <= 100)) return "layer.scale: must be in [0, 100]";
-    if (!(layer->softcap >= 0 && layer->softcap <= 1e6f))
-        return "layer.softcap: must be in [0, 1e6]";
-    if (layer->positions && layer->position_stride != 0 && layer->position_stride < layer->n_tokens)
-        return "layer.position_stride: smaller than n_tokens";
-    if (!is_owner && (layer->kept || layer->positions || layer->shared_scores))
-        return "layer.kept, positions, shared_scores: only in the first layer of a sequence";
-    return NULL;
-}
-
-/* A stretch of memory that a call reads or writes, and the view that spans it, if one does. */
-typedef struct rkvi_stretch {
-    uintptr_t begin;
-    size_t bytes;
-    const rkv_tensor *view;
-} rkvi_stretch;
-
-static rkvi_stretch rkvi_stretch_of(const void *data, size_t bytes)
-{
-    rkvi_stretch stretch;
-    stretch.begin = (uintptr_t)data;
-    stretch.bytes = data ? bytes : 0;
-    stretch.view = NULL;
-    return stretch;
-}
-
-/* Where a paged view ends is known to its table alone: an empty stretch, which meets nothing. */
-static rkvi_stretch rkvi_stretch_of_view(const rkv_tensor *t)
-{
-    rkvi_stretch stretch = rkvi_stretch_of(t->block_table ? NULL : t->data, rkvi_extent(t));
-    stretch.view = t;
-    return stretch;
-}
-
-/* The bytes of a view: from `begin` on n steps along each axis, strides in bytes, widest last. */
-typedef struct rkvi_grid {
-    uintptr_t begin;
-    size_t bytes; /* from the first to behind the last */
-    int n_axes;
-    rkvi_axis axes[RKVI_AXES];
-} rkvi_grid;
-
-static rkvi_grid rkvi_grid_of(const rkvi_stretch *stretch)
-{
-    rkvi_view view = rkvi_view_in_elements(stretch->view);
-    rkvi_grid grid;
-    int i;
-    grid.begin = stretch->begin;
-    grid.bytes = stretch->bytes;
-    grid.n_axes = rkvi_axes_of(stretch->view, &view, grid.axes);
-    for (i = 0; i < grid.n_axes; i++) grid.axes[i].stride *= view.element;
-    return grid;
-}
-
-/* Two views that interleave, K and V of one buffer, say, overlap as stretches without sharing a
- * byte. Where their widest strides are equal it is enough to look at one step of b and the two
- * steps of a next to it, which b lies `apart` behind and `stride - apart` in front of. */
-static int rkvi_grids_meet(rkvi_grid a, rkvi_grid b)
-{
-    size_t apart, stride;
-    if (a.begin + a.bytes <= b.begin || b.begin + b.bytes <= a.begin) return 0;
-    if (!a.n_axes || !b.n_axes) return 1;
-    stride = a.axes[--a.n_axes].stride;
-    if (stride != b.axes[--b.n_axes].stride) return 1;
-    a.bytes -= (a.axes[a.n_axes].n - 1) * stride;
-    b.bytes -= (b.axes[b.n_axes].n - 1) * stride;
-    if (a.bytes > stride || b.bytes > stride) return 1; /* queries may lie over each other */
-    apart = b.begin >= a.begin ? (b.begin - a.begin) % stride
-                               : (stride - (a.begin - b.begin) % stride) % stride;
-    a.begin = stride;
-    b.begin = stride + apart;
-    if (rkvi_grids_meet(a, b)) return 1;
-    b.begin = apart;
-    return rkvi_grids_meet(a, b);
-}
-
-static int rkvi_stretches_meet(const rkvi_stretch *a, const rkvi_stretch *b)
-{
-    if (!a->bytes || !b->bytes) return 0;
-    if (a->begin + a->bytes <= b->begin || b->begin + b->bytes <= a->begin) return 0;
-    return !a->view || !b->view || rkvi_grids_meet(rkvi_grid_of(a), rkvi_grid_of(b));
-}
-
-/* keys, values, kept, positions, scores, shared scores; queries, which are only read */
-enum { RKVI_BUFFERS = 7, RKVI_BUFFER_QUERIES = 6 };
-typedef struct rkvi_buffers {
-    rkvi_stretch of[RKVI_BUFFERS];
-} rkvi_buffers;
-
-static rkvi_buffers rkvi_buffers_of(const rkv_config *config, const rkv_layer *layer, int is_owner)
-{
-    size_t sets = (size_t)rkvi_sets(config, layer, is_owner);
-    size_t n = layer->n_tokens > config->window ? (size_t)(layer->n_tokens - config->window) : 0;
-    size_t stride = (size_t)(layer->position_stride ? layer->position_stride : layer->keys.tokens);
-    rkvi_buffers buffers;
-    memset(&buffers, 0, sizeof buffers);
-    buffers.of[0] = rkvi_stretch_of_view(&layer->keys);
-    if (layer->values.data) buffers.of[1] = rkvi_stretch_of_view(&layer->values);
-    buffers.of[2] = rkvi_stretch_of(layer->kept, sets * (size_t)config->budget * sizeof(int32_t));
-    buffers.of[3] = rkvi_stretch_of(layer->positions, sets * stride * sizeof(int32_t));
-    buffers.of[4] = rkvi_stretch_of(layer->scores, (size_t)layer->keys.heads * n * sizeof(float));
-    buffers.of[5] = rkvi_stretch_of(layer->shared_scores, n * sizeof(float));
-    if (rkvi_needs_queries(config, layer))
-        buffers.of[RKVI_BUFFER_QUERIES] = rkvi_stretch_of_view(&layer->queries);
-    return buffers;
-}
-
-/* Does anything of `mine` meet one of the `n` layers of `others`? `hulls` are stretches around all
- * buffers of a kind in `others`, or more: where `mine` lies outside, no layer need be looked at. */
-static int rkvi_meets_any(const rkvi_buffers *mine, const rkvi_buffers *others, int n,
-                          const rkvi_buffers *hulls)
-{
-    int i, j, m;
-    for (i = 0; i < RKVI_BUFFERS; i++) {
-        for (j = 0; mine->of[i].bytes && j < RKVI_BUFFERS; j++) {
-            if (i == RKVI_BUFFER_QUERIES && j == RKVI_BUFFER_QUERIES) continue;
-            if (!rkvi_stretches_meet(&mine->of[i], &hulls->of[j])) continue;
-            for (m = 0; m < n; m++)
-                if (rkvi_stretches_meet(&mine->of[i], &others[m].of[j])) return 1;
-        }
-    }
-    return 0;
-}
-
-static void rkvi_widen(rkvi_stretch *hull, const rkvi_stretch *by)
-{
-    uintptr_t begin = hull->begin, end = begin + hull->bytes;
-    if (!by->bytes) return;
-    if (!hull->bytes || by->begin < begin) begin = by->begin;
-    if (by->begin + by->bytes > end) end = by->begin + by->bytes;
-    hull->begin = begin;
-    hull->bytes = end - begin;
-}
-
-#define RKVI_NEIGHBOURS 64
-
-/* Every layer against itself and the 64 before it: all of one sequence's, at a cost that grows
- * with the number of layers only. Caches that lie in memory in the order of the layers, as most do,
- * are outside of the hulls of those before. */
-static const char *rkvi_check_overlap(const rkv_config *config, const rkv_layer *layers,
-                                      int n_layers, int *layer)
-{
-    rkvi_buffers recent[RKVI_NEIGHBOURS], hulls, mine;
-    int l, i, j, owner = 0;
-    memset(&hulls, 0, sizeof hulls);
-    for (l = 0; l < n_layers; l++) {
-        *layer = l;
-        owner = rkvi_owner(config, layers, l, owner);
-        mine = rkvi_buffers_of(config, &layers[l], owner == l);
-        for (i = 0; i < RKVI_BUFFERS; i++)
-            for (j = 0; mine.of[i].bytes && j < i; j++)
-                if (rkvi_stretches_meet(&mine.of[i], &mine.of[j]))
-                    return "layer: its buffers overlap";
-        if (rkvi_meets_any(&mine, recent, rkvi_min(l, RKVI_NEIGHBOURS), &hulls))
-            return "layers: buffers of two layers overlap";
-        recent[l % RKVI_NEIGHBOURS] = mine;
-        for (i = 0; i < RKVI_BUFFERS; i++) rkvi_widen(&hulls.of[i], &mine.of[i]);
-    }
-    return NULL;
-}
-
-/* What sizing the workspace does not need. */
-static const char *rkvi_check_data(const rkv_config *config, const rkv_layer *layers, int n_layers,
-                                   int *layer)
-{
-    int l;
-    for (l = 0; l < n_layers; l++) {
-        *layer = l;
-        if (!layers[l].keys.data) return "layer.keys: data is NULL";
-        if (rkvi_needs_queries(config, &layers[l]) && !layers[l].queries.data)
-            return "layer.queries: data is NULL";
-    }
-    return rkvi_check_overlap(config, layers, n_layers, layer);
-}
-
-/* Layers of one sequence lie side by side: l, which opens a set, must not take up an older number
- * again. `highest` of the numbers so far spares those in ascending order the look back. */
-static int rkvi_reopens(const rkv_config *config, const rkv_layer *layers, int l, int *highest)
-{
-    int i, sequence = layers[l].sequence;
-    if (config->scope != RKV_PER_SEQUENCE) return 0;
-    if (l == 0 || sequence > *highest) {
-        *highest = sequence;
-        return 0;
-    }
-    for (i = 0; i < l; i++)
-        if (layers[i].sequence == sequence) return 1;
-    return 0;
-}
-
-/* NULL, or what is wrong; *layer gets the layer that it is wrong with, -1 for none. */
-static const char *rkvi_why(const rkv_config *given, const rkv_layer *layers, int n_layers,
-                            int with_data, int *layer)
-{
-    const char *why;
-    rkv_config config;
-    int l, owner = 0, highest = 0;
-    *layer = -1;
-    if (!given) return "config: is NULL";
-    if (n_layers < 0) return "n_layers: must not be negative";
-    if (n_layers > 0 && !layers) return "layers: is NULL";
-    why = rkvi_check_config(given);
-    if (why) return why;
-    config = rkvi_resolve(given);
-    for (l = 0; l < n_layers; l++) {
-        *layer = l;
-        owner = rkvi_owner(&config, layers, l, owner);
-        why = rkvi_check_layer(&config, &layers[l], owner == l);
-        if (why) return why;
-        if (layers[l].n_tokens != layers[owner].n_tokens)
-            return "layer.n_tokens: differs within a sequence";
-        if (owner == l && rkvi_reopens(&config, layers, l, &highest))
-            return "layer.sequence: the layers of a sequence must be adjacent";
-    }
-    return with_data ? rkvi_check_data(&config, layers, n_layers, layer) : NULL;
-}
-
-RKV_API rkv_status rkv_check(const rkv_config *config, const rkv_layer *layers, int n_layers,
-                             const char **why, int *layer)
-{
-    int at;
-    const char *found = rkvi_why(config, layers, n_layers, 1, &at);
-    if (why) *why = found;
-    if (layer) *layer = found ? at : -1;
-    return found ? RKV_ERROR_ARGUMENT : RKV_OK;
+    rkv_config resolved;
+    const char *rule;
+    int layer;
+    rule = rkvi_validate(config, layers, n_layers, 0, &layer);
+    if (rule) return rkvi_refuse(config, RKV_ERROR_ARGUMENT, rule, layer, -1, -1);
+    if (!backend) backend = rkvi_best();
+    rule = rkvi_backend_rule(backend);
+    if (rule) return rkvi_refuse(config, RKV_ERROR_ARGUMENT, rule, -1, -1, -1);
+    resolved = rkvi_resolve(config);
+    rkvi_clear_error(config);
+    return backend->workspace_size(backend, &resolved, layers, n_layers, bytes);
 }
 
 RKV_API rkv_status rkv_workspace_size(const rkv_backend *backend, const rkv_config *config,
                                       const rkv_layer *layers, int n_layers, size_t *bytes)
 {
+    rkvi_float_mode saved;
+    rkv_status status;
+    if (!config) return RKV_ERROR_NULL;
+    if (!bytes) return rkvi_refuse(config, RKV_ERROR_NULL, "bytes: is NULL", -1, -1, -1);
+    saved = rkvi_enter_float_mode();
+    status = rkvi_measure(backend, config, layers, n_layers, bytes);
+    rkvi_leave_float_mode(saved);
+    return status;
+}
+
+static rkv_status rkvi_check_and_run(rkv_stage stage, const rkv_backend *backend,
+                                     const rkv_config *config, rkv_layer *layers, int n_layers,
+                                     void *workspace, size_t bytes)
+{
     rkv_config resolved;
+    rkv_call call;
+    const char *rule;
     int layer;
-    if (!bytes || rkvi_why(config, layers, n_layers, 0, &layer)) return RKV_ERROR_ARGUMENT;
-    if (!backend) backend = rkv_backend_find(NULL);
-    if (!rkvi_is_complete(backend)) return RKV_ERROR_ARGUMENT;
+    rule = rkvi_validate(config, layers, n_layers, 1, &layer);
+    if (rule) return rkvi_refuse(config, RKV_ERROR_ARGUMENT, rule, layer, -1, -1);
+    if (!backend) backend = rkvi_best();
+    rule = rkvi_backend_rule(backend);
+    if (rule) return rkvi_refuse(config, RKV_ERROR_ARGUMENT, rule, -1, -1, -1);
     resolved = rkvi_resolve(config);
-    return backend->workspace_size(backend, &resolved, layers, n_layers, bytes);
+    call.config = &resolved;
+    call.layers = layers;
+    call.n_layers = n_layers;
+    call.stage = stage;
+    call.workspace = workspace;
+    call.bytes = bytes;
+    rule = rkvi_call_rule(&call, &layer);
+    if (rule) return rkvi_refuse(config, RKV_ERROR_ARGUMENT, rule, layer, -1, -1);
+    rkvi_clear_error(config);
+    return backend->run(backend, &call);
 }
 
-/* What a stage cannot do without, of every layer that loses rows. */
-static int rkvi_has_buffers(const rkv_config *config, const rkv_layer *layers, int n_layers,
-                            int needs_scores, int needs_kept)
-{
-    int l, owner = 0;
-    for (l = 0; l < n_layers; l++) {
-        const rkv_layer *layer = &layers[l];
-        int scored = rkvi_is_scored(config, layer->n_tokens);
-        int shared = config->scope != RKV_PER_HEAD;
-        owner = rkvi_owner(config, layers, l, owner);
-        if (needs_kept && owner == l && !layer->kept) return 0;
-        if (!scored || !needs_scores) continue;
-        if (shared && owner == l && !layer->shared_scores) return 0;
-        if (!shared && !layer->scores) return 0;
-    }
-    return 1;
-}
-
-/* The workspace must not lie in anything that the call reads or writes. */
-static int rkvi_workspace_is_apart(const rkv_config *config, const rkv_layer *layers, int n_layers,
-                                   const void *workspace, size_t bytes)
-{
-    const rkvi_stretch taken = rkvi_stretch_of(workspace, bytes);
-    int l, i, owner = 0;
-    for (l = 0; l < n_layers; l++) {
-        rkvi_buffers buffers;
-        owner = rkvi_owner(config, layers, l, owner);
-        buffers = rkvi_buffers_of(config, &layers[l], owner == l);
-        for (i = 0; i < RKVI_BUFFERS; i++)
-            if (rkvi_stretches_meet(&buffers.of[i], &taken)) return 0;
-    }
-    return 1;
-}
-
-/* A list given to rkv_compact may be shorter than rkv_select's, but an empty one was forgotten. */
-static int rkvi_lists_have_lengths(const rkv_config *config, const rkv_layer *layers, int n_layers)
-{
-    int l, owner = 0;
-    for (l = 0; l < n_layers; l++) {
-        owner = rkvi_owner(config, layers, l, owner);
-        if (owner != l || layers[l].n_tokens <= config->budget) continue;
-        if (layers[l].n_kept < 1 || layers[l].n_kept < config->pinned ||
-            layers[l].n_kept > config->budget)
-            return 0;
-    }
-    return 1;
-}
-
-typedef enum rkvi_stage_name {
-    RKVI_SCORE,
-    RKVI_SELECT,
-    RKVI_COMPACT,
-    RKVI_COMPRESS
-} rkvi_stage_name;
-
-static rkv_status rkvi_run_stage(rkvi_stage_name name, const rkv_backend *backend,
+static rkv_status rkvi_run_stage(rkv_stage stage, const rkv_backend *backend,
                                  const rkv_config *config, rkv_layer *layers, int n_layers,
                                  void *workspace, size_t bytes)
 {
-    rkv_config resolved;
-    rkv_stage stage;
-    int layer;
-    if (rkvi_why(config, layers, n_layers, 1, &layer)) return RKV_ERROR_ARGUMENT;
-    if (!backend) backend = rkv_backend_find(NULL);
-    if (!rkvi_is_complete(backend)) return RKV_ERROR_ARGUMENT;
-    resolved = rkvi_resolve(config);
-    stage = name == RKVI_SCORE     ? backend->score
-            : name == RKVI_SELECT  ? backend->select
-            : name == RKVI_COMPACT ? backend->compact
-                                   : backend->compress;
-    if (!rkvi_has_buffers(&resolved, layers, n_layers, name == RKVI_SCORE || name == RKVI_SELECT,
-                          name == RKVI_SELECT || name == RKVI_COMPACT) ||
-        (name == RKVI_COMPACT && !rkvi_lists_have_lengths(&resolved, layers, n_layers)) ||
-        !rkvi_workspace_is_apart(&resolved, layers, n_layers, workspace, bytes))
-        return RKV_ERROR_ARGUMENT;
-    return stage(backend, &resolved, layers, n_layers, workspace, bytes);
+    rkvi_float_mode saved;
+    rkv_status status;
+    if (!config) return RKV_ERROR_NULL;
+    saved = rkvi_enter_float_mode();
+    status = rkvi_check_and_run(stage, backend, config, layers, n_layers, workspace, bytes);
+    rkvi_leave_float_mode(saved);
+    return status;
 }
 
 RKV_API rkv_status rkv_compress(const rkv_backend *backend, const rkv_config *config,
                                 rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
 {
-    return rkvi_run_stage(RKVI_COMPRESS, backend, config, layers, n_layers, workspace, bytes);
+    return rkvi_run_stage(RKV_COMPRESS, backend, config, layers, n_layers, workspace, bytes);
 }
 
 RKV_API rkv_status rkv_score(const rkv_backend *backend, const rkv_config *config,
                              rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
 {
-    return rkvi_run_stage(RKVI_SCORE, backend, config, layers, n_layers, workspace, bytes);
+    return rkvi_run_stage(RKV_SCORE, backend, config, layers, n_layers, workspace, bytes);
 }
 
 RKV_API rkv_status rkv_select(const rkv_backend *backend, const rkv_config *config,
                               rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
 {
-    return rkvi_run_stage(RKVI_SELECT, backend, config, layers, n_layers, workspace, bytes);
+    return rkvi_run_stage(RKV_SELECT, backend, config, layers, n_layers, workspace, bytes);
 }
 
 RKV_API rkv_status rkv_compact(const rkv_backend *backend, const rkv_config *config,
                                rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
 {
-    return rkvi_run_stage(RKVI_COMPACT, backend, config, layers, n_layers, workspace, bytes);
+    return rkvi_run_stage(RKV_COMPACT, backend, config, layers, n_layers, workspace, bytes);
+}
+
+/* Does a kept list ascend, within [0, n_tokens)? */
+static int rkvi_list_is_sound(const int32_t *kept, int n_kept, int n_tokens)
+{
+    int i;
+    if (n_kept < 0 || (n_kept > 0 && !kept)) return 0;
+    for (i = 0; i < n_kept; i++)
+        if (kept[i] < (i > 0 ? kept[i - 1] + 1 : 0) || kept[i] >= n_tokens) return 0;
+    return 1;
+}
+
+RKV_API int rkv_apply_kept(void *array, size_t element_bytes, const int32_t *kept, int n_kept)
+{
+    unsigned char *rows = (unsigned char *)array;
+    int i;
+    if (!rkvi_list_is_sound(kept, n_kept, INT32_MAX) || (n_kept > 0 && !array)) return -1;
+    for (i = 0; i < n_kept; i++)
+        if (kept[i] != i)
+            memcpy(rows + (size_t)i * element_bytes, rows + (size_t)kept[i] * element_bytes,
+                   element_bytes);
+    return n_kept;
 }
 
 RKV_API int rkv_moves(const int32_t *kept, int n_kept, rkv_move *moves, int max_moves)
 {
     int dst, count, n = 0;
+    if (!rkvi_list_is_sound(kept, n_kept, INT32_MAX)) return -1;
     for (dst = 0; dst < n_kept; dst += count) {
         count = rkvi_run_length(kept, dst, n_kept);
         if (kept[dst] == dst) continue;
@@ -4369,6 +4719,10 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
                              const int32_t *positions, rkv_run *runs, int max_runs)
 {
     int i, row = 0, n = 0;
+    if (!rkvi_list_is_sound(kept, n_kept, n_tokens)) return -1;
+    for (i = 1; positions && i < n_tokens; i++)
+        if (positions[i] <= positions[i - 1]) return -1;
+    if (positions && n_tokens > 0 && positions[n_tokens - 1] == INT32_MAX) return -1;
     for (i = 0; i <= n_kept; i++) { /* the rows between two kept ones */
         int next = i < n_kept ? kept[i] : n_tokens;
         if (row < next) {
@@ -4383,44 +4737,49 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
     return n;
 }
 
-/* ==== 18. Managed cache =====================================================================
+/* ==== 21. Managed cache =====================================================================
  * In: new rows of keys, values and queries, layer by layer.  Out: views that attention can read.
  * Knows nothing of scores: it lays out memory, counts rows and calls rkv_compress.
  *
- * Everything that decides where a row lies is known on the host, because a round always keeps
- * min(n_tokens, budget) rows: the decode loop never reads back from the backend's memory.
+ * The host knows where every row lies, because a round always keeps min(n_tokens, budget) rows. It
+ * reads back from the backend's memory only to see whether a round succeeded.
  *
- * One block of the backend's memory, capacity rows per layer and kv head:
+ * One block of the backend's memory, capacity rows per layer and KV head:
  *     keys       [layer][kv_head][capacity][head_dim]
  *     values     [layer][kv_head][capacity][value_dim]
  *     queries    [layer][query_head][window][head_dim]   ring: slot = position % window
- *     positions  [set][capacity]                         a set per layer and kv head, per layer,
+ *     positions  [set][capacity]                         a set per layer and KV head, per layer,
  *                                                        or one, as the scope says
+ *     error      one rkv_error                           where a device reports a fault
  *
- * Let fixed = budget - window once a round has evicted, 0 before, and evicted = the tokens that
- * every head has dropped so far. Then in every head of every layer
+ * Let evicted be the tokens that every head has dropped so far, and fixed = budget - protect once a
+ * round has evicted, 0 before (protect >= window, the newest tokens that a round keeps). Then in
+ * every head of every layer
  *     row r >= fixed holds the token of position r + evicted.                             (1)
- * A round keeps the window as its last rows, in cache order, so (1) holds after it; appending
- * continues it; truncation only drops rows from the end. Hence the logical length is
- * rows + evicted, truncation down to row `fixed` needs no read-back and no moving, and of the
- * positions only those of the first `fixed` rows are information worth saving.
+ * A round keeps the newest `protect` tokens as its last rows, in cache order, so (1) holds after
+ * it; appending continues it; truncation only drops rows from the end. Hence the next position is
+ * rows + evicted, truncation down to row `fixed` reads nothing back and moves nothing, and a
+ * snapshot needs the positions of the first `fixed` rows only.
  *
  * The ring: n_queries counts the newest tokens whose queries it still holds. Appending n makes it
- * min(window, n_queries + n), truncating n max(0, n_queries - n): the slots of truncated tokens
- * are stale and are overwritten by the tokens that replace them. A round needs n_queries ==
+ * min(window, n_queries + n); truncating n makes it max(0, n_queries - n): the slots of truncated
+ * tokens are stale until the tokens that replace them overwrite them. A round needs n_queries ==
  * window. With `behind` = the largest length since the last round - the length now, both updates
  * keep n_queries >= min(window, largest length) - behind. Where capacity is budget + buffer,
- * rkv_cache_step is due at the largest length that there can be, where behind is 0 and the window
- * therefore whole. Only with a larger capacity, or when a round is forced, can it be partial. */
+ * rkv_cache_step is due at the largest possible length; there behind is 0 and the window whole. The
+ * window can be partial only with a larger capacity, or when a round is forced. There is always
+ * room for the tokens that make it whole: rows + (window - n_queries) <= capacity. rkv_cache_load
+ * checks this; nothing else can break it. */
 #ifndef RKV_NO_CACHE
-#define RKVI_CACHE_ALIGN  ((size_t)256) /* of the four parts: what cudaMalloc gives a block */
-#define RKVI_CACHE_BUFFER 128           /* published: a compression every 128 new tokens */
+#define RKVI_CACHE_ALIGN  ((size_t)256) /* of each part: the alignment of cudaMalloc */
+#define RKVI_CACHE_BUFFER 128           /* published: a round every 128 new tokens */
 
 typedef struct rkvi_cache_plan {
     size_t key_bytes, value_bytes, query_bytes; /* of one layer; query_bytes 0: no ring */
     int n_sets;                                 /* sets of positions, all layers */
     size_t keys, values, queries, positions;    /* offsets of the parts in the block */
-    size_t total;                               /* bytes of the block */
+    size_t error;
+    size_t total; /* bytes of the block */
 } rkvi_cache_plan;
 
 struct rkv_cache {
@@ -4434,7 +4793,23 @@ struct rkv_cache {
     size_t workspace_bytes;
     int evicted; /* tokens dropped so far by every head */
     int64_t rounds;
+    rkv_error error; /* where config.compress.error points, unless the caller has one */
 };
+
+/* What the last call found, for rkv_cache_error. cache may be const, the record is not. */
+static rkv_status rkvi_cache_refuse(const rkv_cache *cache, rkv_status status, const char *rule,
+                                    int layer)
+{
+    return rkvi_refuse(&cache->config.compress, status, rule, layer, -1, -1);
+}
+
+/* The same for what a memory function of the backend returned; RKV_OK clears the record. */
+static rkv_status rkvi_cache_result(const rkv_cache *cache, rkv_status status, const char *rule,
+                                    int layer)
+{
+    return rkvi_cache_refuse(cache, status, status == RKV_OK ? NULL : rule,
+                             status == RKV_OK ? -1 : layer);
+}
 
 /* ---- Creation ---- */
 
@@ -4452,38 +4827,40 @@ static void rkvi_cache_free(void *user, void *memory)
 
 static int rkvi_cache_has_memory_functions(const rkv_backend *backend)
 {
-    return backend->alloc != NULL && backend->free != NULL && backend->copy_in != NULL &&
-           backend->copy_out != NULL && backend->copy_rows != NULL &&
-           backend->fill_positions != NULL && backend->synchronize != NULL;
+    return backend->alloc && backend->free && backend->copy && backend->copy_rows &&
+           backend->fill_positions && backend->synchronize;
 }
 
-/* Fills in defaults and checks what can be checked before there is memory. */
-static rkv_status rkvi_cache_resolve(rkv_cache_config *config)
+/* The rule that a config breaks, or NULL: its zeros are then filled in. */
+static const char *rkvi_cache_config_rule(rkv_cache_config *config)
 {
     rkv_config *compress = &config->compress;
-    if (config->backend == NULL) config->backend = rkv_backend_find(NULL);
-    if (config->backend == NULL) return RKV_ERROR_UNSUPPORTED;
-    if (!rkvi_cache_has_memory_functions(config->backend)) return RKV_ERROR_UNSUPPORTED;
-
-    if ((config->alloc == NULL) != (config->free == NULL)) return RKV_ERROR_ARGUMENT;
+    const char *rule = rkvi_config_rule(compress);
+    if (rule) return rule;
+    if (config->n_layers < 1) return "cache.n_layers: must be at least 1";
+    if (config->kv_heads < 1) return "cache.kv_heads: must be at least 1";
+    if (config->query_heads < 1) return "cache.query_heads: must be at least 1";
+    if (config->query_heads % config->kv_heads != 0)
+        return "cache.query_heads: must be a multiple of kv_heads";
+    if (config->head_dim < 1) return "cache.head_dim: must be at least 1";
+    if (config->value_dim < 0) return "cache.value_dim: must not be negative";
+    if ((unsigned)config->dtype > RKV_BF16) return "cache.dtype: no such type";
+    if (config->buffer < 0) return "cache.buffer: must not be negative";
+    if (config->capacity < 0) return "cache.capacity: must not be negative";
+    if (!config->alloc != !config->free) return "cache.alloc, cache.free: give both or none";
+    if (config->value_dim == 0) config->value_dim = config->head_dim;
+    if (config->buffer == 0) config->buffer = RKVI_CACHE_BUFFER;
     if (config->alloc == NULL) {
         config->alloc = rkvi_cache_malloc;
         config->free = rkvi_cache_free;
     }
-    if (config->value_dim == 0) config->value_dim = config->head_dim;
-    if (config->buffer == 0) config->buffer = RKVI_CACHE_BUFFER;
-
-    if (config->n_layers < 1 || config->kv_heads < 1 || config->query_heads < 1 ||
-        config->head_dim < 1 || config->value_dim < 1 || config->buffer < 1 ||
-        config->capacity < 0 || config->query_heads % config->kv_heads != 0 ||
-        (unsigned)config->dtype > RKV_BF16)
-        return RKV_ERROR_ARGUMENT;
-    if (rkvi_check_config(compress) != NULL) return RKV_ERROR_ARGUMENT;
     *compress = rkvi_resolve(compress);
-    if (compress->budget > INT32_MAX - config->buffer) return RKV_ERROR_ARGUMENT;
+    if (compress->budget > INT32_MAX - config->buffer)
+        return "cache.buffer: budget + buffer overflows";
     if (config->capacity == 0) config->capacity = compress->budget + config->buffer;
-    if (config->capacity < compress->budget + config->buffer) return RKV_ERROR_ARGUMENT;
-    return RKV_OK;
+    if (config->capacity < compress->budget + config->buffer)
+        return "cache.capacity: must be 0 or at least budget + buffer";
+    return NULL;
 }
 
 /* out = bytes of [heads][rows][dim] elements; 0 when that overflows */
@@ -4530,10 +4907,11 @@ static int rkvi_cache_measure(const rkv_cache_config *config, rkvi_cache_plan *p
            rkvi_cache_add_part(&plan->total, plan->key_bytes, n_layers, &plan->keys) &&
            rkvi_cache_add_part(&plan->total, plan->value_bytes, n_layers, &plan->values) &&
            rkvi_cache_add_part(&plan->total, plan->query_bytes, n_layers, &plan->queries) &&
-           rkvi_cache_add_part(&plan->total, set_bytes, plan->n_sets, &plan->positions);
+           rkvi_cache_add_part(&plan->total, set_bytes, plan->n_sets, &plan->positions) &&
+           rkvi_cache_add_part(&plan->total, sizeof(rkv_error), 1, &plan->error);
 }
 
-/* The set of positions that this kv head of this layer shares or owns. */
+/* The set of positions that this KV head of this layer shares or owns. */
 static int32_t *rkvi_cache_set(const rkv_cache *cache, int layer, int head)
 {
     size_t set = 0;
@@ -4560,39 +4938,62 @@ static void rkvi_cache_describe_layer(rkv_cache *cache, int index)
                                      config->compress.window, config->head_dim);
     layer->scale = config->scale;
     layer->softcap = config->softcap;
-    layer->position_stride = config->capacity;
+    layer->row_stride = config->capacity;
     if (index == 0 || config->compress.scope != RKV_PER_SEQUENCE)
         layer->positions = rkvi_cache_set(cache, index, 0);
 }
 
-/* Takes the backend's memory and describes it; what it took is in `cache`, also on an error. */
+/* The cache's own device record; NULL if the caller gave one, and so reads it himself. */
+static rkv_error *rkvi_cache_device_error(const rkv_cache *cache)
+{
+    rkv_error *own = (rkv_error *)(void *)(cache->memory + cache->plan.error);
+    return cache->config.compress.device_error == own ? own : NULL;
+}
+
+static void rkvi_cache_empty(rkv_cache *cache)
+{
+    int l;
+    for (l = 0; l < cache->config.n_layers; l++) {
+        cache->layers[l].n_tokens = 0;
+        cache->n_queries[l] = 0;
+    }
+    cache->evicted = 0;
+    cache->rounds = 0;
+}
+
+/* Takes the backend's memory and describes it. On an error, what it took is in `cache`. */
 static rkv_status rkvi_cache_reserve(rkv_cache *cache)
 {
-    const rkv_cache_config *config = &cache->config;
+    rkv_cache_config *config = &cache->config;
     const rkv_backend *backend = config->backend;
     rkv_status status;
     int l;
     /* In brackets, here and below: a debugging heap may make macros of these names. */
     cache->memory = (unsigned char *)(backend->alloc)(backend, cache->plan.total);
-    if (cache->memory == NULL) return RKV_ERROR_MEMORY;
+    if (cache->memory == NULL)
+        return rkvi_cache_refuse(cache, RKV_ERROR_MEMORY, "cache: no memory for its rows", -1);
     cache->positions = (int32_t *)(void *)(cache->memory + cache->plan.positions);
     for (l = 0; l < config->n_layers; l++) {
         rkvi_cache_describe_layer(cache, l);
         cache->layers[l].n_tokens = config->capacity; /* the largest round, to be sized for */
     }
-    status = rkv_check(&config->compress, cache->layers, config->n_layers, NULL, NULL);
-    if (status == RKV_OK)
-        status = rkv_workspace_size(backend, &config->compress, cache->layers, config->n_layers,
-                                    &cache->workspace_bytes);
+    status = rkv_workspace_size(backend, &config->compress, cache->layers, config->n_layers,
+                                &cache->workspace_bytes);
     if (status != RKV_OK) return status;
     cache->workspace = (backend->alloc)(backend, cache->workspace_bytes);
-    if (cache->workspace == NULL) return RKV_ERROR_MEMORY;
-    rkv_cache_reset(cache);
-    return RKV_OK;
+    if (cache->workspace == NULL)
+        return rkvi_cache_refuse(cache, RKV_ERROR_MEMORY, "cache: no memory for the workspace", -1);
+    if (config->compress.device_error == NULL) {
+        config->compress.device_error = (rkv_error *)(void *)(cache->memory + cache->plan.error);
+        status = backend->copy(backend, config->compress.device_error, &rkvi_no_error,
+                               sizeof rkvi_no_error);
+    }
+    rkvi_cache_empty(cache);
+    return rkvi_cache_result(cache, status, "cache: the device refused a copy", -1);
 }
 
-/* The host's records in one allocation: the cache, its layers, their counters. The order is that
- * of falling alignment. */
+/* The host's records in one allocation, in the order of falling alignment: the cache, its layers,
+ * their counters. */
 static rkv_cache *rkvi_cache_new_record(const rkv_cache_config *config, const rkvi_cache_plan *plan)
 {
     const size_t n_layers = (size_t)config->n_layers;
@@ -4608,6 +5009,8 @@ static rkv_cache *rkvi_cache_new_record(const rkv_cache_config *config, const rk
     cache->plan = *plan;
     cache->layers = (rkv_layer *)(void *)(cache + 1);
     cache->n_queries = (int *)(void *)(cache->layers + n_layers);
+    if (cache->config.compress.error == NULL) cache->config.compress.error = &cache->error;
+    cache->error = rkvi_no_error;
     return cache;
 }
 
@@ -4616,16 +5019,28 @@ RKV_API rkv_status rkv_cache_create(rkv_cache **out, const rkv_cache_config *con
     rkv_cache_config resolved;
     rkvi_cache_plan plan;
     rkv_cache *cache;
+    const char *rule;
+    rkvi_float_mode saved;
     rkv_status status;
-    if (out == NULL) return RKV_ERROR_ARGUMENT;
+    if (config != NULL && out == NULL)
+        return rkvi_refuse(&config->compress, RKV_ERROR_NULL, "out: is NULL", -1, -1, -1);
+    if (out == NULL) return RKV_ERROR_NULL;
     *out = NULL;
-    if (config == NULL) return RKV_ERROR_ARGUMENT;
+    if (config == NULL) return RKV_ERROR_NULL;
     resolved = *config;
-    status = rkvi_cache_resolve(&resolved);
-    if (status != RKV_OK) return status;
-    if (!rkvi_cache_measure(&resolved, &plan)) return RKV_ERROR_ARGUMENT;
+    saved = rkvi_enter_float_mode();
+    rule = rkvi_cache_config_rule(&resolved);
+    rkvi_leave_float_mode(saved);
+    if (!rule && !rkvi_cache_measure(&resolved, &plan)) rule = "cache: its size overflows";
+    if (rule) return rkvi_refuse(&config->compress, RKV_ERROR_ARGUMENT, rule, -1, -1, -1);
+    if (resolved.backend == NULL) resolved.backend = rkvi_best();
+    if (!rkvi_cache_has_memory_functions(resolved.backend))
+        return rkvi_refuse(&config->compress, RKV_ERROR_UNSUPPORTED,
+                           "cache.backend: has no memory functions", -1, -1, -1);
     cache = rkvi_cache_new_record(&resolved, &plan);
-    if (cache == NULL) return RKV_ERROR_MEMORY;
+    if (cache == NULL)
+        return rkvi_refuse(&config->compress, RKV_ERROR_MEMORY, "cache: no memory for its records",
+                           -1, -1, -1);
     status = rkvi_cache_reserve(cache);
     if (status != RKV_OK) {
         rkv_cache_destroy(cache);
@@ -4633,6 +5048,12 @@ RKV_API rkv_status rkv_cache_create(rkv_cache **out, const rkv_cache_config *con
     }
     *out = cache;
     return RKV_OK;
+}
+
+RKV_API const rkv_error *rkv_cache_error(const rkv_cache *cache)
+{
+    static const rkv_error is_null = { "cache: is NULL", RKV_ERROR_NULL, -1, -1, -1 };
+    return cache ? cache->config.compress.error : &is_null;
 }
 
 RKV_API void rkv_cache_destroy(rkv_cache *cache)
@@ -4645,18 +5066,6 @@ RKV_API void rkv_cache_destroy(rkv_cache *cache)
     (cache->config.free)(cache->config.user, cache);
 }
 
-RKV_API void rkv_cache_reset(rkv_cache *cache)
-{
-    int l;
-    if (cache == NULL) return;
-    for (l = 0; l < cache->config.n_layers; l++) {
-        cache->layers[l].n_tokens = 0;
-        cache->n_queries[l] = 0;
-    }
-    cache->evicted = 0;
-    cache->rounds = 0;
-}
-
 /* ---- Counters and views ---- */
 
 static int rkvi_cache_has_layer(const rkv_cache *cache, int layer)
@@ -4664,7 +5073,7 @@ static int rkvi_cache_has_layer(const rkv_cache *cache, int layer)
     return cache != NULL && layer >= 0 && layer < cache->config.n_layers;
 }
 
-/* Rows of the longest layer: within a token's forward pass the first layers are ahead. */
+/* Rows of the longest layer: during a forward pass the first layers are ahead. */
 static int rkvi_cache_most_rows(const rkv_cache *cache)
 {
     int l, most = 0;
@@ -4673,10 +5082,16 @@ static int rkvi_cache_most_rows(const rkv_cache *cache)
     return most;
 }
 
-/* Rows below this one differ from head to head; see (1) at the room's head. */
+/* Rows below this one differ from head to head: see (1) above. */
 static int rkvi_cache_fixed_rows(const rkv_cache_config *config, int evicted)
 {
-    return evicted > 0 ? config->compress.budget - config->compress.window : 0;
+    return evicted > 0 ? config->compress.budget - config->compress.protect : 0;
+}
+
+/* The position of the first row that truncation can drop. */
+static int rkvi_cache_first_position(const rkv_cache *cache)
+{
+    return cache->evicted + rkvi_cache_fixed_rows(&cache->config, cache->evicted);
 }
 
 /* A view of the rows in use; its head stride no longer follows from `tokens`. */
@@ -4753,16 +5168,23 @@ RKV_API rkv_cache_stats rkv_cache_get_stats(const rkv_cache *cache)
 
 /* ---- Append ---- */
 
-static int rkvi_cache_accepts(const rkv_cache *cache, const rkv_tensor *view, int heads, int dim,
-                              int n_tokens)
+/* The rule that a view given to append breaks; `which` is one of RKVI_KEYS, ... */
+static const char *rkvi_cache_view_rule(const rkv_cache *cache, const rkv_tensor *view, int which,
+                                        int n_tokens)
 {
-    const size_t element_bytes = rkvi_dtype_bytes(cache->config.dtype);
-    if (view == NULL || view->data == NULL) return 0;
-    if (view->heads != heads || view->dim != dim || view->tokens < n_tokens) return 0;
-    if (view->dtype != cache->config.dtype) return 0;
-    if (view->element_bytes != 0 && (size_t)view->element_bytes != element_bytes) return 0;
-    if (view->head_stride < 0 || view->token_stride < 0 || view->dim_stride < 0) return 0;
-    return view->block_table == NULL || (view->block_tokens > 0 && view->block_stride >= 0);
+    const rkv_cache_config *config = &cache->config;
+    const int heads = which == RKVI_QUERIES ? config->query_heads : config->kv_heads;
+    const int dim = which == RKVI_VALUES ? config->value_dim : config->head_dim;
+    rkvi_view_rule rule = RKVI_DATA;
+    if (view != NULL && view->data != NULL) rule = rkvi_tensor_rule(view);
+    if (rule == RKVI_SOUND) {
+        if (view->tokens < n_tokens) rule = RKVI_TOO_FEW_TOKENS;
+        if (!rkvi_has_own_elements(view)) rule = RKVI_NOT_THE_DTYPE;
+        if (view->dtype != config->dtype) rule = RKVI_OTHER_DTYPE;
+        if (view->heads != heads) rule = RKVI_OTHER_HEADS;
+        if (view->dim != dim) rule = RKVI_OTHER_DIM;
+    }
+    return rule == RKVI_SOUND ? NULL : rkvi_view_rules[RKVI_APPENDED + which][rule];
 }
 
 /* Writes the positions of rows [row, row + n), which follow from (1), to the sets of `layer`. */
@@ -4775,8 +5197,9 @@ static rkv_status rkvi_cache_fill(const rkv_cache *cache, int layer, int row, in
                                            config->capacity, row, row + cache->evicted, n);
 }
 
-/* Brings the newest min(n_tokens, window) queries into the ring; in two copies where they wrap.
- * The slots they take are those of the oldest queries, which a failed copy leaves undefined. */
+/* Copies the newest min(n_tokens, window) queries into the ring; two copies if they wrap. They
+ * replace the oldest queries, which a failed copy leaves undefined. The first copy finds a negative
+ * block, before it writes. */
 static rkv_status rkvi_cache_push_queries(rkv_cache *cache, int layer, int n_tokens,
                                           const rkv_tensor *queries)
 {
@@ -4791,46 +5214,71 @@ static rkv_status rkvi_cache_push_queries(rkv_cache *cache, int layer, int n_tok
     rkv_status status = backend->copy_rows(backend, ring, slot, queries, skipped, n_first);
     if (status == RKV_OK && n > n_first)
         status = backend->copy_rows(backend, ring, 0, queries, skipped + n_first, n - n_first);
+    if (status == RKV_ERROR_ARGUMENT) return status;
     if (*n_queries > window - n) *n_queries = window - n;
     if (status == RKV_OK) *n_queries += n;
     return status;
+}
+
+/* The rows that append reads. A table may be shorter than `tokens` says. */
+static rkv_tensor rkvi_cache_new_rows(const rkv_tensor *view, int n_tokens)
+{
+    rkv_tensor rows = *view;
+    if (rows.block_table) rows.tokens = n_tokens;
+    return rows;
+}
+
+/* Rows from n_tokens on are unused until the count grows. The ring comes last, because its slots
+ * still belong to older tokens. */
+static rkv_status rkvi_cache_copy_in(rkv_cache *cache, int layer, int n_tokens,
+                                     const rkv_tensor *keys, const rkv_tensor *values,
+                                     const rkv_tensor *queries)
+{
+    const rkv_backend *backend = cache->config.backend;
+    const rkv_layer *held = &cache->layers[layer];
+    const rkv_tensor new_keys = rkvi_cache_new_rows(keys, n_tokens);
+    const rkv_tensor new_values = rkvi_cache_new_rows(values, n_tokens);
+    rkv_tensor new_queries;
+    const int row = held->n_tokens;
+    const int fills = cache->config.compress.scope != RKV_PER_SEQUENCE ||
+                      row + n_tokens > rkvi_cache_most_rows(cache); /* else done already */
+    rkv_status status = backend->copy_rows(backend, &held->keys, row, &new_keys, 0, n_tokens);
+    if (status == RKV_OK)
+        status = backend->copy_rows(backend, &held->values, row, &new_values, 0, n_tokens);
+    if (status == RKV_OK && fills) status = rkvi_cache_fill(cache, layer, row, n_tokens);
+    if (status != RKV_OK || cache->plan.query_bytes == 0) return status;
+    new_queries = rkvi_cache_new_rows(queries, n_tokens);
+    return rkvi_cache_push_queries(cache, layer, n_tokens, &new_queries);
 }
 
 RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
                                     const rkv_tensor *keys, const rkv_tensor *values,
                                     const rkv_tensor *queries)
 {
-    const rkv_backend *backend;
-    const rkv_cache_config *config;
-    rkv_layer *held;
+    const char *rule = NULL;
     rkv_status status;
-    int row, fills;
-    if (!rkvi_cache_has_layer(cache, layer) || n_tokens < 0) return RKV_ERROR_ARGUMENT;
-    if (n_tokens == 0) return RKV_OK;
-    config = &cache->config;
-    if (n_tokens > rkv_cache_room(cache, layer) ||
-        !rkvi_cache_accepts(cache, keys, config->kv_heads, config->head_dim, n_tokens) ||
-        !rkvi_cache_accepts(cache, values, config->kv_heads, config->value_dim, n_tokens))
-        return RKV_ERROR_ARGUMENT;
-    if (cache->plan.query_bytes > 0 &&
-        !rkvi_cache_accepts(cache, queries, config->query_heads, config->head_dim, n_tokens))
-        return RKV_ERROR_ARGUMENT;
-
-    /* Rows at and behind n_tokens are nobody's until the count moves; the ring goes last, as
-     * its slots still belong to older tokens. */
-    backend = config->backend;
-    held = &cache->layers[layer];
-    row = held->n_tokens;
-    fills = config->compress.scope != RKV_PER_SEQUENCE ||
-            row + n_tokens > rkvi_cache_most_rows(cache); /* else another layer has */
-    status = backend->copy_rows(backend, &held->keys, row, keys, 0, n_tokens);
-    if (status == RKV_OK)
-        status = backend->copy_rows(backend, &held->values, row, values, 0, n_tokens);
-    if (status == RKV_OK && fills) status = rkvi_cache_fill(cache, layer, row, n_tokens);
-    if (status == RKV_OK && cache->plan.query_bytes > 0)
-        status = rkvi_cache_push_queries(cache, layer, n_tokens, queries);
-    if (status == RKV_OK) held->n_tokens += n_tokens;
-    return status;
+    if (cache == NULL) return RKV_ERROR_NULL;
+    if (!rkvi_cache_has_layer(cache, layer))
+        return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT, "layer: the cache has none such", -1);
+    if (n_tokens < 0)
+        rule = "n_tokens: must not be negative";
+    else if (n_tokens > rkv_cache_room(cache, layer))
+        rule = "n_tokens: more than rkv_cache_room";
+    if (!rule && n_tokens > 0) {
+        rule = rkvi_cache_view_rule(cache, keys, RKVI_KEYS, n_tokens);
+        if (!rule) rule = rkvi_cache_view_rule(cache, values, RKVI_VALUES, n_tokens);
+        if (!rule && cache->plan.query_bytes > 0)
+            rule = rkvi_cache_view_rule(cache, queries, RKVI_QUERIES, n_tokens);
+    }
+    if (rule) return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT, rule, layer);
+    status =
+        n_tokens == 0 ? RKV_OK : rkvi_cache_copy_in(cache, layer, n_tokens, keys, values, queries);
+    if (status == RKV_OK) cache->layers[layer].n_tokens += n_tokens;
+    return rkvi_cache_result(cache, status,
+                             status == RKV_ERROR_ARGUMENT
+                                 ? "keys, values, queries: a block table has a negative block"
+                                 : "cache: the device refused a copy",
+                             layer);
 }
 
 /* ---- Compression and rollback ---- */
@@ -4852,45 +5300,108 @@ static int rkvi_cache_window_whole(const rkv_cache *cache)
     return 1;
 }
 
+/* Waits for the round and returns what the device found. */
+static rkv_status rkvi_cache_look(rkv_cache *cache)
+{
+    const rkv_backend *backend = cache->config.backend;
+    rkv_error *own = rkvi_cache_device_error(cache), found;
+    rkv_status status;
+    if (own == NULL) return RKV_OK;
+    status = backend->copy(backend, &found, own, sizeof found);
+    if (status != RKV_OK) { /* have the rows moved or not? */
+        rkvi_cache_empty(cache);
+        return rkvi_cache_refuse(cache, status, "cache: no word from the device, it is empty now",
+                                 -1);
+    }
+    return rkvi_record(cache->config.compress.error, (rkv_status)found.status, found.rule,
+                       found.layer, found.head, found.token);
+}
+
 static rkv_status rkvi_cache_round(rkv_cache *cache, int *n_evicted)
 {
     const rkv_cache_config *config = &cache->config;
-    const int evicted = cache->layers[0].n_tokens - config->compress.budget;
+    const int rows = cache->layers[0].n_tokens, evicted = rows - config->compress.budget;
     rkv_status status = rkv_compress(config->backend, &config->compress, cache->layers,
                                      config->n_layers, cache->workspace, cache->workspace_bytes);
+    int l;
+    if (status == RKV_OK) {
+        for (l = 0; l < config->n_layers; l++) cache->layers[l].n_tokens = rows; /* until we know */
+        status = rkvi_cache_look(cache);
+    }
     if (status != RKV_OK) return status;
+    for (l = 0; l < config->n_layers; l++) cache->layers[l].n_tokens = rows - evicted;
     cache->evicted += evicted;
     cache->rounds++;
     if (n_evicted != NULL) *n_evicted = evicted;
     return RKV_OK;
 }
 
+/* Is a round due? If not, *status says whether that is an error. */
+static int rkvi_cache_is_due(const rkv_cache *cache, int more_rows_than, int *n_evicted,
+                             rkv_status *status)
+{
+    if (n_evicted != NULL) *n_evicted = 0;
+    if (cache == NULL) {
+        *status = RKV_ERROR_NULL;
+        return 0;
+    }
+    *status = RKV_OK;
+    if (!rkvi_cache_layers_equal(cache))
+        *status = rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT,
+                                    "cache: its layers have different numbers of rows", -1);
+    else
+        rkvi_clear_error(&cache->config.compress);
+    return *status == RKV_OK && cache->layers[0].n_tokens > more_rows_than;
+}
+
 RKV_API rkv_status rkv_cache_step(rkv_cache *cache, int *n_evicted)
 {
-    const rkv_cache_config *config;
-    if (n_evicted != NULL) *n_evicted = 0;
-    if (cache == NULL || !rkvi_cache_layers_equal(cache)) return RKV_ERROR_ARGUMENT;
-    config = &cache->config;
-    if (cache->layers[0].n_tokens < config->compress.budget + config->buffer) return RKV_OK;
+    rkv_status status;
+    const int full = cache == NULL ? 0 : cache->config.compress.budget + cache->config.buffer;
+    if (!rkvi_cache_is_due(cache, full - 1, n_evicted, &status)) return status;
     if (!rkvi_cache_window_whole(cache)) return RKV_OK; /* due once the window is whole again */
     return rkvi_cache_round(cache, n_evicted);
 }
 
 RKV_API rkv_status rkv_cache_compress(rkv_cache *cache, int *n_evicted)
 {
-    if (n_evicted != NULL) *n_evicted = 0;
-    if (cache == NULL || !rkvi_cache_layers_equal(cache)) return RKV_ERROR_ARGUMENT;
-    if (cache->layers[0].n_tokens <= cache->config.compress.budget) return RKV_OK;
-    if (!rkvi_cache_window_whole(cache)) return RKV_ERROR_ARGUMENT;
+    rkv_status status;
+    const int budget = cache == NULL ? 0 : cache->config.compress.budget;
+    if (!rkvi_cache_is_due(cache, budget, n_evicted, &status)) return status;
+    if (!rkvi_cache_window_whole(cache))
+        return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT,
+                                 "cache: queries of the window are missing since a truncation", -1);
     return rkvi_cache_round(cache, n_evicted);
+}
+
+/* Every row that a round has kept was finite, so a key that is not comes after them, in order. The
+ * token of a query is the newest with its slot in the ring. */
+RKV_API int rkv_cache_error_position(const rkv_cache *cache)
+{
+    const rkv_error *error = rkv_cache_error(cache);
+    int position, last, window;
+    if (cache == NULL || error->status != RKV_ERROR_NONFINITE || error->token < 0) return -1;
+    position = error->token + cache->evicted;
+    if (strcmp(error->rule, RKVI_RULE_QUERY) == 0) {
+        window = cache->config.compress.window;
+        last = rkv_cache_position(cache, 0) - 1;
+        position = last - (last - error->token % window + window) % window;
+    }
+    return position < rkvi_cache_first_position(cache) ? 0 : position;
 }
 
 RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position)
 {
     int l, rows;
-    if (cache == NULL) return RKV_ERROR_ARGUMENT;
-    if (position < cache->evicted + rkvi_cache_fixed_rows(&cache->config, cache->evicted))
-        return RKV_ERROR_ARGUMENT;
+    if (cache == NULL) return RKV_ERROR_NULL;
+    rkvi_clear_error(&cache->config.compress);
+    if (position == 0) {
+        rkvi_cache_empty(cache);
+        return RKV_OK;
+    }
+    if (position < rkvi_cache_first_position(cache))
+        return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT,
+                                 "position: before what a round has left in order", -1);
     rows = position - cache->evicted;
     for (l = 0; l < cache->config.n_layers; l++) {
         const int n_dropped = cache->layers[l].n_tokens - rows;
@@ -4927,15 +5438,21 @@ static rkv_status rkvi_cache_copy_layer(const rkv_cache *dst, const rkv_cache *s
 
 RKV_API rkv_status rkv_cache_fork(const rkv_cache *cache, rkv_cache **out)
 {
+    rkv_cache_config config;
     rkv_cache *fork;
     rkv_tensor to, from;
     rkv_status status;
     int l, n_rows;
-    if (out == NULL) return RKV_ERROR_ARGUMENT;
+    if (cache != NULL && out == NULL)
+        return rkvi_cache_refuse(cache, RKV_ERROR_NULL, "out: is NULL", -1);
+    if (out == NULL) return RKV_ERROR_NULL;
     *out = NULL;
-    if (cache == NULL) return RKV_ERROR_ARGUMENT;
-    status = rkv_cache_create(&fork, &cache->config);
+    if (cache == NULL) return RKV_ERROR_NULL;
+    config = cache->config;
+    if (rkvi_cache_device_error(cache) != NULL) config.compress.device_error = NULL;
+    status = rkv_cache_create(&fork, &config); /* writes errors to the parent's record */
     if (status != RKV_OK) return status;
+    if (config.compress.error == &cache->error) fork->config.compress.error = &fork->error;
     to = rkvi_cache_position_view(fork);
     from = rkvi_cache_position_view(cache);
     n_rows = rkvi_cache_most_rows(cache);
@@ -4948,7 +5465,7 @@ RKV_API rkv_status rkv_cache_fork(const rkv_cache *cache, rkv_cache **out)
     }
     if (status != RKV_OK) {
         rkv_cache_destroy(fork);
-        return status;
+        return rkvi_cache_refuse(cache, status, "cache: the device refused a copy", -1);
     }
     fork->evicted = cache->evicted;
     fork->rounds = cache->rounds;
@@ -4964,10 +5481,9 @@ RKV_API rkv_status rkv_cache_fork(const rkv_cache *cache, rkv_cache **out)
  *     rows, n_queries                                                 [layer] 2 x u32
  *     positions of the first `fixed` rows                             [set][fixed] u32
  *     keys, values, query ring (stale slots zero)                     [layer], rows in use
- *     FNV-1a of all bytes before                                      u64
- * FNV-1a's steps are bijections of its state, so no single damaged byte goes unseen. */
+ *     checksum of all bytes before                                    u64 */
 
-#define RKVI_IMAGE_VERSION 1
+#define RKVI_IMAGE_VERSION 2
 #define RKVI_IMAGE_SHAPE   13
 #define RKVI_IMAGE_COUNTS  (8 + 4 * RKVI_IMAGE_SHAPE) /* where rounds and evicted lie */
 #define RKVI_IMAGE_LAYERS  (RKVI_IMAGE_COUNTS + 16)   /* where the layers' counters lie */
@@ -4986,12 +5502,35 @@ static uint64_t rkvi_image_get(const unsigned char *image, int n_bytes)
     return value;
 }
 
+static int rkvi_host_is_little_endian(void)
+{
+    const uint16_t one = 1;
+    return *(const unsigned char *)&one == 1;
+}
+
+/* For a given word a bijection of the sum, for a given sum one of the word. */
+static uint64_t rkvi_checksum_step(uint64_t sum, uint64_t word)
+{
+    sum ^= word;
+    return (sum << 29 | sum >> 35) * UINT64_C(0x9e3779b97f4a7c15);
+}
+
+/* Four sums over 8-byte words in turn, at the speed of memory, then one over these and the rest.
+ * All steps are bijections, so any single damaged word is noticed. */
 static uint64_t rkvi_image_checksum(const unsigned char *image, size_t bytes)
 {
-    uint64_t hash = UINT64_C(0xcbf29ce484222325);
-    size_t i;
-    for (i = 0; i < bytes; i++) hash = (hash ^ image[i]) * UINT64_C(0x100000001b3);
-    return hash;
+    uint64_t sum[4] = { 1, 2, 3, 4 }, word, total = bytes;
+    size_t at = 0;
+    int i;
+    for (; bytes - at >= 32; at += 32)
+        for (i = 0; i < 4; i++) {
+            memcpy(&word, image + at + 8 * i, 8);
+            if (!rkvi_host_is_little_endian()) word = rkvi_image_get(image + at + 8 * i, 8);
+            sum[i] = rkvi_checksum_step(sum[i], word);
+        }
+    for (i = 0; i < 4; i++) total = rkvi_checksum_step(total, sum[i]);
+    for (; at < bytes; at++) total = rkvi_checksum_step(total, image[at]);
+    return total;
 }
 
 /* What must be equal in the image and in the cache that loads it. */
@@ -5009,7 +5548,7 @@ static void rkvi_image_shape(const rkv_cache *cache, uint32_t shape[RKVI_IMAGE_S
     shape[8] = (uint32_t)config->compress.window;
     shape[9] = (uint32_t)config->compress.pinned;
     shape[10] = (uint32_t)config->compress.scope;
-    shape[11] = (uint32_t)config->compress.order;
+    shape[11] = (uint32_t)config->compress.protect;
     shape[12] = cache->plan.query_bytes > 0;
 }
 
@@ -5018,8 +5557,8 @@ static size_t rkvi_image_header_bytes(const rkv_cache *cache)
     return RKVI_IMAGE_LAYERS + 8 * (size_t)cache->config.n_layers;
 }
 
-/* Bytes of an image with so many rows in all layers together. Each part is at most as large as
- * the part of the cache's own memory that it comes from: no sum can overflow. */
+/* Bytes of an image with total_rows rows in all layers together. No part is larger than the memory
+ * it is copied from, so no sum overflows. */
 static size_t rkvi_image_size(const rkv_cache *cache, int fixed_rows, size_t total_rows)
 {
     const size_t n_layers = (size_t)cache->config.n_layers;
@@ -5053,17 +5592,11 @@ static void rkvi_image_write_header(const rkv_cache *cache, unsigned char *image
     }
 }
 
-/* Where a transfer stands; `out` when saving, `in` when loading, the other is NULL. */
+/* The position of a transfer: `out` when saving, `in` when loading; the other is NULL. */
 typedef struct rkvi_image_cursor {
     unsigned char *out;
     const unsigned char *in;
 } rkvi_image_cursor;
-
-static int rkvi_host_is_little_endian(void)
-{
-    const uint16_t one = 1;
-    return *(const unsigned char *)&one == 1;
-}
 
 static void rkvi_image_swap(unsigned char *dst, const unsigned char *src, size_t bytes,
                             size_t element_bytes)
@@ -5077,7 +5610,7 @@ static void rkvi_image_swap(unsigned char *dst, const unsigned char *src, size_t
         }
 }
 
-/* Big-endian hosts: turns the elements round on their way, through a small buffer. */
+/* Big-endian hosts: swaps the bytes of each element, through a small buffer. */
 static rkv_status rkvi_image_load_swapped(const rkv_backend *backend, unsigned char *rows,
                                           const unsigned char *image, size_t bytes,
                                           size_t element_bytes)
@@ -5087,8 +5620,7 @@ static rkv_status rkvi_image_load_swapped(const rkv_backend *backend, unsigned c
         const size_t part = bytes < sizeof(swapped) ? bytes : sizeof(swapped);
         rkv_status status;
         rkvi_image_swap(swapped, image, part, element_bytes);
-        status = backend->copy_in(backend, rows, swapped, part);
-        if (status == RKV_OK) status = backend->synchronize(backend); /* `swapped` is reused */
+        status = backend->copy(backend, rows, swapped, part);
         if (status != RKV_OK) return status;
         rows += part;
         image += part;
@@ -5097,7 +5629,7 @@ static rkv_status rkvi_image_load_swapped(const rkv_backend *backend, unsigned c
     return RKV_OK;
 }
 
-/* Moves `bytes` bytes of the backend's memory to or from the image and advances the cursor. */
+/* Copies `bytes` bytes of the backend's memory to or from the image and advances the cursor. */
 static rkv_status rkvi_image_transfer(const rkv_backend *backend, rkvi_image_cursor *cursor,
                                       void *rows, size_t bytes, size_t element_bytes)
 {
@@ -5106,14 +5638,12 @@ static rkv_status rkvi_image_transfer(const rkv_backend *backend, rkvi_image_cur
     if (cursor->in != NULL) {
         const unsigned char *image = cursor->in;
         cursor->in += bytes;
-        if (rkvi_host_is_little_endian()) return backend->copy_in(backend, rows, image, bytes);
+        if (rkvi_host_is_little_endian()) return backend->copy(backend, rows, image, bytes);
         return rkvi_image_load_swapped(backend, (unsigned char *)rows, image, bytes, element_bytes);
     }
-    status = backend->copy_out(backend, cursor->out, rows, bytes);
-    if (status == RKV_OK && !rkvi_host_is_little_endian()) {
-        status = backend->synchronize(backend);
-        if (status == RKV_OK) rkvi_image_swap(cursor->out, cursor->out, bytes, element_bytes);
-    }
+    status = backend->copy(backend, cursor->out, rows, bytes);
+    if (status == RKV_OK && !rkvi_host_is_little_endian())
+        rkvi_image_swap(cursor->out, cursor->out, bytes, element_bytes);
     cursor->out += bytes;
     return status;
 }
@@ -5134,8 +5664,8 @@ static rkv_status rkvi_image_transfer_rows(const rkv_backend *backend, rkvi_imag
     return RKV_OK;
 }
 
-/* Ring slots whose queries are not in use become zeros: no stray memory in a file, and equal
- * caches make equal images. `ring` is the layer's ring in the image. */
+/* Writes zeros over ring slots that are not in use, so that no stray memory gets into a file and
+ * equal caches make equal images. `ring` is the layer's ring in the image. */
 static void rkvi_image_blank_stale(const rkv_cache *cache, int layer, unsigned char *ring)
 {
     const int window = cache->config.compress.window;
@@ -5159,13 +5689,12 @@ static rkv_status rkvi_image_transfer_ring(const rkv_cache *cache, rkvi_image_cu
     rkv_status status =
         rkvi_image_transfer(backend, cursor, cache->layers[layer].queries.data,
                             cache->plan.query_bytes, rkvi_dtype_bytes(cache->config.dtype));
-    if (status != RKV_OK || out == NULL || cache->plan.query_bytes == 0) return status;
-    status = backend->synchronize(backend);
-    if (status == RKV_OK) rkvi_image_blank_stale(cache, layer, out);
+    if (status == RKV_OK && out != NULL && cache->plan.query_bytes > 0)
+        rkvi_image_blank_stale(cache, layer, out);
     return status;
 }
 
-/* Everything between the counters and the checksum, for the counters that the cache has. */
+/* Everything between the counters and the checksum. */
 static rkv_status rkvi_image_transfer_body(const rkv_cache *cache, rkvi_image_cursor *cursor)
 {
     const rkv_backend *backend = cache->config.backend;
@@ -5193,43 +5722,66 @@ RKV_API rkv_status rkv_cache_save(const rkv_cache *cache, void *memory, size_t b
     unsigned char *image = (unsigned char *)memory;
     const size_t size = rkv_cache_save_size(cache);
     rkv_status status;
-    if (cache == NULL || memory == NULL || bytes < size) return RKV_ERROR_ARGUMENT;
+    if (cache == NULL) return RKV_ERROR_NULL;
+    if (memory == NULL) return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT, "memory: is NULL", -1);
+    if (bytes < size)
+        return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT, "bytes: less than rkv_cache_save_size",
+                                 -1);
     rkvi_image_write_header(cache, image);
     cursor.in = NULL;
     cursor.out = image + rkvi_image_header_bytes(cache);
     status = rkvi_image_transfer_body(cache, &cursor);
-    if (status != RKV_OK) return status;
-    rkvi_image_put(cursor.out, rkvi_image_checksum(image, size - 8), 8);
-    return RKV_OK;
+    if (status == RKV_OK) rkvi_image_put(cursor.out, rkvi_image_checksum(image, size - 8), 8);
+    return rkvi_cache_result(cache, status, "cache: the device refused a copy", -1);
 }
 
-static int rkvi_image_shape_matches(const rkv_cache *cache, const unsigned char *image)
+/* The rule for each number of rkvi_image_shape. */
+static const char *const rkvi_image_shape_rules[RKVI_IMAGE_SHAPE] = {
+    "memory: a snapshot of another version of rkv.h",
+    "memory: a snapshot of a cache with another number of layers",
+    "memory: a snapshot of a cache with another number of KV heads",
+    "memory: a snapshot of a cache with another number of query heads",
+    "memory: a snapshot of a cache with another head dim",
+    "memory: a snapshot of a cache with another value dim",
+    "memory: a snapshot of a cache with another dtype",
+    "memory: a snapshot of a cache with another budget",
+    "memory: a snapshot of a cache with another window",
+    "memory: a snapshot of a cache with another number of pinned tokens",
+    "memory: a snapshot of a cache with another scope",
+    "memory: a snapshot of a cache with another number of protected tokens",
+    "memory: a snapshot of a cache that keeps queries, or does not"
+};
+
+static const char *rkvi_image_shape_rule(const rkv_cache *cache, const unsigned char *image)
 {
     uint32_t shape[RKVI_IMAGE_SHAPE];
     int i;
-    if (memcmp(image, "RKVCACHE", 8) != 0) return 0;
+    if (memcmp(image, "RKVCACHE", 8) != 0) return "memory: no snapshot of rkv_cache_save";
     rkvi_image_shape(cache, shape);
     for (i = 0; i < RKVI_IMAGE_SHAPE; i++)
-        if (rkvi_image_get(image + 8 + 4 * i, 4) != shape[i]) return 0;
-    return 1;
+        if (rkvi_image_get(image + 8 + 4 * i, 4) != shape[i]) return rkvi_image_shape_rules[i];
+    return NULL;
 }
 
-/* An image's counters, read and found possible for this cache. */
+/* An image's counters, checked against this cache. */
 typedef struct rkvi_image_counts {
     int64_t rounds;
     int evicted, fixed_rows;
     size_t total_rows;
 } rkvi_image_counts;
 
-static int rkvi_image_read_counts(const rkv_cache *cache, const unsigned char *image,
-                                  rkvi_image_counts *counts)
+static const char *rkvi_image_counts_rule(const rkv_cache *cache, const unsigned char *image,
+                                          rkvi_image_counts *counts)
 {
+    const char *impossible = "memory: a damaged snapshot, its counters are impossible";
     const uint64_t rounds = rkvi_image_get(image + RKVI_IMAGE_COUNTS, 8);
     const uint64_t evicted = rkvi_image_get(image + RKVI_IMAGE_COUNTS + 8, 8);
+    const uint64_t capacity = (uint64_t)cache->config.capacity;
     const uint64_t window =
         cache->plan.query_bytes > 0 ? (uint64_t)cache->config.compress.window : 0;
     int l;
-    if (evicted > INT32_MAX || rounds > evicted || (rounds == 0) != (evicted == 0)) return 0;
+    if (evicted > INT32_MAX || rounds > evicted || (rounds == 0) != (evicted == 0))
+        return impossible;
     counts->rounds = (int64_t)rounds;
     counts->evicted = (int)evicted;
     counts->fixed_rows = rkvi_cache_fixed_rows(&cache->config, counts->evicted);
@@ -5237,44 +5789,53 @@ static int rkvi_image_read_counts(const rkv_cache *cache, const unsigned char *i
     image += RKVI_IMAGE_LAYERS;
     for (l = 0; l < cache->config.n_layers; l++, image += 8) {
         const uint64_t rows = rkvi_image_get(image, 4), n_queries = rkvi_image_get(image + 4, 4);
-        if (rows > (uint64_t)cache->config.capacity || rows + evicted > INT32_MAX) return 0;
-        if (rows < (uint64_t)counts->fixed_rows) return 0;
-        if (n_queries > window || n_queries > rows + evicted) return 0;
+        if (rows + evicted > INT32_MAX || rows < (uint64_t)counts->fixed_rows) return impossible;
+        if (n_queries > window || n_queries > rows + evicted) return impossible;
+        if (rows > capacity) return "memory: a snapshot of more rows than the cache's capacity";
+        if (rows + (window - n_queries) > capacity && rows > 0)
+            return "memory: no room for the queries that the snapshot's window still lacks";
         counts->total_rows += (size_t)rows;
     }
-    return 1;
+    return NULL;
 }
 
-/* The first fixed rows of every set: pinned ones in their place, all older than the window of
- * the last round, and in order where the config says so. */
-static int rkvi_image_positions_valid(const rkv_cache *cache, const unsigned char *image,
-                                      const rkvi_image_counts *counts)
+/* The first fixed rows of every set: pinned ones in their places, ascending, all older than the
+ * protected tokens of the last round. */
+static const char *rkvi_image_positions_rule(const rkv_cache *cache, const unsigned char *image,
+                                             const rkvi_image_counts *counts)
 {
-    const rkv_config *compress = &cache->config.compress;
     const int64_t end = (int64_t)counts->evicted + counts->fixed_rows;
     int s, row;
     for (s = 0; s < cache->plan.n_sets; s++) {
         int64_t before = -1;
         for (row = 0; row < counts->fixed_rows; row++, image += 4) {
             const int64_t position = (int64_t)rkvi_image_get(image, 4);
-            if (position >= end) return 0;
-            if (row < compress->pinned && position != row) return 0;
-            if (compress->order == RKV_BY_POSITION && position <= before) return 0;
+            if (position >= end || position <= before ||
+                (row < cache->config.compress.pinned && position != row))
+                return "memory: a damaged snapshot, its positions are impossible";
             before = position;
         }
     }
-    return 1;
+    return NULL;
 }
 
-static int rkvi_image_valid(const rkv_cache *cache, const unsigned char *image, size_t bytes,
-                            rkvi_image_counts *counts)
+static const char *rkvi_image_rule(const rkv_cache *cache, const unsigned char *image, size_t bytes,
+                                   rkvi_image_counts *counts)
 {
     const size_t header_bytes = rkvi_image_header_bytes(cache);
-    if (bytes < header_bytes + 8 || !rkvi_image_shape_matches(cache, image)) return 0;
-    if (!rkvi_image_read_counts(cache, image, counts)) return 0;
-    if (bytes != rkvi_image_size(cache, counts->fixed_rows, counts->total_rows)) return 0;
-    if (rkvi_image_get(image + bytes - 8, 8) != rkvi_image_checksum(image, bytes - 8)) return 0;
-    return rkvi_image_positions_valid(cache, image + header_bytes, counts);
+    const char *rule;
+    if (image == NULL) return "memory: is NULL";
+    if (bytes < 8 + 4 * RKVI_IMAGE_SHAPE) return "bytes: too few for a snapshot";
+    rule = rkvi_image_shape_rule(cache, image);
+    if (rule) return rule;
+    if (bytes < header_bytes + 8) return "bytes: too few for a snapshot of this cache";
+    rule = rkvi_image_counts_rule(cache, image, counts);
+    if (rule) return rule;
+    if (bytes != rkvi_image_size(cache, counts->fixed_rows, counts->total_rows))
+        return "bytes: not the size of this snapshot";
+    if (rkvi_image_get(image + bytes - 8, 8) != rkvi_image_checksum(image, bytes - 8))
+        return "memory: a damaged snapshot, its checksum differs";
+    return rkvi_image_positions_rule(cache, image + header_bytes, counts);
 }
 
 static void rkvi_image_apply_counts(rkv_cache *cache, const unsigned char *image,
@@ -5296,9 +5857,11 @@ RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t b
     rkvi_image_counts counts;
     rkvi_image_cursor cursor;
     rkv_status status = RKV_OK;
+    const char *rule;
     int l;
-    if (cache == NULL || memory == NULL) return RKV_ERROR_ARGUMENT;
-    if (!rkvi_image_valid(cache, image, bytes, &counts)) return RKV_ERROR_ARGUMENT;
+    if (cache == NULL) return RKV_ERROR_NULL;
+    rule = rkvi_image_rule(cache, image, bytes, &counts);
+    if (rule) return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT, rule, -1);
     rkvi_image_apply_counts(cache, image, &counts);
     for (l = 0; l < cache->config.n_layers && status == RKV_OK; l++)
         status = rkvi_cache_fill(cache, l, counts.fixed_rows,
@@ -5306,15 +5869,15 @@ RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t b
     cursor.out = NULL;
     cursor.in = image + rkvi_image_header_bytes(cache);
     if (status == RKV_OK) status = rkvi_image_transfer_body(cache, &cursor);
-    if (status != RKV_OK) rkv_cache_reset(cache); /* half of the old rows are overwritten */
-    return status;
+    if (status != RKV_OK) rkvi_cache_empty(cache); /* half of the old rows are overwritten */
+    return rkvi_cache_result(cache, status, "cache: the device refused a copy", -1);
 }
 #endif /* RKV_NO_CACHE */
 
-/* ==== 19. Thread pool =======================================================================
+/* ==== 22. Thread pool =======================================================================
  * In: a task and a count.  Out: every index done once.  Knows nothing of caches.
- * Workers sleep until a call leaves indices to take; the caller takes indices too. Tasks are
- * whole kv heads, so one lock for each costs nothing, and C99 has no atomics. */
+ * Workers sleep until a call offers indices; the caller takes indices too. A task is a whole KV
+ * head, so a lock per task costs nothing, and C99 has no atomics. */
 #ifdef RKV_PTHREADS
 struct rkv_threads {
     pthread_mutex_t turn;  /* held for a whole call: calls from several threads queue */
@@ -5327,9 +5890,10 @@ struct rkv_threads {
     int stop;
     int n_workers;      /* the caller is one thread more */
     pthread_t *workers; /* [n_workers] */
+    pid_t process;      /* that they live in: a child of fork() has none of them */
 };
 
-/* Runs indices until none is left to take. The mutex is held on entry and on return. */
+/* Runs tasks until no index is left. The mutex is held on entry and on return. */
 static void rkvi_threads_run(rkv_threads *threads)
 {
     while (threads->next < threads->n_tasks) {
@@ -5373,7 +5937,7 @@ static void rkvi_threads_for(void *handle, int n_tasks, void (*task)(void *arg, 
     pthread_mutex_unlock(&threads->turn);
 }
 
-/* Initialises the four in order; on a failure takes back those before. */
+/* Initialises all four; on a failure destroys those that it has made. */
 static int rkvi_threads_init_locks(rkv_threads *threads)
 {
     if (pthread_mutex_init(&threads->turn, NULL) != 0) return 0;
@@ -5392,9 +5956,9 @@ RKV_API rkv_status rkv_threads_create(rkv_threads **out, int n_threads)
 {
     rkv_threads *threads;
     size_t bytes;
-    if (out == NULL) return RKV_ERROR_ARGUMENT;
+    if (out == NULL) return RKV_ERROR_NULL;
     *out = NULL;
-    if (n_threads < 1) return RKV_ERROR_ARGUMENT;
+    if (n_threads < 1) n_threads = 1;
     if (!rkvi_mul_size((size_t)n_threads, sizeof(pthread_t), &bytes) ||
         !rkvi_add_size(bytes, sizeof(rkv_threads), &bytes))
         return RKV_ERROR_MEMORY;
@@ -5404,6 +5968,7 @@ RKV_API rkv_status rkv_threads_create(rkv_threads **out, int n_threads)
         free(threads);
         return RKV_ERROR_MEMORY;
     }
+    threads->process = getpid();
     threads->workers = (pthread_t *)(void *)(threads + 1); /* room for n_threads - 1, and more */
     while (threads->n_workers < n_threads - 1) {
         pthread_t *worker = &threads->workers[threads->n_workers];
@@ -5421,6 +5986,10 @@ RKV_API void rkv_threads_destroy(rkv_threads *threads)
 {
     int i;
     if (threads == NULL) return;
+    if (threads->process != getpid()) {
+        free(threads);
+        return;
+    }
     pthread_mutex_lock(&threads->mutex);
     threads->stop = 1;
     pthread_cond_broadcast(&threads->wake);
@@ -5442,10 +6011,13 @@ RKV_API void rkv_threads_use(rkv_threads *threads, rkv_config *config)
 }
 #endif /* RKV_PTHREADS */
 
+#ifdef RKVI_FLOAT_CONTROL
+#pragma float_control(pop)
+#endif
 #endif /* RKV_IMPLEMENTED */
 #endif /* RKV_IMPLEMENTATION */
 
-/* ==== 20. Licence ============================================================================
+/* ==== 23. Licence ============================================================================
  * rkv is available under either of the two licences below, whichever you prefer.
  *
  * ------------------------------------------------------------------------------

@@ -1,65 +1,90 @@
-/* rkv_cuda.cu - the R-KV method of rkv.h on NVIDIA GPUs, through the same function table.
+/* rkv_cuda.cu - the R-KV method of rkv.h on NVIDIA GPUs: the backend "cuda".
  * SPDX-License-Identifier: MIT OR Unlicense                  (both texts are at the end of rkv.h)
  *
- * ==== 1. Usage ==============================================================================
- * Compile this file with nvcc (C++14, sm_70 and later, without --use_fast_math, which would decide
- * look-alikes otherwise than the CPU), link it and the CUDA runtime, and declare
+ *  1 Title, map                                          14 Scoring         keys to scores
+ *  2 Usage           what an integrator needs to know    15 Similar keys    the search for them
+ *  3 Config macros                                       16 Selection       scores to kept set
+ *  ---- callers need read no further ----                17 Compaction      moves kept rows
+ *  7 Portability     CUDA versions and architectures     19 Checks          of data on the device
+ *  8 Helpers         element types, views                21 Memory          for rkv_cache
+ *  9 Tiles           64 rows in shared memory            18 Host side       launches, the table
+ * 13 Plans           describes layers to the device
+ * (The numbers are those of rkv.h. Room 18 comes last because it uses all others.)
  *
- *     extern "C" rkv_status rkv_cuda_register(void *stream);
- *     extern "C" rkv_status rkv_cuda_backend(rkv_backend *out, void *stream);
+ * ==== 2. Usage ==============================================================================
+ * Compile this file with nvcc: C++14 or later, sm_70 or later, without --use_fast_math, which
+ * rounds differently from the CPU. Link the object and the CUDA runtime. Instead you may include
+ * this file behind rkv.h in the file that defines RKV_IMPLEMENTATION; with RKV_STATIC you must.
+ * In C or C++:
  *
- *     rkv_cuda_register(stream);                                once, at start-up
- *     const rkv_backend *cuda = rkv_backend_find("cuda");
- *     rkv_compress(cuda, &config, layers, n_layers, workspace, bytes);
+ *     #define RKV_CUDA                                     declares the two functions
+ *     #include "rkv.h"
  *
- * Keys, values, queries, block tables, positions, kept lists, scores, the workspace and
- * *config->fault are device memory; config and layers are host memory and are read only during
- * the call. `stream` is a cudaStream_t; every call works on that stream of the current device.
- * For several streams make a table for each with rkv_cuda_backend: it fills *out, which the
- * caller owns and whose `context` is the stream, and registers nothing.
+ *     status = rkv_cuda_register(stream, &error);          once, at start-up
+ *     cuda = rkv_backend_find("cuda");                     NULL if that failed: check
+ *     config.error = &error;                               host memory: what a call refuses
+ *     config.device_error = record;                        device memory: what the data breaks
+ *     status = rkv_compress(cuda, &config, layers, n_layers, workspace, bytes);
  *
- * What a serving engine can rely on
- *  - Nothing is allocated, nothing synchronises and nothing is read back inside rkv_compress and
- *    its stages: they can be captured in a CUDA graph. A replay works on what the buffers then
- *    hold, with the sizes and pointers of the capture. No call is needed before the first capture:
- *    rkv_cuda_register and rkv_cuda_backend load all kernels, on the current device. Where there is
- *    none, or this file was not compiled for it, they return RKV_ERROR_DEVICE.
- *  - At most 8 launches for 28 layers of one shape (CUDA 12.1 and later: 250); one more for every
- *    further 28 (250) and every change of shape, one for block tables, three for a second element
- *    type.
- *  - Workspace: 24 + 4 * window bytes per token and kv head.
- *  - Host fields (n_tokens, n_kept, n_evicted) are right when the call returns, before the device
- *    has seen the data. A fault in the data (NaN, infinity, an invalid kept list or block number)
- *    leaves every row, position, score and list as it was and shows in *config->fault once the
- *    stream has got there. rkv_select and rkv_compact do nothing as long as any fault stands in
- *    their *config->fault, so that all stages can be queued without a look in between. It stays
- *    until rkv_score or rkv_compress is given the same `fault`; a caller that has scores of its
- *    own, and calls neither, sets *fault to zeros itself, at first and after every fault.
- *  - The same bits in every run: sums whose order is open are made in integers.
- *  - Agreement with the CPU: look-alikes are decided in the CPU's own order of additions, so that
- *    both see the same ones; scores agree within 1e-5 of the largest. (Tensor cores cut off what
- *    they add: f16 and bf16 with logits in the hundreds, 2e-5.)
+ * Memory     Keys, values, queries, block tables, positions, pins, kept lists, scores, the
+ *            workspace and *config.device_error are device memory. config, *config.error and the
+ *            layers array are host memory, read during the call only.
+ * Streams    `stream` is a cudaStream_t; every call works on it, on the current device. For more
+ *            streams make more tables: rkv_cuda_backend fills one in, you own it, and its
+ *            `context` is the stream.
+ * Graphs     rkv_compress and its stages allocate nothing, synchronise nothing and read nothing
+ *            back, so a CUDA graph can capture them. A replay works on what the buffers hold
+ *            then, with the sizes and pointers of the capture. All kernels are loaded when the
+ *            table is made; no warm-up call is needed.
+ * Launches   At most 8 for 28 layers of one shape (250 layers with CUDA 12.1 and later), one more
+ *            for every further 28 (250) and for every change of shape, one if there are block
+ *            tables or pins, three for each further element type.
+ * Workspace  24 + 4 * window bytes per token and KV head.
+ * Counts     n_tokens and n_kept are set when the call returns, before the device has seen the
+ *            data. After a fault in the data set n_tokens back: no row has moved.
+ * Errors     What the host can see is refused at once, and *config.error says why. A fault in the
+ *            data (a NaN, an invalid block table or kept list, too many pins) leaves every row,
+ *            position, pin, score and list as it was; the record appears in *config.device_error
+ *            when the stream has reached that point. Copy it to the host and pass it to
+ *            rkv_explain: its `rule` is a pointer to text in host memory. Of several faults it is
+ *            the one that the CPU reports.
+ *            The record is sticky: while it holds a fault, rkv_select and rkv_compact do nothing,
+ *            so all three stages can be queued without a look in between. rkv_score and
+ *            rkv_compress reset it. A caller that calls neither sets it to zeros itself, at first
+ *            and after every fault.
+ * Precision  The same bits in every run: sums whose order is open are integer sums. Similar keys
+ *            are decided in the CPU's order of additions, so both find the same ones; scores
+ *            agree within 1e-5 of the largest (f16 and bf16 with logits in the hundreds: 2e-5,
+ *            since tensor cores truncate when they add).
+ * Cache      rkv_cache works on this backend. A block table with a negative entry, in views given
+ *            to rkv_cache_append, is not reported: those rows are not copied.
  *
- * What it refuses (RKV_ERROR_UNSUPPORTED): queries of another element type than the keys, keys or
- * queries that are not aligned to their element size, rows of 2 GB and more. Values may lie
- * anywhere.
+ * What it does not support (RKV_ERROR_UNSUPPORTED): queries of another dtype than the keys; keys
+ * or queries to score that are not aligned to their element size; rows of 2 GB and more; 2^30
+ * queries per KV head; 2^26 KV heads in a call. Values may lie anywhere.
  *
- * Macro RKV_CUDA_PARAMETER_BYTES: the size of kernel parameters, 32764 from CUDA 12.1 on, which
- * asks for a driver of that age, 4096 before. Define it as 4096 to run on older drivers.
- *
- * The rooms follow rkv.h: portability, helpers, kernels in data-flow order (attention,
- * redundancy, score, selection, compaction), the host side, memory, the table. */
+ * ==== 3. Config macros ======================================================================
+ * RKV_CUDA_PARAMETER_BYTES  the size of kernel parameters: 32764 from CUDA 12.1 on, which needs a
+ *                           driver of that age, else 4096. Define it as 4096 for older drivers.
+ */
+#ifndef RKV_CUDA
+#define RKV_CUDA
+#endif
 #include "rkv.h"
 
+#if defined(RKV_STATIC) && !defined(RKV_IMPLEMENTED)
+#error "RKV_STATIC: include rkv_cuda.cu behind rkv.h, in the file that defines RKV_IMPLEMENTATION"
+#endif
+
 #include <float.h>
+#include <limits.h>
 #include <math.h>
 #include <string.h>
 
-extern "C" rkv_status rkv_cuda_backend(rkv_backend *out, void *stream);
-extern "C" rkv_status rkv_cuda_register(void *stream);
+/* ---- callers need read no further ---------------------------------------------------------- */
 
-/* ==== 2. Portability ========================================================================
- * The kernels use little of CUDA, so that tests/cuda/shim.h can run them on a host: it defines
+/* ==== 7. Portability ========================================================================
+ * The kernels use little of CUDA, so that tests/cuda/shim.h can run them on the host. It defines
  * RKV_CUDA_SHIM, the built-ins used here, shim_launch, shim_shared, shim_load_matrices, shim_mma,
  * shim_start_copy and shim_copies_done. */
 #ifndef RKV_CUDA_SHIM
@@ -73,15 +98,16 @@ extern "C" rkv_status rkv_cuda_register(void *stream);
 #define RKVI_TENSOR_CORES 0
 #define RKVI_ASYNC_COPIES 0
 #endif
-/* Threads that an SM has room for, at least; __launch_bounds__ may not ask for more. */
+/* Threads that every SM of these architectures can hold; __launch_bounds__ must not ask for
+ * more. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
 #define RKVI_SM_THREADS 1024
 #else
 #define RKVI_SM_THREADS 1536
 #endif
-/* Blocks that share an SM's memory with tiles of theirs (38 KB): 5 of the 228 KB of Hopper's and
- * Blackwell's for data centers, 4 of Ampere's 164 KB, 2 of the 100 KB that most others have.
- * Registers are dealt out accordingly. */
+/* Blocks with tiles (38 KB of shared memory each) that an SM holds: 5 in the 228 KB of Hopper and
+ * of Blackwell for data centers, 4 in Ampere's 164 KB, 2 in the 100 KB of most others. The compiler
+ * limits the registers of a thread accordingly. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
 #define RKVI_TILE_BLOCKS 5
 #elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870)
@@ -89,7 +115,6 @@ extern "C" rkv_status rkv_cuda_register(void *stream);
 #else
 #define RKVI_TILE_BLOCKS 2
 #endif
-/* Kernel parameters may take 4 KB, from CUDA 12.1 on (and its driver) 32764 bytes. */
 #ifndef RKV_CUDA_PARAMETER_BYTES
 #if CUDART_VERSION >= 12010
 #define RKV_CUDA_PARAMETER_BYTES 32764
@@ -98,44 +123,53 @@ extern "C" rkv_status rkv_cuda_register(void *stream);
 #endif
 #endif
 
-/* Parameters that are read where they lie, with no copy for each thread. */
+/* Such parameters are read in place; otherwise each thread would make a copy. */
 #if CUDART_VERSION >= 11070
 #define RKVI_GRID_CONSTANT __grid_constant__
 #else
 #define RKVI_GRID_CONSTANT
 #endif
 
-static __device__ __forceinline__ char *rkvi_shared_memory()
-{
-    extern __shared__ __align__(16) char rkvi_shared_bytes[];
-    return rkvi_shared_bytes;
-}
 #else
 #define RKVI_TENSOR_CORES 1
 #define RKVI_ASYNC_COPIES 1
 #define RKVI_TILE_BLOCKS  1
 #define RKVI_GRID_CONSTANT
-#define RKV_CUDA_PARAMETER_BYTES 5120 /* little, so that the tests fill them */
-static char *rkvi_shared_memory()
-{
-    return static_cast<char *>(shim_shared());
-}
+#define RKV_CUDA_PARAMETER_BYTES 5120 /* few, so that the tests fill them */
 #endif
 
-/* An error that the status tells is not told again at the caller's next look. */
+/* A namespace, so that one file can hold this and the implementation of rkv.h. */
+namespace rkvi_cuda
+{
+
+static __device__ __forceinline__ char *rkvi_shared_memory()
+{
+#ifndef RKV_CUDA_SHIM
+    extern __shared__ __align__(16) char rkvi_shared_bytes[];
+    return rkvi_shared_bytes;
+#else
+    return static_cast<char *>(shim_shared());
+#endif
+}
+
+/* Clears CUDA's record of an error, since the status reports it: the caller's next look at
+ * cudaGetLastError must not find it again. */
+static cudaError_t rkvi_clear(cudaError_t error)
+{
+    if (error != cudaSuccess) (void)cudaGetLastError();
+    return error;
+}
 static rkv_status rkvi_status_of(cudaError_t error)
 {
-    if (error == cudaSuccess) return RKV_OK;
-    (void)cudaGetLastError();
-    return RKV_ERROR_DEVICE;
+    return rkvi_clear(error) == cudaSuccess ? RKV_OK : RKV_ERROR_DEVICE;
 }
 
 template <typename P>
-static rkv_status rkvi_launch(void (*kernel)(P), int64_t n_items, int threads, size_t shared_bytes,
-                              cudaStream_t stream, const P &parameters)
+static cudaError_t rkvi_launch(void (*kernel)(P), int64_t n_items, int threads, size_t shared_bytes,
+                               cudaStream_t stream, const P &parameters)
 {
-    const int64_t max_blocks = INT32_MAX; /* kernels walk over their items, however many blocks */
-    if (n_items == 0) return RKV_OK;
+    const int64_t max_blocks = INT32_MAX; /* kernels loop over their items */
+    if (n_items == 0) return cudaSuccess;
     const int blocks = static_cast<int>(n_items < max_blocks ? n_items : max_blocks);
 #ifndef RKV_CUDA_SHIM
     void *arguments[] = { const_cast<P *>(&parameters) };
@@ -146,11 +180,11 @@ static rkv_status rkvi_launch(void (*kernel)(P), int64_t n_items, int threads, s
     const cudaError_t error =
         shim_launch(kernel, blocks, threads, shared_bytes, stream, parameters);
 #endif
-    return rkvi_status_of(error);
+    return rkvi_clear(error);
 }
 
-/* ==== 3. Helpers ============================================================================
- * Element types, the descriptors that the host hands over, and addresses. */
+/* ==== 8. Helpers ============================================================================
+ * Element types, fixed-point sums, views. */
 
 struct rkvi_f16 {
     uint16_t bits;
@@ -183,26 +217,29 @@ template <> struct rkvi_dtype_of<rkvi_bf16> {
     enum { value = RKV_BF16 };
 };
 
+/* clang-format off */
 enum {
-    RKVI_TILE = 64,          /* rows of a tile: keys, queries or the columns of the scan         */
+    RKVI_TILE = 64,          /* rows of a tile: keys, or queries, or columns of the scan        */
     RKVI_TILE_THREADS = 128, /* 4 warps of 16 rows                                              */
-    RKVI_CHUNK_BYTES = 256,  /* of a row, in shared memory at a time                            */
-    RKVI_PITCH = RKVI_CHUNK_BYTES + 16, /* rows of a tile lie 4 banks apart                    */
-    RKVI_DOTS_PITCH = RKVI_PITCH / 4,   /* floats: a tile's room for 64 x 64 dots; the accumulators
-                                           of a warp then go to 32 banks                       */
-    RKVI_FAR_BLOCKS = RKVI_TILE_BLOCKS < 4 ? RKVI_TILE_BLOCKS : 4, /* the far scan's registers  */
-    RKVI_FIRST_COLUMNS = 16, /* scan: what a tile of rows looks at first; most need no more     */
-    RKVI_NEAR_COLUMNS = RKVI_FIRST_COLUMNS + 3 * RKVI_TILE, /* the first launch's               */
-    RKVI_SURE_DIMS = 256,    /* scan: of rows whose dots from tensor cores are taken as they are  */
+    RKVI_CHUNK_BYTES = 256,  /* bytes of a row that are in shared memory at a time              */
+    RKVI_PITCH = RKVI_CHUNK_BYTES + 16, /* bytes from row to row of a tile: 4 banks apart       */
+    RKVI_DOTS_PITCH = RKVI_PITCH / 4,   /* floats from row to row of 64 x 64 dots in a tile: the
+                                           accumulators of a warp are stored to 32 banks        */
+    RKVI_FAR_BLOCKS = RKVI_TILE_BLOCKS < 4 ? RKVI_TILE_BLOCKS : 4, /* the far scan needs more
+                                           registers                                            */
+    RKVI_FIRST_COLUMNS = 16, /* columns of the scan's first step; most rows need no more        */
+    RKVI_NEAR_COLUMNS = RKVI_FIRST_COLUMNS + 3 * RKVI_TILE, /* columns of the near scan         */
+    RKVI_TRUSTED_DIMS = 256, /* up to here dots from tensor cores can stand for exact ones      */
     RKVI_HEAD_THREADS = 512, /* kernels with one block per head                                 */
     RKVI_HEAD_WARPS = RKVI_HEAD_THREADS / 32,
-    RKVI_RADIX_BITS = 11,
-    RKVI_BINS = 1 << RKVI_RADIX_BITS,
+    RKVI_DIGIT_BITS = 11,    /* selection compares ranks by digits of so many bits              */
+    RKVI_BINS = 1 << RKVI_DIGIT_BITS,
     RKVI_MOVE_THREADS = 256,
-    RKVI_MOVE_UNROLL = 8, /* units that a thread holds while its block waits: an SM's two blocks
-                             then have more on the way than three, with 4 of them, could        */
-    RKVI_SLICE_UNITS = 8  /* units of a row that one block moves: 128 bytes at best           */
+    RKVI_MOVE_UNROLL = 8,    /* loads in flight per thread: an SM's two blocks then have more in
+                                flight than three blocks with 4 each                            */
+    RKVI_SLICE_UNITS = 8     /* units of a row that one block moves: 128 bytes with full access */
 };
+/* clang-format on */
 
 /* Rows of one head: byte strides, the head's offset applied. */
 struct rkvi_view {
@@ -219,105 +256,7 @@ static __device__ __forceinline__ char *rkvi_row(const rkvi_view &view, int toke
            (token - block * view.block_tokens) * view.token_stride;
 }
 
-/* A tensor to compact. A row is n_units units of `unit` bytes, of which `run` lie side by side. */
-struct rkvi_moved {
-    rkvi_view rows;
-    int64_t run_stride; /* bytes from one run to the next */
-    int unit, run, n_units;
-    int tokens_adjacent; /* transposed: neighbouring threads take neighbouring tokens */
-};
-
-/* All that a kernel must know of one kv head. */
-struct rkvi_job {
-    rkvi_moved moved[3]; /* keys, values, positions; data NULL: not there */
-    rkvi_view queries;
-    int64_t query_head_stride;
-    float *logits;       /* [window][n_tokens]: logits, then probabilities                     */
-    float *inv_norm;     /* [n_tokens] 1 / (norm + 1e-8)                                       */
-    float *redundancy;   /* [n_tokens] dot with the sum of all unit keys, then redundancy      */
-    long long *exempt;   /* [n_tokens] exempted entries, fixed point                           */
-    long long *unit_sum; /* [head_dim] sum of the unit keys, fixed point                       */
-    int32_t *open_rows;  /* [n_tokens] rows that the first scan left open                      */
-    int32_t *open_need;  /* [n_tokens] look-alikes they still want                             */
-    int32_t *ranked;     /* [n_tokens] RKV_BY_SCORE: the kept candidates by position           */
-    char *stage;         /* [n_tokens] units of 16 bytes, RKV_BY_SCORE                         */
-    float *scores;       /* [n_tokens - window]                                                */
-    float *set_scores;   /* what selection reads: scores, or the set's shared scores           */
-    int32_t *kept;       /* [n_keep] of the job's set                                          */
-    float scale, softcap;
-    int dtype, key_load, query_load; /* bytes per load that the alignment allows                */
-    int layer, head, heads, group, head_dim;
-    int n_tokens, n_keep;
-    int scored;              /* tokens are chosen by score */
-    int set_first, set_jobs; /* the jobs that share a kept set are adjacent */
-};
-
-struct rkvi_control {
-    unsigned long long fault; /* the smallest of all faults found, or RKVI_NO_FAULT */
-};
-/* A fault as a number, so that the least of them is the one the CPU finds first: kind, job,
- * queries before keys, row. RKVI_EARLIER: a stage before this one has failed. */
-#define RKVI_NO_FAULT 0xffffffffffffffffull
-enum { RKVI_EARLIER, RKVI_BAD_INDEX, RKVI_NONFINITE };
-enum { RKVI_QUERY, RKVI_KEY };
-enum { RKVI_NO_ROW = INT32_MAX, RKVI_MAX_JOBS = 1 << 29 };
-static __device__ void rkvi_fault_at(rkvi_control *control, int kind, int job, int what, int row)
-{
-    atomicMin(&control->fault, static_cast<unsigned long long>(kind) << 62 |
-                                   static_cast<unsigned long long>(job) << 33 |
-                                   static_cast<unsigned long long>(what) << 32 |
-                                   static_cast<unsigned>(row));
-}
-
-struct rkvi_args {
-    rkv_config config;
-    rkvi_job *jobs;
-    rkvi_control *control;
-    int *open_count; /* [n_jobs] */
-    int n_jobs;
-    int items;      /* per job; what an item is, each kernel says */
-    int scoring;    /* this call scores: it resets *config.fault */
-    int importance; /* lambda > 0: queries are read              */
-    int redundancy; /* lambda < 1                                */
-    int select_too; /* the score kernel also selects             */
-};
-
-static __device__ __forceinline__ bool rkvi_faulted(const rkvi_args &args)
-{
-    return args.control->fault != RKVI_NO_FAULT;
-}
-/* Something that no kernel can work with. Faults in keys and queries do not count: it is the pass
- * over these that finds them, all of them. */
-static __device__ __forceinline__ bool rkvi_refused(const rkvi_args &args)
-{
-    const unsigned long long fault = args.control->fault; /* once: other blocks may write it */
-    return fault != RKVI_NO_FAULT && fault >> 62 != RKVI_NONFINITE;
-}
-/* Item number `item` of a launch: the job and which of its args.items. Almost always in 32 bits,
- * since 64-bit division is slow. */
-struct rkvi_item {
-    int job, part;
-};
-static __device__ __forceinline__ rkvi_item rkvi_item_at(const rkvi_args &args, int64_t item)
-{
-    rkvi_item out;
-    if (item <= INT32_MAX) {
-        out.job = static_cast<int>(static_cast<unsigned>(item) / static_cast<unsigned>(args.items));
-        out.part = static_cast<int>(item) - out.job * args.items;
-    } else {
-        out.job = static_cast<int>(item / args.items);
-        out.part = static_cast<int>(item % args.items);
-    }
-    return out;
-}
-
-/* Tokens that redundancy is taken over. */
-static __device__ __forceinline__ int rkvi_span(const rkvi_args &args, const rkvi_job &job)
-{
-    return job.n_tokens - (args.config.span == RKV_SPAN_ALL ? 0 : args.config.window);
-}
-
-/* Fixed point with 32 fractional bits, truncated: integer sums do not depend on their order. */
+/* Fixed point with 32 fractional bits, truncated: an integer sum does not depend on its order. */
 static __device__ __forceinline__ long long rkvi_to_fixed(float value)
 {
     return static_cast<long long>(value * 4294967296.0f);
@@ -325,8 +264,8 @@ static __device__ __forceinline__ long long rkvi_to_fixed(float value)
 static __device__ __forceinline__ void rkvi_add_fixed(long long *sum, long long fixed)
 {
 #ifndef RKV_CUDA_SHIM
-    /* What atomicAdd does. It would ask first whether the address, which comes out of a
-     * descriptor, lies in shared memory, and fetch the old value. */
+    /* As atomicAdd, but that would first test whether the address, which comes from a descriptor,
+     * lies in shared memory, and would return the old value. */
     asm volatile("red.global.add.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(sum)), "l"(fixed));
 #else
     atomicAdd(sum, fixed);
@@ -342,17 +281,17 @@ static __device__ __forceinline__ float rkvi_cosine(float dot, float inv_a, floa
     return __fmul_rn(dot, __fmul_rn(inv_a, inv_b));
 }
 
-/* ==== 4. Tiles ==============================================================================
+/* ==== 9. Tiles ==============================================================================
  * 64 rows, a chunk of 256 bytes each, in shared memory; dot products of two tiles; exact dots.
- * Loops over the rows of a tile take one turn at most, and unrolled would only be more code. */
+ * Loops over the rows of a tile run once at most, so they are not unrolled. */
 
 struct rkvi_tiles {
-    const char *a_rows[RKVI_TILE], *b_rows[RKVI_TILE]; /* where no row is, some other: unused   */
+    const char *a_rows[RKVI_TILE], *b_rows[RKVI_TILE]; /* beyond the last row: any other row    */
     unsigned long long candidates[RKVI_TILE];          /* scan: a bit per column                */
-    float first[RKVI_TILE]; /* scan: cosine of the first of them, or -INFINITY: unknown           */
+    float first[RKVI_TILE]; /* scan: cosine of the first candidate; -INFINITY: not known         */
     float a_inv[RKVI_TILE], b_inv[RKVI_TILE];
     int a_token[RKVI_TILE], need[RKVI_TILE];
-    alignas(16) float sum[RKVI_CHUNK_BYTES / 2]; /* scan: chunk of the sum of unit keys   */
+    alignas(16) float sum[RKVI_CHUNK_BYTES / 2]; /* scan: a chunk of the sum of the unit keys */
     char a[RKVI_TILE * RKVI_PITCH], b[RKVI_TILE * RKVI_PITCH];
 };
 
@@ -364,7 +303,7 @@ template <typename T> static __device__ __forceinline__ int rkvi_chunks(int head
 {
     return (head_dim + rkvi_chunk_dims<T>() - 1) / rkvi_chunk_dims<T>();
 }
-/* Dims of a chunk, and the same padded to a multiple of 16. */
+/* Dims of a chunk; below, padded to a multiple of 16. */
 template <typename T> static __device__ __forceinline__ int rkvi_dims(int head_dim, int chunk)
 {
     const int left = head_dim - chunk * rkvi_chunk_dims<T>();
@@ -377,8 +316,8 @@ static __device__ __forceinline__ int rkvi_padded(int dims)
 
 enum { RKVI_LOAD_UNROLL = 4 };
 
-/* Copies pieces of sizeof(V) bytes to where they belong in a tile, zeros where from[u] is NULL;
- * to[u] < 0: nothing. They are there after rkvi_copies_done. */
+/* Copies pieces of sizeof(V) bytes into a tile: zeros where from[u] is NULL, nothing where to[u] is
+ * negative. */
 template <typename V>
 static __device__ __forceinline__ void rkvi_copy_now(char *tile, const int *to,
                                                      const char *const *from)
@@ -394,15 +333,16 @@ static __device__ __forceinline__ void rkvi_copy_now(char *tile, const int *to,
         if (to[u] >= 0) *reinterpret_cast<V *>(tile + to[u]) = value[u];
 }
 #if RKVI_ASYNC_COPIES
-/* Starts a copy to shared memory; zeros, and no look at `from`, unless that `is_there`. */
+/* Starts a copy to shared memory, complete after rkvi_copies_done. If not `is_there`, it writes
+ * zeros and does not read `from`. */
 template <typename V>
 static __device__ __forceinline__ void rkvi_start_copy(char *to, const char *from, bool is_there)
 {
 #ifndef RKV_CUDA_SHIM
     const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
     const size_t source = __cvta_generic_to_global(from);
-    const int bytes = is_there ? static_cast<int>(sizeof(V)) : 0; /* the rest becomes zeros */
-    if (sizeof(V) == 16) /* this size alone may pass by the L1 */
+    const int bytes = is_there ? static_cast<int>(sizeof(V)) : 0; /* the rest becomes zero */
+    if (sizeof(V) == 16) /* only this size can bypass the L1 */
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(source),
                      "r"(bytes));
     else
@@ -420,7 +360,7 @@ static __device__ __forceinline__ void rkvi_copies_done()
     shim_copies_done();
 #endif
 }
-/* No register on the way, so that a thread has as many in flight as it likes. */
+/* These copies need no register, so a thread can have any number in flight. */
 template <typename V>
 static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *to,
                                                         const char *const *from, V)
@@ -432,10 +372,10 @@ static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *t
 static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *to,
                                                         const char *const *from, uint16_t)
 {
-    rkvi_copy_now<uint16_t>(tile, to, from); /* 4 bytes is the least that can go by itself */
+    rkvi_copy_now<uint16_t>(tile, to, from); /* 4 bytes are the least for an asynchronous copy */
 }
-/* The usual rows, of BYTES and aligned to 16, with a quarter of the instructions: a thread has the
- * same piece of one row in several. */
+/* For rows of BYTES that are aligned to 16, which most are: a quarter of the instructions. A thread
+ * copies the same piece of every `step`-th row. */
 template <int BYTES>
 static __device__ __forceinline__ void rkvi_load_rows(char *tile, const char *const *rows,
                                                       int n_rows, int offset)
@@ -444,15 +384,15 @@ static __device__ __forceinline__ void rkvi_load_rows(char *tile, const char *co
     const int row = static_cast<int>(threadIdx.x / per_row);
     const int piece = static_cast<int>(threadIdx.x % per_row) * width;
     char *to = tile + (row * RKVI_PITCH + piece);
-    const char *from[RKVI_TILE / step]; /* all first: no load can pass a copy that has begun */
+    const char *from[RKVI_TILE / step]; /* load all before: no load is moved before a copy */
 #pragma unroll
     for (int u = 0; u < RKVI_TILE / step; u++) from[u] = rows[row + u * step];
 #pragma unroll
     for (int u = 0; u < RKVI_TILE / step && u * step < n_rows; u++)
         rkvi_start_copy<uint4>(to + u * step * RKVI_PITCH, from[u] + (offset + piece), true);
 }
-static __device__ __forceinline__ bool rkvi_load_usual(char *tile, const char *const *rows,
-                                                       int n_rows, int offset, int bytes, int load)
+static __device__ __forceinline__ bool rkvi_load_common(char *tile, const char *const *rows,
+                                                        int n_rows, int offset, int bytes, int load)
 {
     if (load != 16 || (bytes != RKVI_CHUNK_BYTES && bytes != RKVI_CHUNK_BYTES / 2)) return false;
     if (bytes == RKVI_CHUNK_BYTES)
@@ -462,8 +402,8 @@ static __device__ __forceinline__ bool rkvi_load_usual(char *tile, const char *c
     return true;
 }
 #else
-static __device__ __forceinline__ bool rkvi_load_usual(char *, const char *const *, int, int, int,
-                                                       int)
+static __device__ __forceinline__ bool rkvi_load_common(char *, const char *const *, int, int, int,
+                                                        int)
 {
     return false;
 }
@@ -478,7 +418,7 @@ static __device__ __forceinline__ void rkvi_copy_pieces(char *tile, const int *t
 }
 #endif
 
-/* V: the widest load that the rows' alignment allows. Rows are padded to 16 dims. */
+/* V: the widest load that the alignment of the rows allows. Rows are padded to 16 dims. */
 template <typename V>
 static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int n_rows, int offset,
                                       int bytes, int padded_bytes)
@@ -486,7 +426,7 @@ static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int n
     const int width = static_cast<int>(sizeof(V));
     const int per_row = padded_bytes / width, step_rows = RKVI_TILE_THREADS / per_row;
     const int step_rest = RKVI_TILE_THREADS - step_rows * per_row;
-    int row = static_cast<int>(threadIdx.x / per_row);
+    int row = static_cast<int>(threadIdx.x / static_cast<unsigned>(per_row));
     int piece = static_cast<int>(threadIdx.x) - row * per_row;
     while (row < n_rows) {
         const char *from[RKVI_LOAD_UNROLL];
@@ -508,8 +448,8 @@ static __device__ void rkvi_load_tile(char *tile, const char *const *rows, int n
 }
 
 /* Loads a chunk of n_rows rows, a multiple of 16 up to 64, in two steps, so that other work can be
- * done while it is on its way. The barrier of the first lets earlier readers of the tile finish and
- * makes the row pointers, just written as a rule, known to all; no caller needs one of its own. */
+ * done meanwhile. The barrier in the first step waits for earlier readers of the tile and for the
+ * writers of the row pointers; callers need none of their own. */
 template <typename T>
 static __device__ void rkvi_stage_begin(char *tile, const char *const *rows, int n_rows,
                                         int head_dim, int chunk, int load)
@@ -518,7 +458,7 @@ static __device__ void rkvi_stage_begin(char *tile, const char *const *rows, int
     const int offset = chunk * RKVI_CHUNK_BYTES, bytes = dims * size;
     const int padded_bytes = rkvi_padded(dims) * size;
     __syncthreads();
-    if (rkvi_load_usual(tile, rows, n_rows, offset, bytes, load)) return;
+    if (rkvi_load_common(tile, rows, n_rows, offset, bytes, load)) return;
     if (load == 16)
         rkvi_load_tile<uint4>(tile, rows, n_rows, offset, bytes, padded_bytes);
     else if (load == 8)
@@ -574,8 +514,8 @@ template <typename T> static __device__ __forceinline__ void rkvi_load_piece(flo
     }
 }
 
-/* Who holds which dot: in acc[block][k] of a lane, row 16 * warp + lane / 4 + (k / 2) * 8,
- * column 8 * block + 2 * (lane % 4) + k % 2. That is how the tensor cores deal them out. */
+/* The layout of accumulators, which the tensor cores prescribe: acc[block][k] of a lane is the dot
+ * of row 16 * warp + lane / 4 + (k / 2) * 8 with column 8 * block + 2 * (lane % 4) + k % 2. */
 static __device__ __forceinline__ int rkvi_acc_row(int lane, int k)
 {
     return lane / 4 + (k / 2) * 8;
@@ -585,8 +525,8 @@ static __device__ __forceinline__ int rkvi_acc_column(int lane, int block, int k
     return 8 * block + 2 * (lane % 4) + k % 2;
 }
 
-/* acc += dots of this warp's 16 rows of a with the first 8 * n_blocks rows of b, on FMA units. What
- * is in acc behind those is nobody's. */
+/* acc += dots of this warp's 16 rows of a with the first 8 * n_blocks rows of b, on FMA units. The
+ * rest of acc is undefined. */
 template <typename T>
 static __device__ void rkvi_dots_fma(float (*acc)[4], const char *a, const char *b, int padded,
                                      int n_blocks)
@@ -642,9 +582,9 @@ static __device__ __forceinline__ void rkvi_mma(float *acc, const uint32_t *a, c
 #endif
 }
 
-/* Four matrices of 8 x 8 halves from shared memory, as rkvi_mma wants them: lane i says where row
- * i % 8 of matrix i / 8 begins, aligned to 16 bytes, and gets the two halves from column
- * 2 * (i % 4) on of row i / 4 of each. */
+/* Four matrices of 8 x 8 halves from shared memory, as rkvi_mma wants them: lane i gives the
+ * address of row i % 8 of matrix i / 8, aligned to 16 bytes, and gets two halves of row i / 4 of
+ * each matrix, from column 2 * (i % 4) on. */
 static __device__ __forceinline__ void rkvi_load_matrices(uint32_t *out, const char *row)
 {
 #ifndef RKV_CUDA_SHIM
@@ -702,17 +642,17 @@ static __device__ __forceinline__ void rkvi_dots(float (*acc)[4], const char *a,
 }
 #endif
 
-/* What a cosine from rkvi_dots may be off by, generously: where that decides, it is looked at
- * again. Tensor cores truncate when they add; FMA units add as the CPU does, in the order of the
- * dims. */
-template <typename T> static __device__ __forceinline__ float rkvi_band(int head_dim)
+/* A bound on the error of a cosine from rkvi_dots. Within it of the threshold the cosine is
+ * computed again, exactly. Tensor cores truncate when they add; FMA units add as the CPU does, in
+ * the order of the dims. */
+template <typename T> static __device__ __forceinline__ float rkvi_cosine_error(int head_dim)
 {
     const bool truncates = RKVI_TENSOR_CORES && sizeof(T) == 2;
     return truncates ? 4e-6f * static_cast<float>(4 + head_dim / 16) : 0.0f;
 }
 
-/* rkv.h sums squares in 16 lanes, element i in lane i % 16, with FMA. Here four threads, a quad,
- * hold four lanes each; both halves below together give the CPU's bits. */
+/* rkv.h sums squares in 16 lanes, element i in lane i % 16, with FMA. Here a quad (four threads)
+ * holds four lanes each. Adding and then summing, as below, gives the CPU's bits. */
 template <typename T>
 static __device__ __forceinline__ void rkvi_lanes_add(float *lanes, const T *a, const T *b,
                                                       int padded, int part)
@@ -734,8 +674,8 @@ static __device__ __forceinline__ float rkvi_lanes_sum(float *lanes)
     return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
-/* Whether two keys look alike, rkv.h decides by one chain of FMAs over the dims; so does a thread
- * here. Aligned to 16 bytes, it loads by these as far as they go, and the rest one by one. */
+/* The exact dot product, which decides whether two keys are similar: one chain of FMAs over the
+ * dims, as in rkv.h. If aligned to 16 bytes, it loads so many at a time, the rest one by one. */
 template <typename T>
 static __device__ __forceinline__ float rkvi_chain_dot(const T *a, const T *b, int dims,
                                                        bool aligned)
@@ -752,7 +692,7 @@ static __device__ __forceinline__ float rkvi_chain_dot(const T *a, const T *b, i
     for (int i = whole; i < dims; i++) sum = fmaf(rkvi_to_float(a[i]), rkvi_to_float(b[i]), sum);
     return sum;
 }
-/* Of two rows in global memory, aligned to `load` bytes. */
+/* The same for two rows in global memory, aligned to `load` bytes. */
 template <typename T>
 static __device__ float rkvi_chain_dot_global(const char *a, const char *b, int head_dim, int load)
 {
@@ -760,21 +700,392 @@ static __device__ float rkvi_chain_dot_global(const char *a, const char *b, int 
                           load == 16);
 }
 
-/* ==== 5. Attention ==========================================================================
- * One pass over the keys. In: keys, queries. Out: inv_norm, unit_sum, logits; faults.
- * An item is every args.items-th tile of 64 keys of one head. */
+/* ==== 13. Plans =============================================================================
+ * Descriptors: what the kernels know of a call, where everything lies in the workspace, what they
+ * have found wrong. The host describes the layers in kernel parameters, which a graph records with
+ * the launch: no copy from host memory that could change or vanish before a replay. */
 
-/* The row of a tile that this thread's quad sums up, and then the one 32 further on. Quads beside
- * each other have rows two apart, which is 8 banks, as many as a quad reads at a time. */
+/* A tensor to compact. A row has n_units units of `unit` bytes; each `run` of them are adjacent. */
+struct rkvi_moved {
+    rkvi_view rows;
+    int64_t run_stride; /* bytes from one run to the next */
+    int unit, run, n_units;
+    int tokens_adjacent; /* transposed: adjacent threads take adjacent tokens */
+};
+
+enum { RKVI_KEYS, RKVI_VALUES, RKVI_POSITIONS, RKVI_PINS, RKVI_N_MOVED };
+
+/* All that a kernel must know of one KV head. */
+struct rkvi_job {
+    rkvi_moved moved[RKVI_N_MOVED]; /* data NULL: this layer or head has none */
+    rkvi_view queries;
+    int64_t query_head_stride;
+    float *logits;       /* [window][n_tokens]: logits, then probabilities                     */
+    float *inv_norm;     /* [n_tokens] 1 / (norm + 1e-8)                                       */
+    float *redundancy;   /* [n_tokens] dot with the sum of all unit keys, then mean cosine     */
+    long long *exempt;   /* [n_tokens] exempted entries, fixed point                           */
+    long long *unit_sum; /* [head_dim] sum of the unit keys, fixed point                       */
+    int32_t *open_rows;  /* [n_tokens] rows still searching after the near scan                */
+    int32_t *open_need;  /* [n_tokens] similar keys that they still need                       */
+    float *scores;       /* [n_tokens - window]                                                */
+    float *set_scores;   /* what selection reads: scores, or the set's shared scores           */
+    int32_t *kept;       /* [n_keep] of the job's set                                          */
+    float scale, softcap;
+    int dtype, key_load, query_load; /* bytes per load, as the alignment allows                 */
+    int layer, head, heads, group, head_dim;
+    int n_tokens, n_keep;
+    int scored;              /* some tokens are chosen by score */
+    int set_first, set_jobs; /* jobs that share a kept set are adjacent */
+};
+
+/* Faults in the data. */
+enum rkvi_fault {
+    RKVI_BAD_PINS,
+    RKVI_BAD_KEY_BLOCKS,
+    RKVI_BAD_VALUE_BLOCKS,
+    RKVI_BAD_QUERY_BLOCKS,
+    RKVI_BAD_QUERY,
+    RKVI_BAD_KEY,
+    RKVI_BAD_LOGITS,
+    RKVI_BAD_SCORE,
+    RKVI_BAD_KEPT_RANGE,
+    RKVI_BAD_KEPT_ORDER,
+    RKVI_BAD_KEPT_PINNED,
+    RKVI_BAD_KEPT_PINS,
+    RKVI_N_RULES,
+    RKVI_EARLIER = RKVI_N_RULES /* a stage before this one has failed */
+};
+enum { RKVI_NO_ROW = (1 << 30) - 1, RKVI_MAX_JOBS = 1 << 26 };
+#define RKVI_NO_FAULT 0xffffffffffffffffull
+
+/* rules are texts in host memory. Here they are numbers: in a kernel that stores a pointer the
+ * compiler no longer sees that rows lie in global memory, and moves them by generic loads. */
+struct rkvi_control {
+    unsigned long long fault; /* the least number of all faults found, or RKVI_NO_FAULT */
+    uintptr_t rules[RKVI_N_RULES];
+};
+
+/* A fault as a number: phase (2 bits), job (26), step within the job (2), row (30), fault (4). The
+ * CPU checks in this order, so the least number is the fault that it reports. */
+enum { RKVI_PHASE_EARLIER, RKVI_PHASE_PINS, RKVI_PHASE_TABLES, RKVI_PHASE_DATA };
+static __device__ void rkvi_fault_at(rkvi_control *control, rkvi_fault fault, int job, int row)
+{
+    const bool is_table = fault >= RKVI_BAD_KEY_BLOCKS && fault <= RKVI_BAD_QUERY_BLOCKS;
+    const bool is_second =
+        fault == RKVI_BAD_VALUE_BLOCKS || fault == RKVI_BAD_KEY || fault == RKVI_BAD_KEPT_PINS;
+    const bool is_third = fault == RKVI_BAD_QUERY_BLOCKS || fault == RKVI_BAD_LOGITS;
+    const unsigned long long phase = fault == RKVI_EARLIER    ? RKVI_PHASE_EARLIER
+                                     : fault == RKVI_BAD_PINS ? RKVI_PHASE_PINS
+                                     : is_table               ? RKVI_PHASE_TABLES
+                                                              : RKVI_PHASE_DATA;
+    const unsigned long long step = is_third ? 2 : is_second ? 1 : 0;
+    atomicMin(&control->fault, phase << 62 | static_cast<unsigned long long>(job) << 36 |
+                                   step << 34 | static_cast<unsigned long long>(row) << 4 |
+                                   static_cast<unsigned>(fault));
+}
+
+struct rkvi_args {
+    rkv_config config;
+    rkvi_job *jobs;
+    rkvi_control *control;
+    int *open_count; /* [n_jobs] */
+    int n_jobs;
+    int items;      /* per job; each kernel says what an item is   */
+    int checks;     /* of rkvi_check; 0: it is not launched        */
+    int scoring;    /* this call scores: it resets the record      */
+    int importance; /* lambda > 0: queries are read                */
+    int redundancy; /* lambda < 1                                  */
+    int select_too; /* the score kernel also selects               */
+};
+
+static __device__ __forceinline__ bool rkvi_has_fault(const rkvi_args &args)
+{
+    return args.control->fault != RKVI_NO_FAULT;
+}
+/* A fault that no kernel can work with. Keys and queries that are not finite do not count: the pass
+ * over them must go on until it has found all of them. */
+static __device__ __forceinline__ bool rkvi_is_unusable(const rkvi_args &args)
+{
+    const unsigned long long fault = args.control->fault; /* read once: other blocks may write */
+    return fault != RKVI_NO_FAULT && fault >> 62 != RKVI_PHASE_DATA;
+}
+/* Item number `item` of a launch: its job, and which of the job's args.items it is. 64-bit division
+ * is slow, so it is done in 32 bits where possible. */
+struct rkvi_item {
+    int job, part;
+};
+static __device__ __forceinline__ rkvi_item rkvi_item_at(const rkvi_args &args, int64_t item)
+{
+    rkvi_item out;
+    if (item <= INT32_MAX) {
+        out.job = static_cast<int>(static_cast<unsigned>(item) / static_cast<unsigned>(args.items));
+        out.part = static_cast<int>(item) - out.job * args.items;
+    } else {
+        out.job = static_cast<int>(item / args.items);
+        out.part = static_cast<int>(item % args.items);
+    }
+    return out;
+}
+
+/* Tokens that redundancy sees. */
+static __device__ __forceinline__ int rkvi_span(const rkvi_args &args, const rkvi_job &job)
+{
+    return job.n_tokens - (args.config.variant == RKV_PUBLISHED ? 0 : args.config.window);
+}
+
+/* Writes the fault, if there is one, to *config.device_error. */
+static __device__ void rkvi_report(const rkvi_args &args)
+{
+    const unsigned long long least = args.control->fault;
+    rkv_error *const record = args.config.device_error;
+    if (blockIdx.x != 0 || threadIdx.x != 0 || !record || least == RKVI_NO_FAULT) return;
+    const int fault = static_cast<int>(least & 15),
+              row = static_cast<int>(least >> 4 & RKVI_NO_ROW);
+    if (fault == RKVI_EARLIER) return;
+    const rkvi_job &job = args.jobs[least >> 36 & (RKVI_MAX_JOBS - 1)];
+    const bool is_nonfinite = fault >= RKVI_BAD_QUERY && fault <= RKVI_BAD_SCORE;
+    const bool is_table = fault >= RKVI_BAD_KEY_BLOCKS && fault <= RKVI_BAD_QUERY_BLOCKS;
+    const bool is_query = fault == RKVI_BAD_QUERY;
+    const int window = args.config.window;
+    memcpy(&record->rule, &args.control->rules[fault], sizeof record->rule);
+    record->status = is_nonfinite ? RKV_ERROR_NONFINITE : RKV_ERROR_ARGUMENT;
+    record->layer = job.layer;
+    record->head = is_table ? -1 : is_query ? job.head * job.group + row / window : job.head;
+    record->token = row == RKVI_NO_ROW ? -1 : is_query ? row % window : row;
+}
+
+/* ---- What the host describes ---------------------------------------------------------------- */
+
+struct rkvi_strides {
+    int64_t head, token, dim, block; /* bytes */
+    int block_tokens, element;
+};
+/* What the layers of a model have in common. Adjacent layers of equal shape share an upload. */
+struct rkvi_shape {
+    rkvi_strides keys, values, queries;
+    int key_load, query_load, key_unit, value_unit;
+    int heads, group, head_dim, value_dim, dtype, row_stride;
+    float scale, softcap;
+};
+struct rkvi_entry {
+    char *keys, *values, *queries;
+    const int32_t *key_table, *value_table, *query_table;
+    int32_t *kept, *positions;
+    uint8_t *pins;
+    float *scores, *shared;
+    int64_t first_token; /* of the layer, in the arrays of the workspace                       */
+    int64_t set_token;   /* of the layer that leads the set                                    */
+    int layer, first_job, set_job, set_jobs, n_tokens, n_keep;
+};
+/* The arrays of the workspace; each holds the heads of all layers, one after the other. */
+struct rkvi_arrays {
+    long long *exempt, *unit_sum;
+    float *logits, *inv_norm, *redundancy;
+    int32_t *open_rows, *open_need;
+};
+struct rkvi_upload_head {
+    rkvi_args args;
+    rkvi_arrays arrays;
+    rkvi_shape shape;
+    uintptr_t rules[RKVI_N_RULES];
+    int64_t first_dim; /* of the first entry, in unit_sum */
+    int n_entries, is_first;
+};
+static constexpr int rkvi_entries_in(int parameter_bytes)
+{
+    return (parameter_bytes - static_cast<int>(sizeof(rkvi_upload_head))) /
+           static_cast<int>(sizeof(rkvi_entry));
+}
+enum {
+    RKVI_UPLOAD_ENTRIES = rkvi_entries_in(RKV_CUDA_PARAMETER_BYTES),
+    RKVI_FEW_ENTRIES = rkvi_entries_in(4096), /* enough for most models: the driver copies all */
+    RKVI_UPLOAD_THREADS = 128
+};
+template <int N> struct rkvi_upload_args {
+    rkvi_upload_head head;
+    rkvi_entry entries[N];
+};
+static_assert(sizeof(rkvi_upload_args<RKVI_UPLOAD_ENTRIES>) <= RKV_CUDA_PARAMETER_BYTES,
+              "too many kernel parameters");
+
+static __host__ __device__ rkvi_view rkvi_view_of(char *data, const int32_t *table,
+                                                  const rkvi_strides &strides, int head)
+{
+    rkvi_view view;
+    view.data = data ? data + head * strides.head : NULL;
+    view.token_stride = strides.token;
+    view.block_stride = strides.block;
+    view.table = table;
+    view.block_tokens = strides.block_tokens;
+    return view;
+}
+
+static __device__ rkvi_moved rkvi_moved_of(const rkvi_view &rows, const rkvi_strides &strides,
+                                           int dim, int unit)
+{
+    const bool whole = strides.dim == strides.element;
+    rkvi_moved moved;
+    moved.rows = rows;
+    moved.run_stride = strides.dim;
+    moved.unit = unit;
+    moved.run = whole ? static_cast<int>(static_cast<int64_t>(dim) * strides.element / unit)
+                      : strides.element / unit;
+    moved.n_units = whole ? moved.run : dim * moved.run;
+    moved.tokens_adjacent = !whole && strides.token == strides.element;
+    return moved;
+}
+
+static __device__ void rkvi_describe_buffers(const rkvi_upload_head &head, const rkvi_entry &entry,
+                                             int first_job, int h, rkvi_job *job)
+{
+    const rkvi_arrays &arrays = head.arrays;
+    const rkv_config &config = head.args.config;
+    const bool per_head = config.scope == RKV_PER_HEAD;
+    const int64_t n = entry.n_tokens, at = entry.first_token + h * n;
+    const int64_t set_at = per_head ? at : entry.set_token;
+    job->exempt = arrays.exempt + at;
+    job->unit_sum = arrays.unit_sum + head.first_dim +
+                    static_cast<int64_t>(entry.first_job - first_job + h) * head.shape.head_dim;
+    job->logits = arrays.logits + at * config.window;
+    job->inv_norm = arrays.inv_norm + at;
+    job->redundancy = arrays.redundancy + at;
+    job->open_rows = arrays.open_rows + at;
+    job->open_need = arrays.open_need + at;
+    job->scores = entry.scores ? entry.scores + h * (n - config.window) : job->redundancy;
+    job->set_scores = per_head       ? job->scores
+                      : entry.shared ? entry.shared
+                                     : arrays.inv_norm + set_at;
+    job->kept = !entry.kept ? arrays.open_need + set_at
+                            : entry.kept + (per_head ? static_cast<int64_t>(h) * config.budget : 0);
+}
+
+static __device__ void rkvi_describe(const rkvi_upload_head &head, const rkvi_entry &entry,
+                                     int first_job, int h, rkvi_job *job)
+{
+    const rkvi_shape &shape = head.shape;
+    const bool per_head = head.args.config.scope == RKV_PER_HEAD;
+    const bool has_set = per_head || h == 0;
+    const rkvi_strides words = { static_cast<int64_t>(shape.row_stride) * 4, 4, 4, 0, 0, 4 };
+    const rkvi_strides bytes = { shape.row_stride, 1, 1, 0, 0, 1 };
+    char *positions = reinterpret_cast<char *>(has_set ? entry.positions : NULL);
+    char *pins = reinterpret_cast<char *>(has_set ? entry.pins : NULL);
+    job->moved[RKVI_KEYS] = rkvi_moved_of(rkvi_view_of(entry.keys, entry.key_table, shape.keys, h),
+                                          shape.keys, shape.head_dim, shape.key_unit);
+    job->moved[RKVI_VALUES] =
+        rkvi_moved_of(rkvi_view_of(entry.values, entry.value_table, shape.values, h), shape.values,
+                      shape.value_dim, shape.value_unit);
+    job->moved[RKVI_POSITIONS] =
+        rkvi_moved_of(rkvi_view_of(positions, NULL, words, h), words, 1, 4);
+    job->moved[RKVI_PINS] = rkvi_moved_of(rkvi_view_of(pins, NULL, bytes, h), bytes, 1, 1);
+    job->queries = rkvi_view_of(entry.queries, entry.query_table, shape.queries, h * shape.group);
+    job->query_head_stride = shape.queries.head;
+    rkvi_describe_buffers(head, entry, first_job, h, job);
+    job->scale = shape.scale;
+    job->softcap = shape.softcap;
+    job->dtype = shape.dtype;
+    job->key_load = shape.key_load;
+    job->query_load = shape.query_load;
+    job->layer = entry.layer;
+    job->head = h;
+    job->heads = shape.heads;
+    job->group = shape.group;
+    job->head_dim = shape.head_dim;
+    job->n_tokens = entry.n_tokens;
+    job->n_keep = entry.n_keep;
+    job->scored = entry.n_tokens > head.args.config.budget &&
+                  head.args.config.budget > head.args.config.protect + head.args.config.pinned;
+    job->set_first = per_head ? entry.first_job + h : entry.set_job;
+    job->set_jobs = per_head ? 1 : entry.set_jobs;
+}
+
+/* One block per layer: writes its jobs and clears their sums. */
+template <int N>
+static __global__ void __launch_bounds__(RKVI_UPLOAD_THREADS)
+    rkvi_upload(const RKVI_GRID_CONSTANT rkvi_upload_args<N> up)
+{
+    const rkvi_upload_head &head = up.head;
+    const int thread = static_cast<int>(threadIdx.x);
+    rkv_error *record = head.args.config.device_error;
+    if (head.is_first && blockIdx.x == 0 && thread == 0) {
+        const rkv_error none = { NULL, RKV_OK, -1, -1, -1 };
+        const bool earlier = record && !head.args.scoring && record->status != RKV_OK;
+        head.args.control->fault = RKVI_NO_FAULT;
+        if (earlier) rkvi_fault_at(head.args.control, RKVI_EARLIER, 0, RKVI_NO_ROW);
+        if (record && head.args.scoring) *record = none;
+    }
+    if (head.is_first && blockIdx.x == 0 && thread < RKVI_N_RULES)
+        head.args.control->rules[thread] = head.rules[thread];
+    const int64_t n = static_cast<int64_t>(head.shape.heads) * head.shape.head_dim;
+    for (int e = static_cast<int>(blockIdx.x); e < head.n_entries;
+         e += static_cast<int>(gridDim.x)) {
+        const rkvi_entry &entry = up.entries[e];
+        const int first_job = up.entries[0].first_job;
+        long long *unit_sum =
+            head.arrays.unit_sum + head.first_dim +
+            static_cast<int64_t>(entry.first_job - first_job) * head.shape.head_dim;
+        for (int h = thread; h < head.shape.heads; h += RKVI_UPLOAD_THREADS) {
+            rkvi_describe(head, entry, first_job, h, &head.args.jobs[entry.first_job + h]);
+            head.args.open_count[entry.first_job + h] = 0;
+        }
+        for (int64_t i = thread; i < n; i += RKVI_UPLOAD_THREADS) unit_sum[i] = 0;
+    }
+}
+
+static cudaStream_t rkvi_stream(const rkv_backend *self)
+{
+    return static_cast<cudaStream_t>(const_cast<void *>(self->context));
+}
+
+static int rkvi_element_bytes(const rkv_tensor &tensor)
+{
+    if (tensor.element_bytes) return tensor.element_bytes;
+    return tensor.dtype == RKV_F32 ? 4 : 2;
+}
+
+static rkvi_strides rkvi_strides_of(const rkv_tensor &tensor)
+{
+    const int64_t rows = tensor.block_table ? tensor.block_tokens : tensor.tokens;
+    rkvi_strides strides;
+    memset(&strides, 0, sizeof strides);
+    strides.element = rkvi_element_bytes(tensor);
+    strides.dim = (tensor.dim_stride ? tensor.dim_stride : 1) * strides.element;
+    strides.token = (tensor.token_stride ? tensor.token_stride : tensor.dim) * strides.element;
+    strides.head = (tensor.head_stride ? tensor.head_stride : rows * tensor.dim) * strides.element;
+    strides.block = (tensor.block_stride ? tensor.block_stride : tensor.heads * rows * tensor.dim) *
+                    strides.element;
+    strides.block_tokens = tensor.block_table ? tensor.block_tokens : 0;
+    return strides;
+}
+
+/* The widest access, up to 16 bytes, that the size and the alignment of all rows allow. */
+static int rkvi_unit_of(const rkv_tensor &tensor, const rkvi_strides &strides)
+{
+    uint64_t all = 16 | reinterpret_cast<uintptr_t>(tensor.data);
+    if (strides.dim == strides.element)
+        all |= static_cast<uint64_t>(tensor.dim) * static_cast<uint64_t>(strides.element);
+    else
+        all |= static_cast<uint64_t>(strides.element) | static_cast<uint64_t>(strides.dim);
+    all |= static_cast<uint64_t>(strides.token) | static_cast<uint64_t>(strides.head);
+    if (tensor.block_table) all |= static_cast<uint64_t>(strides.block);
+    return static_cast<int>(all & (~all + 1));
+}
+
+/* ==== 14. Scoring ============================================================================
+ * In: keys and window queries of a head.  Out: a score for each candidate.
+ * First the attention pass, which reads the keys once. Out: inv_norm, unit_sum, logits, faults. An
+ * item is every args.items-th tile of 64 keys of one head. */
+
+/* The row of a tile that this thread's quad sums up; the quad also takes the row 32 further on.
+ * Adjacent quads have rows two apart, which is 8 banks, as many as a quad reads at a time. */
 static __device__ __forceinline__ int rkvi_quad_row()
 {
     const unsigned quad = threadIdx.x / 4;
     return static_cast<int>(quad / 8 * 8 + quad % 4 * 2 + quad / 4 % 2);
 }
 
-/* squares[2]: this thread's rows (rkvi_quad_row and 32 more) of a tile; every thread of a quad gets
- * the same. All chunks of the rows are staged in turn, the last one remains. b_rows > 0: so many of
- * s.b are loaded as well, rows of one chunk. */
+/* squares[2]: squared norms of this quad's two rows of a tile, the same in each of its threads.
+ * Loads all chunks of the rows one by one; the last stays in the tile. With b_rows > 0 it also
+ * loads so many rows into s.b, rows of one chunk. */
 template <typename T>
 static __device__ void rkvi_square_norms(rkvi_tiles &s, int head_dim, int load, int b_rows,
                                          int b_load, float *squares)
@@ -801,8 +1112,8 @@ static __device__ __forceinline__ bool rkvi_square_is_bad(float square)
     return !(square <= 1e36f); /* a NaN is bad too */
 }
 
-/* inv_norm of a tile's keys, to s.a_inv (0 outside the span, so that sums leave them out).
- * n_queries > 0: stages so many of them, too. */
+/* inv_norm of a tile's keys, also to s.a_inv: there 0 for tokens that redundancy does not see, so
+ * that sums leave them out. Also loads n_queries queries. */
 template <typename T>
 static __device__ void rkvi_key_norms(const rkvi_args &args, const rkvi_job &job, int job_index,
                                       int tile, int n_queries, rkvi_tiles &s)
@@ -820,12 +1131,12 @@ static __device__ void rkvi_key_norms(const rkvi_args &args, const rkvi_job &job
             job.inv_norm[token] = inv;
             job.exempt[token] = 0;
             if (rkvi_square_is_bad(squares[half]))
-                rkvi_fault_at(args.control, RKVI_NONFINITE, job_index, RKVI_KEY, token);
+                rkvi_fault_at(args.control, RKVI_BAD_KEY, job_index, token);
         }
     __syncthreads();
 }
 
-/* Row pointers of queries [first, first + 64) of a head, ordered [window][group]. */
+/* Row pointers of the queries [first, first + 64) of a head, in the order [window][group]. */
 static __device__ void rkvi_query_rows(const rkvi_job &job, int n_queries, int first,
                                        const char **rows)
 {
@@ -850,14 +1161,15 @@ static __device__ void rkvi_check_queries(const rkvi_args &args, const rkvi_job 
             const int query = first + rkvi_quad_row() + 32 * half;
             const int in_group = query % job.group, token = query / job.group;
             if (query < n_queries && rkvi_square_is_bad(squares[half]))
-                rkvi_fault_at(args.control, RKVI_NONFINITE, job_index, RKVI_QUERY,
+                rkvi_fault_at(args.control, RKVI_BAD_QUERY, job_index,
                               in_group * args.config.window + token);
         }
     }
 }
 
-/* Adds the unit keys of a tile to the head's sum. A quad has four columns, each of its threads a
- * quarter of the rows, two apart, which is 8 banks; then each adds one column. */
+/* Adds the unit keys of a tile to the head's sum. A quad takes four columns and each of its threads
+ * a quarter of the rows, in pairs 8 apart, so that the quad reads from different banks; at the end
+ * each thread adds one column. */
 template <typename T> static __device__ void rkvi_sum_unit_keys(const rkvi_job &job, rkvi_tiles &s)
 {
     const int n_chunks = rkvi_chunks<T>(job.head_dim), part = static_cast<int>(threadIdx.x % 4);
@@ -896,37 +1208,31 @@ template <typename T> static __device__ void rkvi_sum_unit_keys(const rkvi_job &
     }
 }
 
-/* The dots of one key and n queries become logits, capped. */
-static __device__ void rkvi_cap(float *dots, int n, float scale, float softcap)
+/* Turns the dots of one key and n queries into logits with a soft cap. */
+static __device__ void rkvi_softcap(float *dots, int n, float scale, float softcap)
 {
 #pragma unroll 1
     for (; n > 0; n--, dots += RKVI_DOTS_PITCH) *dots = softcap * tanhf(*dots * scale / softcap);
 }
-/* The sum, for the mean, or the largest of the logits of one key and n queries. */
-template <bool MEAN>
+/* The largest of `fold` and the logits of one key and n queries. */
 static __device__ __forceinline__ float rkvi_fold(const float *dots, int n, float scale, float fold)
 {
     enum { AT_ONCE = 4 };
 #pragma unroll 1
     for (; n >= AT_ONCE; n -= AT_ONCE, dots += AT_ONCE * RKVI_DOTS_PITCH)
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const float x = dots[i * RKVI_DOTS_PITCH] * scale;
-            fold = MEAN ? fold + x : fmaxf(fold, x);
-        }
+        for (int i = 0; i < AT_ONCE; i++) fold = fmaxf(fold, dots[i * RKVI_DOTS_PITCH] * scale);
 #pragma unroll 1
-    for (; n > 0; n--, dots += RKVI_DOTS_PITCH)
-        fold = MEAN ? fold + *dots * scale : fmaxf(fold, *dots * scale);
+    for (; n > 0; n--, dots += RKVI_DOTS_PITCH) fold = fmaxf(fold, *dots * scale);
     return fold;
 }
 
-/* Folds the dots of 64 queries, dots[query][key], into the logits of their tokens. A thread has one
- * key and every other token. What the loop needs of the job is looked up before: for all the
- * compiler knows, every logit that is stored could change it. */
+/* Takes the maximum over the group of 64 queries' dots, dots[query][key], into the logits of the
+ * window's tokens. A thread has one key and every other token. It copies what it needs of the job
+ * before the loop, since the compiler must assume that storing a logit changes the job. */
 static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &job, int job_index,
                                        int n_queries, int first, int tile, float *dots)
 {
-    const bool mean = args.config.grouping == RKV_GROUP_MEAN;
     const int n_tokens = job.n_tokens, group = job.group;
     const float softcap = job.softcap, scale = job.scale;
     const int key = static_cast<int>(threadIdx.x % RKVI_TILE), j = tile * RKVI_TILE + key;
@@ -940,20 +1246,18 @@ static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &jo
         const int begin = first > group_begin ? first : group_begin;
         const int n = (end < group_begin + group ? end : group_begin + group) - begin;
         float *own = dots + (begin - first) * RKVI_DOTS_PITCH + key;
-        float fold = begin > group_begin ? *logit : mean ? 0.0f : -INFINITY;
-        if (softcap > 0) rkvi_cap(own, n, scale, softcap);
+        float fold = begin > group_begin ? *logit : -INFINITY;
+        if (softcap > 0) rkvi_softcap(own, n, scale, softcap);
         const float factor = softcap > 0 ? 1.0f : scale;
-        fold =
-            mean ? rkvi_fold<true>(own, n, factor, fold) : rkvi_fold<false>(own, n, factor, fold);
-        if (mean && begin + n == group_begin + group) fold /= static_cast<float>(group);
-        if (!(fabsf(fold) <= FLT_MAX)) /* a sum over the group can overflow */
-            rkvi_fault_at(args.control, RKVI_NONFINITE, job_index, RKVI_KEY, RKVI_NO_ROW);
+        fold = rkvi_fold(own, n, factor, fold);
+        if (!(fabsf(fold) <= FLT_MAX))
+            rkvi_fault_at(args.control, RKVI_BAD_LOGITS, job_index, RKVI_NO_ROW);
         *logit = fold;
         logit += static_cast<int64_t>(step) * n_tokens;
     }
 }
 
-/* Logits of one tile of keys. `staged`: which queries lie in s.b; it lasts over an item's tiles. */
+/* Logits of one tile of keys. *staged says which queries are in s.b, from tile to tile. */
 template <typename T>
 static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, int job_index,
                                    int n_queries, int tile, int *staged, rkvi_tiles &s)
@@ -975,7 +1279,7 @@ static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, i
             }
             rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), n_blocks, T{});
         }
-        float *dots = reinterpret_cast<float *>(s.a); /* the keys are done with */
+        float *dots = reinterpret_cast<float *>(s.a); /* the keys are no longer needed */
         __syncthreads();
 #pragma unroll
         for (int block = 0; block < 8; block++)
@@ -995,7 +1299,7 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
 {
     rkvi_tiles &s = *reinterpret_cast<rkvi_tiles *>(rkvi_shared_memory());
     const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
-    if (rkvi_refused(args)) return;
+    if (rkvi_is_unusable(args)) return;
     for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
         const rkvi_item at = rkvi_item_at(args, item);
         const int job_index = at.job;
@@ -1010,8 +1314,8 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
 #pragma unroll 1
             for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
                 const int token = tile * RKVI_TILE + r;
-                s.a_rows[r] =
-                    rkvi_row(job.moved[0].rows, token < job.n_tokens ? token : job.n_tokens - 1);
+                s.a_rows[r] = rkvi_row(job.moved[RKVI_KEYS].rows,
+                                       token < job.n_tokens ? token : job.n_tokens - 1);
             }
             const int first_queries = n_queries < RKVI_TILE ? n_queries : RKVI_TILE;
             const bool with_queries = staged < 0 && n_queries > 0 && one_chunk;
@@ -1026,14 +1330,311 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
     }
 }
 
-/* ==== 6. Redundancy =========================================================================
- * In: keys, inv_norm, unit_sum. Out: redundancy (dot of each key with the sum), exempt.
- * Row i looks from the newest key back for its `recent` look-alikes, at 16 keys first, then 64 at a
- * time, and stops at the last of them. Most rows are done with the first; rows that are not after
- * RKVI_NEAR_COLUMNS are packed together, so that the second scan has none but those.
+/* ---- Scores, from logits and redundancy: one block per head --------------------------------- */
+
+/* The largest of some values, and the sum of exp(value - largest). No exponential is above 1. The
+ * relative error of __expf grows as its result shrinks, so small terms have the large errors. */
+struct rkvi_softmax {
+    float largest, sum;
+};
+static __device__ __forceinline__ rkvi_softmax rkvi_softmax_of_none()
+{
+    const rkvi_softmax none = { -INFINITY, 0.0f };
+    return none;
+}
+
+/* The largest value, or 0 if all are -INFINITY, so that -INFINITY is not subtracted from itself. */
+static __device__ __forceinline__ float rkvi_origin(float largest)
+{
+    return largest > -INFINITY ? largest : 0.0f;
+}
+static __device__ __forceinline__ rkvi_softmax rkvi_merge(rkvi_softmax a, rkvi_softmax b)
+{
+    rkvi_softmax out;
+    out.largest = fmaxf(a.largest, b.largest);
+    const float origin = rkvi_origin(out.largest);
+    out.sum = a.sum * __expf(a.largest - origin) + b.sum * __expf(b.largest - origin);
+    return out;
+}
+/* Finds the largest first, so that each sum is rescaled once. */
+static __device__ rkvi_softmax rkvi_merge_warp(rkvi_softmax s)
+{
+    rkvi_softmax out = s;
+    for (int distance = 16; distance > 0; distance /= 2)
+        out.largest = fmaxf(out.largest, __shfl_xor_sync(0xffffffffu, out.largest, distance));
+    out.sum *= __expf(s.largest - rkvi_origin(out.largest));
+    for (int distance = 16; distance > 0; distance /= 2)
+        out.sum += __shfl_xor_sync(0xffffffffu, out.sum, distance);
+    return out;
+}
+/* The softmax with N more values. */
+template <int N>
+static __device__ __forceinline__ rkvi_softmax rkvi_softmax_add(rkvi_softmax s, const float (&x)[N])
+{
+    rkvi_softmax out = s;
+#pragma unroll
+    for (int u = 0; u < N; u++) out.largest = fmaxf(out.largest, x[u]);
+    const float origin = rkvi_origin(out.largest);
+    out.sum *= __expf(s.largest - origin);
+#pragma unroll
+    for (int u = 0; u < N; u++) out.sum += __expf(x[u] - origin);
+    return out;
+}
+
+/* There are few heads and their passes are short, so the latency of loads decides. A thread takes
+ * several tokens at a time and loads for all of them before it stores: the compiler does not move a
+ * load before a store. */
+enum { RKVI_AT_ONCE = 3, RKVI_WEIGHTS_AT_ONCE = 8 };
+template <int N>
+static __device__ __forceinline__ void rkvi_load_each(float (&x)[N], const float *values, int first,
+                                                      int end, int step, float otherwise)
+{
+#pragma unroll
+    for (int u = 0; u < N; u++)
+        x[u] = first + u * step < end ? values[first + u * step] : otherwise;
+}
+template <int N>
+static __device__ __forceinline__ void rkvi_store_each(float *values, int first, int end, int step,
+                                                       const float (&x)[N])
+{
+#pragma unroll
+    for (int u = 0; u < N; u++)
+        if (first + u * step < end) values[first + u * step] = x[u];
+}
+
+/* values[begin], [begin + step], ... */
+static __device__ rkvi_softmax rkvi_softmax_of(const float *values, int begin, int end, int step)
+{
+    rkvi_softmax s = rkvi_softmax_of_none();
+    float x[RKVI_WEIGHTS_AT_ONCE];
+    for (int first = begin; first < end; first += RKVI_WEIGHTS_AT_ONCE * step) {
+        rkvi_load_each(x, values, first, end, step, -INFINITY);
+        s = rkvi_softmax_add(s, x);
+    }
+    return s;
+}
+
+/* values[begin], [begin + step], ...: logits to probabilities. */
+static __device__ void rkvi_to_probabilities(float *values, int begin, int end, int step,
+                                             rkvi_softmax whole)
+{
+    const float share = 1.0f / whole.sum;
+    float x[RKVI_WEIGHTS_AT_ONCE];
+    for (int first = begin; first < end; first += RKVI_WEIGHTS_AT_ONCE * step) {
+        rkvi_load_each(x, values, first, end, step, 0.0f);
+#pragma unroll
+        for (int u = 0; u < RKVI_WEIGHTS_AT_ONCE; u++) x[u] = __expf(x[u] - whole.largest) * share;
+        rkvi_store_each(values, first, end, step, x);
+    }
+}
+
+struct rkvi_head_memory {
+    rkvi_softmax warp[RKVI_HEAD_WARPS];
+    unsigned bins[RKVI_BINS]; /* selection, from here on */
+    unsigned warp_total[RKVI_HEAD_WARPS];
+    unsigned digit, wanted, ties;
+};
+
+/* Logits to probabilities, in place. A warp takes a part of the row of one window token. */
+static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_job &job,
+                                              rkvi_head_memory &s)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    const int n_rows = args.config.window, n = job.n_tokens - n_rows;
+    const int at_once = n_rows < RKVI_HEAD_WARPS ? n_rows : RKVI_HEAD_WARPS;
+    const int parts = RKVI_HEAD_WARPS / at_once, part = warp / at_once;
+    const int begin = static_cast<int>(static_cast<int64_t>(n) * part / parts);
+    const int end = static_cast<int>(static_cast<int64_t>(n) * (part + 1) / parts);
+    for (int first = 0; first < n_rows; first += at_once) {
+        const int row = first + warp % at_once;
+        const bool busy = part < parts && row < n_rows;
+        float *values = job.logits + static_cast<int64_t>(busy ? row : 0) * job.n_tokens;
+        rkvi_softmax whole = rkvi_softmax_of_none();
+        if (busy) whole = rkvi_softmax_of(values, begin + lane, end, 32);
+        whole = rkvi_merge_warp(whole);
+        if (lane == 0) s.warp[warp] = whole;
+        __syncthreads();
+        whole = s.warp[warp % at_once];
+        for (int p = 1; p < parts; p++)
+            whole = rkvi_merge(whole, s.warp[p * at_once + warp % at_once]);
+        if (busy) rkvi_to_probabilities(values, begin + lane, end, 32, whole);
+        __syncthreads();
+    }
+}
+
+/* Mean over the window's rows, into the first of them. RKV_PUBLISHED: before max pooling. */
+static __device__ void rkvi_mean_weights(const rkvi_args &args, const rkvi_job &job)
+{
+    const int n_tokens = job.n_tokens, n = n_tokens - args.config.window;
+    float *logits = job.logits;
+    for (int first = static_cast<int>(threadIdx.x); first < n;
+         first += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
+        float sum[RKVI_AT_ONCE] = { 0 }, x[RKVI_AT_ONCE];
+#pragma unroll 2
+        for (int row = 0; row < args.config.window; row++) {
+            const float *values = logits + static_cast<int64_t>(row) * n_tokens;
+            rkvi_load_each(x, values, first, n, RKVI_HEAD_THREADS, 0.0f);
+#pragma unroll
+            for (int u = 0; u < RKVI_AT_ONCE; u++) sum[u] += x[u];
+        }
+#pragma unroll
+        for (int u = 0; u < RKVI_AT_ONCE; u++) sum[u] /= static_cast<float>(args.config.window);
+        rkvi_store_each(logits, first, n, RKVI_HEAD_THREADS, sum);
+    }
+    __syncthreads();
+}
+
+/* sum[u] += the maximum of row over the pooling range of token first + u * RKVI_HEAD_THREADS.
+ * Beyond the n tokens it takes the outermost token, which is in every such range. */
+static __device__ void rkvi_add_pooled(const rkvi_args &args, const float *row, int first, int n,
+                                       float *sum)
+{
+    const int last = n - 1, below = args.config.pool / 2, above = (args.config.pool - 1) / 2;
+    float largest[RKVI_AT_ONCE];
+#pragma unroll
+    for (int u = 0; u < RKVI_AT_ONCE; u++) largest[u] = -INFINITY;
+#pragma unroll 2
+    for (int offset = below < last ? -below : -last; offset <= above && offset <= last; offset++) {
+#pragma unroll
+        for (int u = 0; u < RKVI_AT_ONCE; u++) {
+            const int j = first + u * RKVI_HEAD_THREADS;
+            const int at = offset > last - j ? last : offset < -j ? 0 : j + offset;
+            largest[u] = fmaxf(largest[u], row[at]);
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < RKVI_AT_ONCE; u++) sum[u] += largest[u];
+}
+static __device__ void rkvi_importance(const rkvi_args &args, const float *logits, int n_tokens,
+                                       int first, float *importance)
+{
+    const int n = n_tokens - args.config.window;
+    const bool mean_first = args.config.variant == RKV_PUBLISHED;
+    const int n_rows = mean_first ? 1 : args.config.window;
+#pragma unroll
+    for (int u = 0; u < RKVI_AT_ONCE; u++) importance[u] = 0;
+    for (int row = 0; row < n_rows; row++)
+        rkvi_add_pooled(args, logits + static_cast<int64_t>(row) * n_tokens, first, n, importance);
+#pragma unroll
+    for (int u = 0; u < RKVI_AT_ONCE; u++) importance[u] /= static_cast<float>(n_rows);
+}
+
+/* From dots with the sum of the unit keys to mean cosines; returns their softmax. */
+static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rkvi_job &job,
+                                                 rkvi_head_memory &s)
+{
+    const int n = rkvi_span(args, job);
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    const double share = 1.0 / n;
+    const float *inv_norm = job.inv_norm;
+    const long long *exempt = job.exempt;
+    float *redundancy = job.redundancy;
+    rkvi_softmax mine = rkvi_softmax_of_none();
+    for (int first = static_cast<int>(threadIdx.x); first < n;
+         first += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
+        float inv[RKVI_AT_ONCE], dot[RKVI_AT_ONCE], mean[RKVI_AT_ONCE];
+        long long fixed[RKVI_AT_ONCE];
+        rkvi_load_each(inv, inv_norm, first, n, RKVI_HEAD_THREADS, 0.0f);
+        rkvi_load_each(dot, redundancy, first, n, RKVI_HEAD_THREADS, 0.0f);
+#pragma unroll
+        for (int u = 0; u < RKVI_AT_ONCE; u++) {
+            const int j = first + u * RKVI_HEAD_THREADS;
+            fixed[u] = j < n ? exempt[j] : 0;
+        }
+#pragma unroll
+        for (int u = 0; u < RKVI_AT_ONCE; u++) {
+            /* The norm of the unit key: norm / (norm + 1e-8), 0 for a key of zeros. */
+            const float length = 1.0f - 1e-8f * inv[u];
+            const double others = static_cast<double>(dot[u]) - length * length;
+            const bool is_there = first + u * RKVI_HEAD_THREADS < n;
+            mean[u] = is_there ? static_cast<float>((others - rkvi_from_fixed(fixed[u])) * share)
+                               : -INFINITY;
+        }
+        rkvi_store_each(redundancy, first, n, RKVI_HEAD_THREADS, mean);
+        mine = rkvi_softmax_add(mine, mean);
+    }
+    const rkvi_softmax whole = rkvi_merge_warp(mine), none = rkvi_softmax_of_none();
+    if (lane == 0) s.warp[warp] = whole;
+    __syncthreads();
+    return rkvi_merge_warp(lane < RKVI_HEAD_WARPS ? s.warp[lane] : none);
+}
+
+static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &job,
+                                       rkvi_head_memory &s)
+{
+    const float lambda = args.config.lambda;
+    const int n_tokens = job.n_tokens, n = n_tokens - args.config.window;
+    rkvi_softmax whole = { 0.0f, 1.0f };
+    if (args.importance) {
+        rkvi_attention_weights(args, job, s);
+        if (args.config.variant == RKV_PUBLISHED) rkvi_mean_weights(args, job);
+    }
+    if (args.redundancy) whole = rkvi_mean_cosines(args, job, s);
+    const float share = (1.0f - lambda) / whole.sum;
+    const float *logits = job.logits, *redundancy = job.redundancy;
+    float *scores = job.scores;
+    for (int first = static_cast<int>(threadIdx.x); first < n;
+         first += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
+        float score[RKVI_AT_ONCE] = { 0 }, mean[RKVI_AT_ONCE];
+        if (args.importance) rkvi_importance(args, logits, n_tokens, first, score);
+        if (args.redundancy) rkvi_load_each(mean, redundancy, first, n, RKVI_HEAD_THREADS, 0.0f);
+#pragma unroll
+        for (int u = 0; u < RKVI_AT_ONCE; u++) {
+            if (args.importance) score[u] *= lambda;
+            if (args.redundancy) score[u] -= share * __expf(mean[u] - whole.largest);
+        }
+        rkvi_store_each(scores, first, n, RKVI_HEAD_THREADS, score);
+    }
+    __syncthreads();
+}
+
+static __device__ void rkvi_select_set(const rkvi_args &args, const rkvi_job &job,
+                                       rkvi_head_memory &s); /* room 16 */
+
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS, RKVI_SM_THREADS / RKVI_HEAD_THREADS)
+    rkvi_score(const rkvi_args args)
+{
+    rkvi_head_memory &s = *reinterpret_cast<rkvi_head_memory *>(rkvi_shared_memory());
+    rkvi_report(args);
+    if (rkvi_has_fault(args)) return;
+    for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
+        const rkvi_job &job = args.jobs[i];
+        if (job.scored) rkvi_score_head(args, job, s);
+        if (args.select_too) rkvi_select_set(args, job, s);
+    }
+}
+
+/* Shared scopes: the sum over a set's layers of the mean over each layer's heads. An item is
+ * RKVI_HEAD_THREADS tokens of one set. */
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_share(const rkvi_args args)
+{
+    const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
+    if (rkvi_has_fault(args)) return;
+    for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
+        const rkvi_item at = rkvi_item_at(args, item);
+        const int first = at.job;
+        const rkvi_job &set = args.jobs[first];
+        const int64_t j = static_cast<int64_t>(at.part) * RKVI_HEAD_THREADS + threadIdx.x;
+        float sum = 0;
+        if (set.set_first != first || !set.scored) continue;
+        if (j >= set.n_tokens - args.config.window) continue;
+        for (int i = first; i < first + set.set_jobs; i += args.jobs[i].heads) {
+            float of_layer = 0;
+            for (int h = 0; h < args.jobs[i].heads; h++) of_layer += args.jobs[i + h].scores[j];
+            sum += of_layer / static_cast<float>(args.jobs[i].heads);
+        }
+        set.set_scores[j] = sum;
+    }
+}
+
+/* ==== 15. Similar keys ======================================================================
+ * In: keys, inv_norm, unit_sum.  Out: redundancy (dot of each key with the sum), exempt.
+ * Row i searches from the newest key back for its `recent` newest similar keys, first among 16
+ * keys, then 64 at a time, and stops when it has them. Most rows stop in the first step. Rows that
+ * still search after RKVI_NEAR_COLUMNS columns are packed together for a second, far scan.
  * An item is every args.items-th 64 rows of one head. */
 
-/* The tile's rows: token numbers, pointers, norms. Tiles count from the newest key back. */
+/* The rows of a tile: tokens, pointers, norms. Tiles are counted from the newest key back. */
 static __device__ void rkvi_scan_rows(const rkvi_args &args, const rkvi_job &job, int job_index,
                                       int tile, bool far_rows, rkvi_tiles &s)
 {
@@ -1051,7 +1652,7 @@ static __device__ void rkvi_scan_rows(const rkvi_args &args, const rkvi_job &job
         }
         s.a_token[r] = token;
         s.need[r] = need;
-        s.a_rows[r] = rkvi_row(job.moved[0].rows, token < 0 ? 0 : token);
+        s.a_rows[r] = rkvi_row(job.moved[RKVI_KEYS].rows, token < 0 ? 0 : token);
         s.a_inv[r] = token < 0 ? 0.0f : job.inv_norm[token];
     }
 }
@@ -1071,13 +1672,13 @@ static __device__ void rkvi_scan_columns(const rkvi_job &job, rkvi_columns colum
 #pragma unroll 1
     for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
         const int token = r < columns.n && r <= columns.newest ? columns.newest - r : -1;
-        s.b_rows[r] = rkvi_row(job.moved[0].rows, token < 0 ? 0 : token);
+        s.b_rows[r] = rkvi_row(job.moved[RKVI_KEYS].rows, token < 0 ? 0 : token);
         s.b_inv[r] = token < 0 ? 0.0f : job.inv_norm[token];
     }
 }
 
-/* redundancy[i] = dot(sum of unit keys, unit key i). Leaves the last chunk of the rows in s.a, and
- * the first of so many columns in s.b. */
+/* redundancy[i] = dot(sum of unit keys, unit key i). Leaves the last chunk of the rows in s.a and
+ * the first chunk of n_columns columns in s.b. */
 template <typename T>
 static __device__ void rkvi_project(const rkvi_job &job, int n_columns, rkvi_tiles &s)
 {
@@ -1112,18 +1713,19 @@ static __device__ void rkvi_project(const rkvi_job &job, int n_columns, rkvi_til
     }
 }
 
-/* Whether one of this warp's rows still looks for look-alikes. A row is read by the lane that will
- * write it: a vote is no barrier. */
-static __device__ __forceinline__ bool rkvi_is_open(const rkvi_tiles &s)
+/* Is one of this warp's rows still searching? Each row is read by the lane that writes it, since
+ * __any_sync does not order memory. */
+static __device__ __forceinline__ bool rkvi_is_searching(const rkvi_tiles &s)
 {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     return __any_sync(0xffffffffu, lane < 16 && s.need[16 * warp + lane] > 0);
 }
-/* False where none of a warp's dots with 64 columns can be a look-alike's, found with less than
- * half of the instructions: the scales of rows and columns are applied one after the other, which
- * may round otherwise than rkvi_cosine does. */
-static __device__ __forceinline__ bool rkvi_may_be_alike(const float (*acc)[4], const float *a_inv,
-                                                         const float *b_inv, float limit)
+/* False if none of a warp's dots with 64 columns can belong to a similar pair: skips such tiles at
+ * less than half of the instructions. It scales by row and column one after the other, which may
+ * round differently from rkvi_cosine. */
+static __device__ __forceinline__ bool rkvi_may_be_similar(const float (*acc)[4],
+                                                           const float *a_inv, const float *b_inv,
+                                                           float limit)
 {
     const float rounding = 1e-6f;
     bool may = false;
@@ -1141,8 +1743,8 @@ static __device__ __forceinline__ bool rkvi_may_be_alike(const float (*acc)[4], 
     return __any_sync(0xffffffffu, may);
 }
 
-/* Of dots with 8 * N_BLOCKS columns, as rkvi_acc_column says: a bit for every column that may be a
- * look-alike, and the cosine of the first of a row, for this lane's rows. */
+/* From dots with 8 * N_BLOCKS columns: for this lane's rows a bit for every column that may be
+ * similar, and the cosine of the first of these. */
 template <int N_BLOCKS>
 static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4],
                                                             const rkvi_tiles &s, int first_row,
@@ -1151,7 +1753,7 @@ static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4
 {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const float *b_inv = s.b_inv + rkvi_acc_column(lane, 0, 0);
-    unsigned marks[2][2] = { { 0, 0 }, { 0, 0 } }; /* of the columns before and from 32 on */
+    unsigned marks[2][2] = { { 0, 0 }, { 0, 0 } }; /* of columns below 32 and the others */
     float a_inv[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -1159,9 +1761,9 @@ static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4
         first[half] = 0;
         bits[half] = 0;
     }
-    if (8 * N_BLOCKS == RKVI_TILE && !rkvi_may_be_alike(acc, a_inv, b_inv, limit)) return;
+    if (8 * N_BLOCKS == RKVI_TILE && !rkvi_may_be_similar(acc, a_inv, b_inv, limit)) return;
 #pragma unroll
-    for (int block = N_BLOCKS - 1; block >= 0; block--) /* so that the first comes last */
+    for (int block = N_BLOCKS - 1; block >= 0; block--) /* backwards: the first is set last */
 #pragma unroll
         for (int k = 1; k >= 0; k--)
 #pragma unroll
@@ -1174,13 +1776,13 @@ static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4
                 first[half] = cosine;
             }
 #pragma unroll
-    for (int half = 0; half < 2; half++) /* where they belong: no bit leaves its byte */
+    for (int half = 0; half < 2; half++)
         bits[half] = static_cast<unsigned long long>(marks[half][1]) << 32 | marks[half][0];
-    bits[0] <<= rkvi_acc_column(lane, 0, 0);
+    bits[0] <<= rkvi_acc_column(lane, 0, 0); /* to their columns: no bit leaves its byte */
     bits[1] <<= rkvi_acc_column(lane, 0, 0);
 }
 
-/* The columns that a row is compared with: those that there are, but for its own. */
+/* The columns that a row is compared with: all that exist, without its own. */
 static __device__ __forceinline__ unsigned long long rkvi_wanted_columns(const rkvi_args &args,
                                                                          const rkvi_tiles &s,
                                                                          int row,
@@ -1188,12 +1790,12 @@ static __device__ __forceinline__ unsigned long long rkvi_wanted_columns(const r
 {
     const int newest = columns.newest, last = newest < columns.n - 1 ? newest : columns.n - 1;
     const unsigned long long all = ~0ull >> (RKVI_TILE - 1 - last);
-    const int own = newest - s.a_token[row];         /* here or elsewhere */
-    const bool diagonal = args.config.threshold < 0; /* it is 0, and so a look-alike */
+    const int own = newest - s.a_token[row];         /* in this step or not */
+    const bool diagonal = args.config.threshold < 0; /* its cosine counts as 0: similar */
     return diagonal || own < 0 || own >= RKVI_TILE ? all : all & ~(1ull << own);
 }
 
-/* Dots of the rows with the columns, and the candidates among these. */
+/* Dots of the rows with the columns; the columns that may be similar become candidates. */
 template <typename T>
 static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_job &job,
                                             rkvi_columns columns, bool rows_staged,
@@ -1201,7 +1803,7 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
 {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const int n_chunks = rkvi_chunks<T>(job.head_dim);
-    const float limit = args.config.threshold - rkvi_band<T>(job.head_dim);
+    const float limit = args.config.threshold - rkvi_cosine_error<T>(job.head_dim);
     float acc[8][4] = { { 0 } }, first[2];
     unsigned long long bits[2];
     bool open = true;
@@ -1213,7 +1815,7 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
             rkvi_stage_begin<T>(s.b, s.b_rows, columns.n, job.head_dim, chunk, job.key_load);
             rkvi_stage_end();
         }
-        open = columns.n < RKVI_TILE || rkvi_is_open(s);
+        open = columns.n < RKVI_TILE || rkvi_is_searching(s);
         if (open)
             rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), columns.n / 8,
                       T{});
@@ -1243,7 +1845,7 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
     __syncwarp();
 }
 
-/* cosine of row r of a with row c of b, as the CPU rounds it. */
+/* Cosine of row r of a with row c of b, rounded as on the CPU. */
 template <typename T>
 static __device__ float rkvi_exact_cosine(const rkvi_job &job, const rkvi_tiles &s, int r, int c)
 {
@@ -1257,9 +1859,9 @@ static __device__ float rkvi_exact_cosine(const rkvi_job &job, const rkvi_tiles 
     return rkvi_cosine(dot, s.a_inv[r], s.b_inv[c]);
 }
 
-/* Adds a cosine to exempt[token], where a thread `adds`; called by whole warps. Most rows of a head
- * have the same most recent look-alike, and additions to one address queue up in the L2: those that
- * agree with the warp's first go there as one. */
+/* Adds a cosine to exempt[token] if a thread `adds`; called by whole warps. Most rows of a head
+ * have the same newest similar key, and additions to one address wait for each other in the L2. So
+ * all that agree with the warp's first are added as one. */
 static __device__ void rkvi_exempt(const rkvi_job &job, bool adds, int token, float cosine)
 {
     const unsigned all = __ballot_sync(0xffffffffu, adds);
@@ -1277,36 +1879,36 @@ static __device__ void rkvi_exempt(const rkvi_job &job, bool adds, int token, fl
         rkvi_add_fixed(&job.exempt[token], mine);
 }
 
-/* Above this, a cosine from rkvi_dots will do: it is a look-alike's, and near enough to the CPU's.
- * What is cut off piles up with the dims, and all rows may exempt one and the same token. */
+/* Above this, a cosine from rkvi_dots is certainly of a similar key and close enough to the CPU's.
+ * Truncation errors add up with the dims, and all rows may exempt the same token. */
 template <typename T>
-static __device__ __forceinline__ float rkvi_sure(const rkvi_args &args, int head_dim)
+static __device__ __forceinline__ float rkvi_trusted_above(const rkvi_args &args, int head_dim)
 {
-    const float band = rkvi_band<T>(head_dim);
-    return band > 0 && head_dim > RKVI_SURE_DIMS ? INFINITY : args.config.threshold + band;
+    const float band = rkvi_cosine_error<T>(head_dim);
+    return band > 0 && head_dim > RKVI_TRUSTED_DIMS ? INFINITY : args.config.threshold + band;
 }
 
-/* Settles the candidates of this warp's 16 rows, newest first, a row by each of its first 16
- * threads. True where the thread's row wants more. */
+/* Decides the candidates of this warp's 16 rows, newest first; each of its first 16 threads takes a
+ * row. True if the thread's row still needs similar keys. */
 template <typename T>
-static __device__ bool rkvi_settle(const rkvi_args &args, const rkvi_job &job, int newest,
-                                   rkvi_tiles &s)
+static __device__ bool rkvi_decide_candidates(const rkvi_args &args, const rkvi_job &job,
+                                              int newest, rkvi_tiles &s)
 {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const int row = 16 * warp + lane % 16;
     int need = lane < 16 ? s.need[row] : 0;
     unsigned long long bits = need > 0 ? s.candidates[row] : 0;
     float known = need > 0 ? s.first[row] : 0; /* from rkvi_dots */
-    const float sure = rkvi_sure<T>(args, job.head_dim);
+    const float trusted = rkvi_trusted_above<T>(args, job.head_dim);
     while (__any_sync(0xffffffffu, bits != 0)) {
         const int column = bits ? __ffsll(static_cast<long long>(bits)) - 1 : 0;
         const int token = newest - column;
         float cosine = 0; /* the diagonal's */
         if (bits && token != s.a_token[row])
-            cosine = known > sure ? known : rkvi_exact_cosine<T>(job, s, row, column);
+            cosine = known > trusted ? known : rkvi_exact_cosine<T>(job, s, row, column);
         known = -INFINITY;
         const bool hit = bits && cosine > args.config.threshold;
-        const bool of_column = args.config.redundancy == RKV_REDUNDANCY_ROW;
+        const bool of_column = args.config.variant == RKV_PUBLISHED;
         rkvi_exempt(job, hit, of_column ? token : s.a_token[row], cosine);
         bits &= bits - 1;
         if (hit && --need == 0) bits = 0;
@@ -1315,7 +1917,7 @@ static __device__ bool rkvi_settle(const rkvi_args &args, const rkvi_job &job, i
     return need > 0;
 }
 
-/* Rows that are still open after the newest columns go on the list of the second scan. */
+/* Puts the rows that are still searching on the list of the far scan. */
 static __device__ void rkvi_defer_rows(const rkvi_args &args, const rkvi_job &job, int job_index,
                                        const rkvi_tiles &s)
 {
@@ -1328,22 +1930,23 @@ static __device__ void rkvi_defer_rows(const rkvi_args &args, const rkvi_job &jo
     }
 }
 
-/* Row form, published code: a row without any look-alike exempts its entry for the first token. A
- * row by each thread of the first two warps. */
+/* RKV_PUBLISHED: a row that has no similar key exempts the first token. Each thread of the first
+ * two warps takes a row. */
 template <typename T>
-static __device__ void rkvi_exempt_column0(const rkvi_args &args, const rkvi_job &job,
-                                           rkvi_tiles &s)
+static __device__ void rkvi_exempt_first_token(const rkvi_args &args, const rkvi_job &job,
+                                               rkvi_tiles &s)
 {
     const int row = static_cast<int>(threadIdx.x);
     if (row >= RKVI_TILE) return; /* whole warps */
     const int token = s.a_token[row];
-    const bool lonely = s.need[row] == args.config.recent && token > 0;
+    const bool found_none = s.need[row] == args.config.recent && token > 0;
     float cosine = 0;
-    if (lonely)
-        cosine = rkvi_cosine(rkvi_chain_dot_global<T>(s.a_rows[row], rkvi_row(job.moved[0].rows, 0),
+    if (found_none)
+        cosine = rkvi_cosine(rkvi_chain_dot_global<T>(s.a_rows[row],
+                                                      rkvi_row(job.moved[RKVI_KEYS].rows, 0),
                                                       job.head_dim, job.key_load),
                              s.a_inv[row], job.inv_norm[0]);
-    rkvi_exempt(job, lonely, 0, cosine);
+    rkvi_exempt(job, found_none, 0, cosine);
 }
 
 template <typename T>
@@ -1364,31 +1967,30 @@ static __device__ void rkvi_scan_tile(const rkvi_args &args, const rkvi_job &job
         const bool first = column == begin;
         rkvi_find_candidates<T>(args, job, columns, one_chunk && !(first && far_rows),
                                 one_chunk && first && !far_rows, s);
-        open = __syncthreads_or(rkvi_settle<T>(args, job, columns.newest, s));
+        open = __syncthreads_or(rkvi_decide_candidates<T>(args, job, columns.newest, s));
         column += columns.n;
     }
     if (!open) return;
     if (end < n_span)
         rkvi_defer_rows(args, job, job_index, s);
-    else if (args.config.redundancy == RKV_REDUNDANCY_ROW &&
-             args.config.column0 == RKV_COLUMN0_EXEMPT)
-        rkvi_exempt_column0<T>(args, job, s);
+    else if (args.config.variant == RKV_PUBLISHED)
+        rkvi_exempt_first_token<T>(args, job, s);
 }
 
-/* The last jobs first: their keys are what the attention pass has left in the L2. */
+/* The last jobs first: their keys are still in the L2 from the attention pass. */
 template <typename T> static __device__ void rkvi_scan(const rkvi_args &args, bool far_rows)
 {
     rkvi_tiles &s = *reinterpret_cast<rkvi_tiles *>(rkvi_shared_memory());
     const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
-    if (rkvi_faulted(args)) return;
+    if (rkvi_has_fault(args)) return;
     for (int64_t i = blockIdx.x; i < n_items; i += gridDim.x) {
         const rkvi_item at = rkvi_item_at(args, n_items - 1 - i);
         const rkvi_job &job = args.jobs[at.job];
-        if (far_rows && args.open_count[at.job] == 0) continue; /* as a rule */
+        if (far_rows && args.open_count[at.job] == 0) continue; /* the usual case */
         if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
         const int n_rows = far_rows ? args.open_count[at.job] : rkvi_span(args, job);
-        /* No barrier between tiles: what a thread reads after the last one of a tile, the row that
-         * it has of s, is for itself to overwrite. */
+        /* No barrier between tiles: after the last barrier of a tile a thread reads only its own
+         * row of s, which it overwrites itself. */
         for (int64_t tile = at.part; tile * RKVI_TILE < n_rows; tile += args.items)
             rkvi_scan_tile<T>(args, job, at.job, static_cast<int>(tile), far_rows, s);
     }
@@ -1406,277 +2008,37 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_FAR_BLOCKS)
     rkvi_scan<T>(args, true);
 }
 
-/* ==== 7. Score ==============================================================================
- * In: logits, redundancy (dots), exempt. Out: scores. One block per head. */
+/* ==== 16. Selection =========================================================================
+ * In: the scores of one set's candidates, pins.  Out: the kept list. One block per set.
+ * Knows nothing of keys or attention. Equal scores: the more recent token stays. */
 
-/* The largest of some values and the sum of exp(value - largest). No power is above 1, and what
- * __expf is off by, as a share of the power, grows with the exponent as the power shrinks. */
-struct rkvi_softmax {
-    float largest, sum;
-};
-static __device__ __forceinline__ rkvi_softmax rkvi_softmax_of_none()
-{
-    const rkvi_softmax none = { -INFINITY, 0.0f };
-    return none;
-}
-
-/* What is subtracted from values of which some, or all, are -INFINITY: nothing. */
-static __device__ __forceinline__ float rkvi_origin(float largest)
-{
-    return largest > -INFINITY ? largest : 0.0f;
-}
-static __device__ __forceinline__ rkvi_softmax rkvi_merge(rkvi_softmax a, rkvi_softmax b)
-{
-    rkvi_softmax out;
-    out.largest = fmaxf(a.largest, b.largest);
-    const float origin = rkvi_origin(out.largest);
-    out.sum = a.sum * __expf(a.largest - origin) + b.sum * __expf(b.largest - origin);
-    return out;
-}
-/* The largest first: the sums then need no more than one correction each. */
-static __device__ rkvi_softmax rkvi_merge_warp(rkvi_softmax s)
-{
-    rkvi_softmax out = s;
-    for (int distance = 16; distance > 0; distance /= 2)
-        out.largest = fmaxf(out.largest, __shfl_xor_sync(0xffffffffu, out.largest, distance));
-    out.sum *= __expf(s.largest - rkvi_origin(out.largest));
-    for (int distance = 16; distance > 0; distance /= 2)
-        out.sum += __shfl_xor_sync(0xffffffffu, out.sum, distance);
-    return out;
-}
-/* One of n values. */
-template <int N>
-static __device__ __forceinline__ rkvi_softmax rkvi_softmax_add(rkvi_softmax s, const float (&x)[N])
-{
-    rkvi_softmax out = s;
-#pragma unroll
-    for (int u = 0; u < N; u++) out.largest = fmaxf(out.largest, x[u]);
-    const float origin = rkvi_origin(out.largest);
-    out.sum *= __expf(s.largest - origin);
-#pragma unroll
-    for (int u = 0; u < N; u++) out.sum += __expf(x[u] - origin);
-    return out;
-}
-
-/* Heads are few and their passes short, so it is the latency of loads that counts: a thread takes
- * some tokens at a time, and loads for all of them before it stores anything. The compiler would
- * not move a load before a store. */
-enum { RKVI_AT_ONCE = 3, RKVI_WEIGHTS_AT_ONCE = 8 };
-template <int N>
-static __device__ __forceinline__ void rkvi_load_each(float (&x)[N], const float *values, int first,
-                                                      int end, int step, float otherwise)
-{
-#pragma unroll
-    for (int u = 0; u < N; u++)
-        x[u] = first + u * step < end ? values[first + u * step] : otherwise;
-}
-template <int N>
-static __device__ __forceinline__ void rkvi_store_each(float *values, int first, int end, int step,
-                                                       const float (&x)[N])
-{
-#pragma unroll
-    for (int u = 0; u < N; u++)
-        if (first + u * step < end) values[first + u * step] = x[u];
-}
-
-/* values[begin], [begin + step], ... */
-static __device__ rkvi_softmax rkvi_softmax_of(const float *values, int begin, int end, int step)
-{
-    rkvi_softmax s = rkvi_softmax_of_none();
-    float x[RKVI_WEIGHTS_AT_ONCE];
-    for (int first = begin; first < end; first += RKVI_WEIGHTS_AT_ONCE * step) {
-        rkvi_load_each(x, values, first, end, step, -INFINITY);
-        s = rkvi_softmax_add(s, x);
-    }
-    return s;
-}
-
-/* Each of these becomes its share of the sum. */
-static __device__ void rkvi_to_shares(float *values, int begin, int end, int step,
-                                      rkvi_softmax whole)
-{
-    const float share = 1.0f / whole.sum;
-    float x[RKVI_WEIGHTS_AT_ONCE];
-    for (int first = begin; first < end; first += RKVI_WEIGHTS_AT_ONCE * step) {
-        rkvi_load_each(x, values, first, end, step, 0.0f);
-#pragma unroll
-        for (int u = 0; u < RKVI_WEIGHTS_AT_ONCE; u++) x[u] = __expf(x[u] - whole.largest) * share;
-        rkvi_store_each(values, first, end, step, x);
-    }
-}
-
-struct rkvi_head_memory {
-    rkvi_softmax warp[RKVI_HEAD_WARPS];
-    unsigned bins[RKVI_BINS]; /* selection, from here on */
-    unsigned warp_total[RKVI_HEAD_WARPS];
-    unsigned digit, wanted, ties;
-};
-
-/* logits to probabilities, in place. A warp takes a part of a token's row. */
-static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_job &job,
-                                              rkvi_head_memory &s)
-{
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    const int n_rows = args.config.window, n = job.n_tokens - n_rows;
-    const int at_once = n_rows < RKVI_HEAD_WARPS ? n_rows : RKVI_HEAD_WARPS;
-    const int parts = RKVI_HEAD_WARPS / at_once, part = warp / at_once;
-    const int begin = static_cast<int>(static_cast<int64_t>(n) * part / parts);
-    const int end = static_cast<int>(static_cast<int64_t>(n) * (part + 1) / parts);
-    for (int first = 0; first < n_rows; first += at_once) {
-        const int row = first + warp % at_once;
-        const bool busy = part < parts && row < n_rows;
-        float *values = job.logits + static_cast<int64_t>(busy ? row : 0) * job.n_tokens;
-        rkvi_softmax whole = rkvi_softmax_of_none();
-        if (busy) whole = rkvi_softmax_of(values, begin + lane, end, 32);
-        whole = rkvi_merge_warp(whole);
-        if (lane == 0) s.warp[warp] = whole;
-        __syncthreads();
-        whole = s.warp[warp % at_once];
-        for (int p = 1; p < parts; p++)
-            whole = rkvi_merge(whole, s.warp[p * at_once + warp % at_once]);
-        if (busy) rkvi_to_shares(values, begin + lane, end, 32, whole);
-        __syncthreads();
-    }
-}
-
-/* Mean over the window's rows, into the first of them (published code: before the pooling). */
-static __device__ void rkvi_mean_weights(const rkvi_args &args, const rkvi_job &job)
-{
-    const int n_tokens = job.n_tokens, n = n_tokens - args.config.window;
-    float *logits = job.logits;
-    for (int first = static_cast<int>(threadIdx.x); first < n;
-         first += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
-        float sum[RKVI_AT_ONCE] = { 0 }, x[RKVI_AT_ONCE];
-#pragma unroll 2
-        for (int row = 0; row < args.config.window; row++) {
-            const float *values = logits + static_cast<int64_t>(row) * n_tokens;
-            rkvi_load_each(x, values, first, n, RKVI_HEAD_THREADS, 0.0f);
-#pragma unroll
-            for (int u = 0; u < RKVI_AT_ONCE; u++) sum[u] += x[u];
-        }
-#pragma unroll
-        for (int u = 0; u < RKVI_AT_ONCE; u++) sum[u] /= static_cast<float>(args.config.window);
-        rkvi_store_each(logits, first, n, RKVI_HEAD_THREADS, sum);
-    }
-    __syncthreads();
-}
-
-/* sum[u] += the largest of row around token first + u * RKVI_HEAD_THREADS. Of n tokens; those that
- * lie outside are replaced by the outermost, which are in every such range. */
-static __device__ void rkvi_add_pooled(const rkvi_args &args, const float *row, int first, int n,
-                                       float *sum)
-{
-    const int last = n - 1, below = args.config.pool / 2, above = (args.config.pool - 1) / 2;
-    float largest[RKVI_AT_ONCE];
-#pragma unroll
-    for (int u = 0; u < RKVI_AT_ONCE; u++) largest[u] = -INFINITY;
-#pragma unroll 2
-    for (int offset = below < last ? -below : -last; offset <= above && offset <= last; offset++) {
-#pragma unroll
-        for (int u = 0; u < RKVI_AT_ONCE; u++) {
-            const int j = first + u * RKVI_HEAD_THREADS;
-            const int at = offset > last - j ? last : offset < -j ? 0 : j + offset;
-            largest[u] = fmaxf(largest[u], row[at]);
-        }
-    }
-#pragma unroll
-    for (int u = 0; u < RKVI_AT_ONCE; u++) sum[u] += largest[u];
-}
-static __device__ void rkvi_importance(const rkvi_args &args, const float *logits, int n_tokens,
-                                       int first, float *importance)
-{
-    const int n = n_tokens - args.config.window;
-    const bool mean_first = args.config.pooling == RKV_POOL_AFTER_MEAN;
-    const int n_rows = mean_first ? 1 : args.config.window;
-#pragma unroll
-    for (int u = 0; u < RKVI_AT_ONCE; u++) importance[u] = 0;
-    for (int row = 0; row < n_rows; row++)
-        rkvi_add_pooled(args, logits + static_cast<int64_t>(row) * n_tokens, first, n, importance);
-#pragma unroll
-    for (int u = 0; u < RKVI_AT_ONCE; u++) importance[u] /= static_cast<float>(n_rows);
-}
-
-/* redundancy: from dots with the sum of unit keys to the mean cosine; returns its softmax. */
-static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rkvi_job &job,
-                                                 rkvi_head_memory &s)
-{
-    const int n = rkvi_span(args, job);
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    const double share = 1.0 / n;
-    const float *inv_norm = job.inv_norm;
-    const long long *exempt = job.exempt;
-    float *redundancy = job.redundancy;
-    rkvi_softmax mine = rkvi_softmax_of_none();
-    for (int first = static_cast<int>(threadIdx.x); first < n;
-         first += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
-        float inv[RKVI_AT_ONCE], dot[RKVI_AT_ONCE], mean[RKVI_AT_ONCE];
-        long long fixed[RKVI_AT_ONCE];
-        rkvi_load_each(inv, inv_norm, first, n, RKVI_HEAD_THREADS, 0.0f);
-        rkvi_load_each(dot, redundancy, first, n, RKVI_HEAD_THREADS, 0.0f);
-#pragma unroll
-        for (int u = 0; u < RKVI_AT_ONCE; u++) {
-            const int j = first + u * RKVI_HEAD_THREADS;
-            fixed[u] = j < n ? exempt[j] : 0;
-        }
-#pragma unroll
-        for (int u = 0; u < RKVI_AT_ONCE; u++) {
-            /* The length of the unit key: norm / (norm + 1e-8), which is 0 for a key of zeros. */
-            const float length = 1.0f - 1e-8f * inv[u];
-            const double others = static_cast<double>(dot[u]) - length * length;
-            const bool is_there = first + u * RKVI_HEAD_THREADS < n;
-            mean[u] = is_there ? static_cast<float>((others - rkvi_from_fixed(fixed[u])) * share)
-                               : -INFINITY;
-        }
-        rkvi_store_each(redundancy, first, n, RKVI_HEAD_THREADS, mean);
-        mine = rkvi_softmax_add(mine, mean);
-    }
-    const rkvi_softmax whole = rkvi_merge_warp(mine), none = rkvi_softmax_of_none();
-    if (lane == 0) s.warp[warp] = whole;
-    __syncthreads();
-    return rkvi_merge_warp(lane < RKVI_HEAD_WARPS ? s.warp[lane] : none);
-}
-
-static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &job,
-                                       rkvi_head_memory &s)
-{
-    const float lambda = args.config.lambda;
-    const int n_tokens = job.n_tokens, n = n_tokens - args.config.window;
-    rkvi_softmax whole = { 0.0f, 1.0f };
-    if (args.importance) {
-        rkvi_attention_weights(args, job, s);
-        if (args.config.pooling == RKV_POOL_AFTER_MEAN) rkvi_mean_weights(args, job);
-    }
-    if (args.redundancy) whole = rkvi_mean_cosines(args, job, s);
-    const float share = (1.0f - lambda) / whole.sum;
-    const float *logits = job.logits, *redundancy = job.redundancy;
-    float *scores = job.scores;
-    for (int first = static_cast<int>(threadIdx.x); first < n;
-         first += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
-        float score[RKVI_AT_ONCE] = { 0 }, mean[RKVI_AT_ONCE];
-        if (args.importance) rkvi_importance(args, logits, n_tokens, first, score);
-        if (args.redundancy) rkvi_load_each(mean, redundancy, first, n, RKVI_HEAD_THREADS, 0.0f);
-#pragma unroll
-        for (int u = 0; u < RKVI_AT_ONCE; u++) {
-            if (args.importance) score[u] *= lambda;
-            if (args.redundancy) score[u] -= share * __expf(mean[u] - whole.largest);
-        }
-        rkvi_store_each(scores, first, n, RKVI_HEAD_THREADS, score);
-    }
-    __syncthreads();
-}
-
-/* ==== 8. Selection ==========================================================================
- * In: scores of a set. Out: kept. One block per set. Equal scores: the more recent token stays. */
-
-/* Scores as integers in the same order; zeros of either sign are equal. */
-static __device__ __forceinline__ unsigned rkvi_order(float score)
+/* Unsigned integers that compare as the scores do; -0 and +0 are equal. */
+static __device__ __forceinline__ unsigned rkvi_rank(float score)
 {
     const unsigned bits = __float_as_uint(score + 0.0f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* bins[digit] += 1 for the threads that have one. Scores of a head are alike, and so are their
- * leading digits: threads that agree with their warp's first count together. */
+/* What selection goes by: the scores, or the scores and a byte per row that, if it is not 0, ranks
+ * the row above every score. */
+struct rkvi_by_score {
+    const float *scores;
+    __device__ __forceinline__ unsigned rank(float score, int) const
+    {
+        return rkvi_rank(score);
+    }
+};
+struct rkvi_by_pins {
+    const float *scores;
+    const uint8_t *pins;
+    __device__ __forceinline__ unsigned rank(float score, int row) const
+    {
+        return pins[row] ? 0xffffffffu : rkvi_rank(score);
+    }
+};
+
+/* bins[digit] += 1 for each thread that `counts`. The scores of a head are close together, so their
+ * leading digits are often equal: threads that agree with their warp's first are added as one. */
 static __device__ void rkvi_count_digit(unsigned *bins, bool counts, unsigned digit)
 {
     const unsigned all = __ballot_sync(0xffffffffu, counts);
@@ -1714,8 +2076,8 @@ static __device__ unsigned rkvi_prefix(unsigned value, rkvi_head_memory &s, unsi
     return sum - value + (__shfl_sync(0xffffffffu, warps, warp) - s.warp_total[warp]);
 }
 
-/* Where the wanted-th largest lies: s.digit its bin, s.wanted its rank there, s.ties the bin's
- * count. Each thread has 4 bins, the highest first. */
+/* Finds the bin of the wanted-th largest rank: s.digit is the bin, s.wanted the place within it,
+ * s.ties the bin's count. Each thread takes 4 bins, the highest first. */
 static __device__ void rkvi_find_bin(unsigned wanted, rkvi_head_memory &s)
 {
     const int per_thread = RKVI_BINS / RKVI_HEAD_THREADS;
@@ -1735,15 +2097,16 @@ static __device__ void rkvi_find_bin(unsigned wanted, rkvi_head_memory &s)
     __syncthreads();
 }
 
-/* The wanted-th largest of scores[begin, end) as an ordered integer; of those equal to it, the
- * first *skip are not selected. */
-static __device__ unsigned rkvi_cut(const float *scores, int begin, int end, int wanted,
+/* The rank of the wanted-th best of the candidates [begin, end); of those of equal rank, the first
+ * *skip are not kept. */
+template <typename BY>
+static __device__ unsigned rkvi_cut(const BY &by, int begin, int end, int wanted,
                                     rkvi_head_memory &s, unsigned *skip)
 {
     unsigned prefix = 0, left = static_cast<unsigned>(wanted);
     int shift = 32;
     while (shift > 0) {
-        const int bits = shift < RKVI_RADIX_BITS ? shift : RKVI_RADIX_BITS, above = shift;
+        const int bits = shift < RKVI_DIGIT_BITS ? shift : RKVI_DIGIT_BITS, above = shift;
         shift -= bits;
         for (int i = static_cast<int>(threadIdx.x); i < RKVI_BINS; i += RKVI_HEAD_THREADS)
             s.bins[i] = 0;
@@ -1751,14 +2114,14 @@ static __device__ unsigned rkvi_cut(const float *scores, int begin, int end, int
         for (int base = begin; base < end; base += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
             const int first = base + static_cast<int>(threadIdx.x);
             float score[RKVI_AT_ONCE];
-            rkvi_load_each(score, scores, first, end, RKVI_HEAD_THREADS, 0.0f);
+            rkvi_load_each(score, by.scores, first, end, RKVI_HEAD_THREADS, 0.0f);
 #pragma unroll
             for (int u = 0; u < RKVI_AT_ONCE; u++) {
-                if (base + u * RKVI_HEAD_THREADS >= end) continue; /* all of them */
-                const unsigned key = rkvi_order(score[u]);
-                const bool counts =
-                    first + u * RKVI_HEAD_THREADS < end && (above == 32 || key >> above == prefix);
-                rkvi_count_digit(s.bins, counts, key >> shift & ((1u << bits) - 1));
+                if (base + u * RKVI_HEAD_THREADS >= end) continue; /* for all threads */
+                const int j = first + u * RKVI_HEAD_THREADS;
+                const unsigned rank = by.rank(score[u], j < end ? j : end - 1);
+                const bool counts = j < end && (above == 32 || rank >> above == prefix);
+                rkvi_count_digit(s.bins, counts, rank >> shift & ((1u << bits) - 1));
             }
         }
         __syncthreads();
@@ -1770,34 +2133,20 @@ static __device__ unsigned rkvi_cut(const float *scores, int begin, int end, int
     return prefix;
 }
 
-/* RKV_BY_SCORE: a candidate's place is the number of better ones, which takes n * n / 512 steps: of
- * no account at a budget of 1024; by estimate 10 ms, for 288 heads, at one of 8192. */
-static __device__ void rkvi_rank_kept(const float *scores, const int32_t *by_position, int n,
-                                      int32_t *kept)
-{
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += RKVI_HEAD_THREADS) {
-        const unsigned key = rkvi_order(scores[by_position[i]]);
-        int better = 0;
-        for (int other = 0; other < n; other++) {
-            const unsigned rival = rkvi_order(scores[by_position[other]]);
-            better += rival > key || (rival == key && other > i);
-        }
-        kept[better] = by_position[i];
-    }
-}
-
 /* Writes the candidates [begin, end) at or above the cut, ascending. */
-static __device__ void rkvi_emit_kept(const float *scores, int begin, int end, unsigned cut,
-                                      unsigned skip, int32_t *kept, rkvi_head_memory &s)
+template <typename BY>
+static __device__ void rkvi_write_kept(const BY &by, int begin, int end, unsigned cut,
+                                       unsigned skip, int32_t *kept, rkvi_head_memory &s)
 {
-    unsigned n_better = 0, n_equal = 0; /* before this stretch */
+    unsigned n_better = 0, n_equal = 0; /* before base */
     float next[1];
-    rkvi_load_each(next, scores, begin + static_cast<int>(threadIdx.x), end, 0, 0.0f);
+    rkvi_load_each(next, by.scores, begin + static_cast<int>(threadIdx.x), end, 0, 0.0f);
     for (int base = begin; base < end; base += RKVI_HEAD_THREADS) {
         const int j = base + static_cast<int>(threadIdx.x);
-        const unsigned key = rkvi_order(next[0]);
-        const bool better = j < end && key > cut, equal = j < end && key == cut;
-        rkvi_load_each(next, scores, j + RKVI_HEAD_THREADS, end, 0, 0.0f); /* meanwhile */
+        const unsigned rank = by.rank(next[0], j < end ? j : end - 1);
+        const bool better = j < end && rank > cut, equal = j < end && rank == cut;
+        /* In flight during the prefix sum. */
+        rkvi_load_each(next, by.scores, j + RKVI_HEAD_THREADS, end, 0, 0.0f);
         unsigned total;
         const unsigned before =
             rkvi_prefix((better ? 1u << 16 : 0u) | (equal ? 1u : 0u), s, &total);
@@ -1810,213 +2159,69 @@ static __device__ void rkvi_emit_kept(const float *scores, int begin, int end, u
     __syncthreads();
 }
 
+template <typename BY>
+static __device__ void rkvi_select_best(const BY &by, int begin, int end, int wanted, int32_t *kept,
+                                        rkvi_head_memory &s)
+{
+    unsigned skip;
+    const unsigned cut = rkvi_cut(by, begin, end, wanted, s, &skip);
+    rkvi_write_kept(by, begin, end, cut, skip, kept, s);
+}
+
+/* The pinned tokens, the best candidates, the protected tokens. */
 static __device__ void rkvi_select_set(const rkvi_args &args, const rkvi_job &job,
                                        rkvi_head_memory &s)
 {
-    const int begin = args.config.pinned, window = args.config.window;
-    const int n = job.n_tokens, n_keep = job.n_keep, wanted = n_keep - window - begin;
+    const int begin = args.config.pinned, protect = args.config.protect;
+    const int n = job.n_tokens, n_keep = job.n_keep, wanted = n_keep - protect - begin;
     const int thread = static_cast<int>(threadIdx.x);
-    const float *scores = job.set_scores; /* all looked up before the first store */
-    int32_t *kept = job.kept, *ranked = job.ranked;
+    const rkvi_by_pins by = { job.set_scores, /* read before the first store */
+                              reinterpret_cast<const uint8_t *>(job.moved[RKVI_PINS].rows.data) };
+    const rkvi_by_score by_score = { by.scores };
+    int32_t *kept = job.kept;
     const int n_first = n_keep == n ? n : begin;
     for (int i = thread; i < n_first; i += RKVI_HEAD_THREADS) kept[i] = i;
     if (n_keep == n) return;
-    for (int i = thread; i < window; i += RKVI_HEAD_THREADS)
-        kept[n_keep - window + i] = n - window + i;
+    for (int i = thread; i < protect; i += RKVI_HEAD_THREADS)
+        kept[n_keep - protect + i] = n - protect + i;
     if (wanted == 0) return;
-    unsigned skip;
-    const bool by_score = args.config.order == RKV_BY_SCORE;
-    const unsigned cut = rkvi_cut(scores, begin, n - window, wanted, s, &skip);
-    rkvi_emit_kept(scores, begin, n - window, cut, skip, by_score ? ranked : kept + begin, s);
-    if (by_score) rkvi_rank_kept(scores, ranked, wanted, kept + begin);
-}
-
-/* rkv_config.fault: the least of all faults, so that it is the same one in every run. */
-static __device__ void rkvi_report(const rkvi_args &args)
-{
-    const unsigned long long fault = args.control->fault;
-    const int kind = static_cast<int>(fault >> 62), row = static_cast<int>(fault & 0xffffffffu);
-    rkv_fault out = { RKV_ERROR_ARGUMENT, 0, 0, row == RKVI_NO_ROW ? -1 : row, 0 };
-    if (blockIdx.x != 0 || threadIdx.x != 0 || !args.config.fault) return;
-    if (fault == RKVI_NO_FAULT || kind == RKVI_EARLIER) return;
-    const rkvi_job &job = args.jobs[fault >> 33 & (RKVI_MAX_JOBS - 1)];
-    if (kind == RKVI_NONFINITE) out.status = RKV_ERROR_NONFINITE;
-    out.layer = job.layer;
-    out.head = job.head;
-    if ((fault >> 32 & 1) == RKVI_QUERY && kind == RKVI_NONFINITE) {
-        out.query = 1;
-        out.head = job.head * job.group + row / args.config.window;
-        out.token = row % args.config.window;
-    }
-    *args.config.fault = out;
-}
-
-static __global__ void __launch_bounds__(RKVI_HEAD_THREADS, RKVI_SM_THREADS / RKVI_HEAD_THREADS)
-    rkvi_score(const rkvi_args args)
-{
-    rkvi_head_memory &s = *reinterpret_cast<rkvi_head_memory *>(rkvi_shared_memory());
-    rkvi_report(args);
-    if (rkvi_faulted(args)) return;
-    for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
-        const rkvi_job &job = args.jobs[i];
-        if (job.scored) rkvi_score_head(args, job, s);
-        if (args.select_too) rkvi_select_set(args, job, s);
-    }
-}
-
-/* Shared scopes: the sum over a set's layers of the mean over each layer's heads. An item is
- * RKVI_HEAD_THREADS tokens of one set. */
-static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_share(const rkvi_args args)
-{
-    const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
-    if (rkvi_faulted(args)) return;
-    for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
-        const rkvi_item at = rkvi_item_at(args, item);
-        const int first = at.job;
-        const rkvi_job &set = args.jobs[first];
-        const int64_t j = static_cast<int64_t>(at.part) * RKVI_HEAD_THREADS + threadIdx.x;
-        float sum = 0;
-        if (set.set_first != first || !set.scored) continue;
-        if (j >= set.n_tokens - args.config.window) continue;
-        for (int i = first; i < first + set.set_jobs; i += args.jobs[i].heads) {
-            float of_layer = 0;
-            for (int h = 0; h < args.jobs[i].heads; h++) of_layer += args.jobs[i + h].scores[j];
-            sum += of_layer / static_cast<float>(args.jobs[i].heads);
-        }
-        set.set_scores[j] = sum;
-    }
+    if (by.pins)
+        rkvi_select_best(by, begin, n - protect, wanted, kept + begin, s);
+    else
+        rkvi_select_best(by_score, begin, n - protect, wanted, kept + begin, s);
 }
 
 static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_select(const rkvi_args args)
 {
     rkvi_head_memory &s = *reinterpret_cast<rkvi_head_memory *>(rkvi_shared_memory());
     rkvi_report(args);
-    if (rkvi_faulted(args)) return;
+    if (rkvi_has_fault(args)) return;
     for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
         const rkvi_job &job = args.jobs[i];
         if (job.set_first == i) rkvi_select_set(args, job, s);
     }
 }
 
-/* ==== 9. Checks =============================================================================
- * Block tables, kept lists and a caller's scores lie in device memory, so the device checks them,
- * before anything is written. One block per head; it works for the layer or set it leads. */
+/* ==== 17. Compaction ========================================================================
+ * In: kept lists.  Out: the kept rows at the front, in cache order. In place. A block moves a slice
+ * of all rows of one tensor of one head, so no two blocks touch the same bytes. It reads a batch of
+ * rows, waits for all its threads, and writes the batch. The list ascends, so a row moves down or
+ * stays, and no batch overwrites a row that a later batch reads. */
 
-static __device__ void rkvi_bad_index(const rkvi_args &args, int job_index, int row)
-{
-    rkvi_fault_at(args.control, RKVI_BAD_INDEX, job_index, RKVI_KEY, row);
-}
-
-/* Every entry at least 0 and unlike all others: a hash table, twice as large, of the first index of
- * each. Of two equal entries the later index is told; what is told of three depends on who comes
- * first, but their second is always among it, and none before it: it is the least. */
-static __device__ void rkvi_check_unique(const rkvi_args &args, const rkvi_job &job, int job_index,
-                                         const int32_t *entries, int n, int row_step)
-{
-    const uint32_t half = static_cast<uint32_t>(job.n_tokens);
-    const int32_t nobody = INT32_MAX;
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < half; i += RKVI_HEAD_THREADS)
-        job.open_rows[i] = job.open_need[i] = nobody;
-    __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += RKVI_HEAD_THREADS) {
-        const int32_t entry = entries[i];
-        uint32_t slot = static_cast<uint32_t>(entry) * 2654435769u % (2 * half);
-        if (entry < 0) {
-            rkvi_bad_index(args, job_index, i * row_step);
-            continue;
-        }
-        for (;;) {
-            int32_t *place = slot < half ? &job.open_rows[slot] : &job.open_need[slot - half];
-            const int32_t found = atomicCAS(place, nobody, i);
-            if (found == nobody) break;
-            if (entries[found] == entry) { /* as it is of whoever else comes to be first */
-                const int32_t first = atomicMin(place, i);
-                rkvi_bad_index(args, job_index, (first > i ? first : i) * row_step);
-                break;
-            }
-            slot = slot + 1 < 2 * half ? slot + 1 : 0;
-        }
-    }
-}
-
-static __device__ void rkvi_check_table(const rkvi_args &args, const rkvi_job &job, int job_index,
-                                        const rkvi_view &view, int n_rows)
-{
-    if (view.data && view.table && n_rows > 0)
-        rkvi_check_unique(args, job, job_index, view.table, (n_rows - 1) / view.block_tokens + 1,
-                          view.block_tokens);
-}
-
-/* A caller's kept list: in range, pinned rows in their places, the order that was asked for. */
-static __device__ void rkvi_check_kept(const rkvi_args &args, const rkvi_job &job, int job_index)
-{
-    for (int i = static_cast<int>(threadIdx.x); i < job.n_keep; i += RKVI_HEAD_THREADS) {
-        const int32_t row = job.kept[i];
-        bool good = row >= 0 && row < job.n_tokens;
-        if (i < args.config.pinned && row != i) good = false;
-        if (args.config.order == RKV_BY_POSITION && i > 0 && job.kept[i - 1] >= row) good = false;
-        if (!good) rkvi_bad_index(args, job_index, i);
-    }
-    if (args.config.order == RKV_BY_SCORE)
-        rkvi_check_unique(args, job, job_index, job.kept, job.n_keep, 1);
-}
-
-static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_check_tables(const rkvi_args args)
-{
-    for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
-        const rkvi_job &job = args.jobs[i];
-        const int index = static_cast<int>(i);
-        if (job.head != 0 || job.n_keep == job.n_tokens) continue;
-        rkvi_check_table(args, job, index, job.moved[0].rows, job.n_tokens);
-        if (job.moved[1].rows.table != job.moved[0].rows.table ||
-            job.moved[1].rows.block_tokens != job.moved[0].rows.block_tokens)
-            rkvi_check_table(args, job, index, job.moved[1].rows, job.n_tokens);
-        if (job.scored && args.scoring && args.importance)
-            rkvi_check_table(args, job, index, job.queries, args.config.window);
-    }
-}
-static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_check_lists(const rkvi_args args)
-{
-    for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
-        const rkvi_job &job = args.jobs[i];
-        if (job.set_first == i && job.n_keep < job.n_tokens)
-            rkvi_check_kept(args, job, static_cast<int>(i));
-    }
-}
-
-/* A NaN among a caller's scores has no rank. */
-static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_check_scores(const rkvi_args args)
-{
-    for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
-        const rkvi_job &job = args.jobs[i];
-        if (job.set_first != i || !job.scored) continue;
-        for (int j = static_cast<int>(threadIdx.x); j < job.n_tokens - args.config.window;
-             j += RKVI_HEAD_THREADS)
-            if (job.set_scores[j] != job.set_scores[j])
-                rkvi_fault_at(args.control, RKVI_NONFINITE, static_cast<int>(i), RKVI_KEY, j);
-    }
-}
-
-/* ==== 10. Compaction ========================================================================
- * In: kept. Moves rows in place. A block has a slice of all rows of one tensor of one head, so
- * that blocks never meet. Ascending: it reads a batch of rows, waits for all its threads, writes
- * the batch. A row moves down or stays, so a batch overwrites none that a later one reads. */
-
-/* Bytes from the beginning of a row to one of its units. */
+/* Bytes from the start of a row to one of its units. */
 static __device__ __forceinline__ int64_t rkvi_unit_offset(const rkvi_moved &moved, int unit)
 {
     const int run = unit / moved.run;
     return run * moved.run_stride + (unit - run * moved.run) * moved.unit;
 }
-/* The row that comes to row `to`; -1: it is there already, or there is no such row. */
+/* The row that moves to row `to`; -1 if it is there already, or if there is no such row. */
 static __device__ __forceinline__ int rkvi_source(const int32_t *kept, int n_keep, int to)
 {
     const int from = to < n_keep ? kept[to] : to;
     return from == to ? -1 : from;
 }
 
-/* A thread has the same unit of every row that it moves: addresses cost little then. */
+/* A thread moves the same unit of each of its rows, which keeps address arithmetic cheap. */
 template <typename V>
 static __device__ void rkvi_move_slice(const rkvi_moved &moved, const int32_t *kept, int n_keep,
                                        int first_unit)
@@ -2027,7 +2232,7 @@ static __device__ void rkvi_move_slice(const rkvi_moved &moved, const int32_t *k
     const int row = moved.tokens_adjacent ? thread % at_once : thread / n_units;
     const int unit = moved.tokens_adjacent ? thread / at_once : thread % n_units;
     const bool idle = row >= at_once || unit >= n_units; /* 256 is no multiple of 3, 5, 6, 7 */
-    rkvi_view rows = moved.rows; /* from here on: where this thread's unit lies in each */
+    rkvi_view rows = moved.rows; /* from here on: this thread's unit of each */
     if (!idle) rows.data += rkvi_unit_offset(moved, first_unit + unit);
     const int n_mine = idle ? 0 : n_keep, batch = at_once * RKVI_MOVE_UNROLL; /* rows */
     int next[RKVI_MOVE_UNROLL];
@@ -2044,7 +2249,7 @@ static __device__ void rkvi_move_slice(const rkvi_moved &moved, const int32_t *k
             value[u] = *reinterpret_cast<const V *>(rkvi_row(rows, from[u]));
         }
 #pragma unroll
-        for (int u = 0; u < RKVI_MOVE_UNROLL; u++) /* on their way together with the rows */
+        for (int u = 0; u < RKVI_MOVE_UNROLL; u++) /* in flight together with the rows */
             next[u] = rkvi_source(kept, n_mine, first + batch + row + u * at_once);
         __syncthreads();
 #pragma unroll
@@ -2055,696 +2260,168 @@ static __device__ void rkvi_move_slice(const rkvi_moved &moved, const int32_t *k
     }
 }
 
-/* RKV_BY_SCORE: rows go anywhere, so one unit of all rows goes out to the stage and comes back. */
-template <typename V>
-static __device__ void rkvi_reorder(const rkvi_moved &moved, const int32_t *kept, int n_keep,
-                                    char *stage)
-{
-    V *units = reinterpret_cast<V *>(stage);
-    for (int unit = 0; unit < moved.n_units; unit++) {
-        const int64_t offset = rkvi_unit_offset(moved, unit);
-        for (int i = static_cast<int>(threadIdx.x); i < n_keep; i += RKVI_MOVE_THREADS)
-            units[i] = *reinterpret_cast<const V *>(rkvi_row(moved.rows, kept[i]) + offset);
-        __syncthreads();
-        for (int i = static_cast<int>(threadIdx.x); i < n_keep; i += RKVI_MOVE_THREADS)
-            if (kept[i] != i) *reinterpret_cast<V *>(rkvi_row(moved.rows, i) + offset) = units[i];
-    }
-}
-
-template <typename V>
-static __device__ void rkvi_move(const rkvi_args &args, const rkvi_job &job, int tensor, int slice)
-{
-    const rkvi_moved moved = job.moved[tensor]; /* a copy: stores cannot change it */
-    if (args.config.order == RKV_BY_POSITION)
-        rkvi_move_slice<V>(moved, job.kept, job.n_keep, slice * RKVI_SLICE_UNITS);
-    else if (slice == 0)
-        rkvi_reorder<V>(moved, job.kept, job.n_keep,
-                        job.stage + static_cast<int64_t>(tensor) * 16 * job.n_tokens);
-}
-
-/* An item is a slice of one head: of its keys first, then of its values, then the positions. */
+/* An item is a slice of one head: of its keys first, then of its values, positions and pins. */
 static __global__ void __launch_bounds__(RKVI_MOVE_THREADS, 2) rkvi_compact(const rkvi_args args)
 {
     const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
     rkvi_report(args);
-    if (rkvi_faulted(args)) return;
+    if (rkvi_has_fault(args)) return;
     for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
         const rkvi_item at = rkvi_item_at(args, item);
         const rkvi_job &job = args.jobs[at.job];
         int slice = at.part, tensor = 0;
         if (job.n_keep == job.n_tokens) continue;
-        for (; tensor < 3; tensor++) {
+        for (; tensor < RKVI_N_MOVED; tensor++) {
             const int n_units = job.moved[tensor].rows.data ? job.moved[tensor].n_units : 0;
             const int n_slices = (n_units + RKVI_SLICE_UNITS - 1) / RKVI_SLICE_UNITS;
             if (slice < n_slices) break;
             slice -= n_slices;
         }
-        if (tensor == 3) continue;
-        switch (job.moved[tensor].unit) {
-        case 16: rkvi_move<uint4>(args, job, tensor, slice); break;
-        case 8: rkvi_move<uint2>(args, job, tensor, slice); break;
-        case 4: rkvi_move<uint32_t>(args, job, tensor, slice); break;
-        case 2: rkvi_move<uint16_t>(args, job, tensor, slice); break;
-        default: rkvi_move<uint8_t>(args, job, tensor, slice); break;
+        if (tensor == RKVI_N_MOVED) continue;
+        const rkvi_moved moved = job.moved[tensor]; /* a copy: stores cannot change it */
+        const int first_unit = slice * RKVI_SLICE_UNITS;
+        switch (moved.unit) {
+        case 16: rkvi_move_slice<uint4>(moved, job.kept, job.n_keep, first_unit); break;
+        case 8: rkvi_move_slice<uint2>(moved, job.kept, job.n_keep, first_unit); break;
+        case 4: rkvi_move_slice<uint32_t>(moved, job.kept, job.n_keep, first_unit); break;
+        case 2: rkvi_move_slice<uint16_t>(moved, job.kept, job.n_keep, first_unit); break;
+        default: rkvi_move_slice<uint8_t>(moved, job.kept, job.n_keep, first_unit); break;
         }
     }
 }
 
-/* ==== 11. Descriptors =======================================================================
- * The host's view of the call reaches the device as kernel parameters, which a graph records with
- * the launch: no copy from host memory that could change or vanish before a replay. */
+/* ==== 19. Checks ============================================================================
+ * Block tables, pins, kept lists and a caller's scores lie in device memory, so the device checks
+ * them, before anything is written. One block per head; it works for the layer or the set that the
+ * head leads. */
 
-struct rkvi_strides {
-    int64_t head, token, dim, block; /* bytes */
-    int block_tokens, element;
-};
-/* What layers of one model have in common; those in a row that do share an upload. */
-struct rkvi_shape {
-    rkvi_strides keys, values, queries;
-    int key_load, query_load, key_unit, value_unit;
-    int heads, group, head_dim, value_dim, dtype, position_stride;
-    float scale, softcap;
-};
-struct rkvi_entry {
-    char *keys, *values, *queries;
-    const int32_t *key_table, *value_table, *query_table;
-    int32_t *kept, *positions;
-    float *scores, *shared;
-    int64_t first_token, first_dim; /* of the layer, in the workspace's arrays                  */
-    int64_t set_token;              /* of the layer that leads the set                          */
-    int layer, first_job, set_job, set_jobs, n_tokens, n_keep;
-};
-/* The workspace, by array; each holds the heads of all layers, one behind the other. */
-struct rkvi_arrays {
-    long long *exempt, *unit_sum;
-    float *logits, *inv_norm, *redundancy;
-    int32_t *open_rows, *open_need;
-    char *stage;
-};
-struct rkvi_upload_head {
-    rkvi_args args;
-    rkvi_arrays arrays;
-    rkvi_shape shape;
-    int n_entries, is_first;
-};
-static constexpr int rkvi_entries_in(int parameter_bytes)
-{
-    return (parameter_bytes - static_cast<int>(sizeof(rkvi_upload_head))) /
-           static_cast<int>(sizeof(rkvi_entry));
-}
-enum {
-    RKVI_STAGE_BYTES = 3 * 16, /* per token: keys, values, positions                            */
-    RKVI_UPLOAD_ENTRIES = rkvi_entries_in(RKV_CUDA_PARAMETER_BYTES),
-    RKVI_FEW_ENTRIES = rkvi_entries_in(4096), /* the layers of most models, in parameters that the
-                                                 driver has to copy for every launch            */
-    RKVI_UPLOAD_THREADS = 128
-};
-template <int N> struct rkvi_upload_args {
-    rkvi_upload_head head;
-    rkvi_entry entries[N];
-};
-static_assert(sizeof(rkvi_upload_args<RKVI_UPLOAD_ENTRIES>) <= RKV_CUDA_PARAMETER_BYTES,
-              "too many kernel parameters");
+enum { RKVI_CHECK_PINS = 1, RKVI_CHECK_TABLES = 2, RKVI_CHECK_SCORES = 4, RKVI_CHECK_LISTS = 8 };
 
-static __host__ __device__ rkvi_view rkvi_view_of(char *data, const int32_t *table,
-                                                  const rkvi_strides &strides, int head)
+/* Every entry of a block table must be at least 0 and occur once. A hash table, twice as large,
+ * holds the first index of each entry. Of two equal entries the later index is reported. Which
+ * indices are reported of three or more depends on the order of the threads, but the second is
+ * always among them, and none before it is: it is the least. */
+static __device__ void rkvi_check_table(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                        rkvi_fault fault, const rkvi_view &view, int n_rows)
 {
-    rkvi_view view;
-    view.data = data ? data + head * strides.head : NULL;
-    view.token_stride = strides.token;
-    view.block_stride = strides.block;
-    view.table = table;
-    view.block_tokens = strides.block_tokens;
-    return view;
+    const int32_t *entries = view.table;
+    const int row_step = view.block_tokens;
+    const uint32_t half = static_cast<uint32_t>(job.n_tokens);
+    const int32_t nobody = INT32_MAX;
+    if (!view.data || !entries || n_rows < 1) return;
+    const int n = (n_rows - 1) / row_step + 1;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < half; i += RKVI_HEAD_THREADS)
+        job.open_rows[i] = job.open_need[i] = nobody;
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += RKVI_HEAD_THREADS) {
+        const int32_t entry = entries[i];
+        uint32_t slot = static_cast<uint32_t>(entry) * 2654435769u % (2 * half);
+        if (entry < 0) {
+            rkvi_fault_at(args.control, fault, job_index, i * row_step);
+            continue;
+        }
+        for (;;) {
+            int32_t *place = slot < half ? &job.open_rows[slot] : &job.open_need[slot - half];
+            const int32_t found = atomicCAS(place, nobody, i);
+            if (found == nobody) break;
+            if (entries[found] == entry) { /* also if another index replaces `found` */
+                const int32_t first = atomicMin(place, i);
+                rkvi_fault_at(args.control, fault, job_index, (first > i ? first : i) * row_step);
+                break;
+            }
+            slot = slot + 1 < 2 * half ? slot + 1 : 0;
+        }
+    }
 }
 
-static __device__ rkvi_moved rkvi_moved_of(const rkvi_view &rows, const rkvi_strides &strides,
-                                           int dim, int unit)
+static __device__ void rkvi_check_tables(const rkvi_args &args, const rkvi_job &job, int job_index)
 {
-    const bool whole = strides.dim == strides.element;
-    rkvi_moved moved;
-    moved.rows = rows;
-    moved.run_stride = strides.dim;
-    moved.unit = unit;
-    moved.run = whole ? static_cast<int>(static_cast<int64_t>(dim) * strides.element / unit)
-                      : strides.element / unit;
-    moved.n_units = whole ? moved.run : dim * moved.run;
-    moved.tokens_adjacent = !whole && strides.token == strides.element;
-    return moved;
+    rkvi_check_table(args, job, job_index, RKVI_BAD_KEY_BLOCKS, job.moved[RKVI_KEYS].rows,
+                     job.n_tokens);
+    rkvi_check_table(args, job, job_index, RKVI_BAD_VALUE_BLOCKS, job.moved[RKVI_VALUES].rows,
+                     job.n_tokens);
+    if (job.scored && args.importance)
+        rkvi_check_table(args, job, job_index, RKVI_BAD_QUERY_BLOCKS, job.queries,
+                         args.config.window);
 }
 
-static __device__ void rkvi_describe_buffers(const rkvi_upload_head &head, const rkvi_entry &entry,
-                                             int h, rkvi_job *job)
+/* No set pins more candidates than there are places for. */
+static __device__ void rkvi_check_pins(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                       rkvi_head_memory &s)
 {
-    const rkvi_arrays &arrays = head.arrays;
-    const rkv_config &config = head.args.config;
-    const bool per_head = config.scope == RKV_PER_HEAD;
-    const int64_t n = entry.n_tokens, at = entry.first_token + h * n;
-    const int64_t set_at = per_head ? at : entry.set_token;
-    job->exempt = arrays.exempt + at;
-    job->unit_sum =
-        arrays.unit_sum + entry.first_dim + static_cast<int64_t>(h) * head.shape.head_dim;
-    job->logits = arrays.logits + at * config.window;
-    job->inv_norm = arrays.inv_norm + at;
-    job->redundancy = arrays.redundancy + at;
-    job->open_rows = arrays.open_rows + at;
-    job->open_need = arrays.open_need + at;
-    job->ranked = arrays.open_rows + at; /* the scans are over by then */
-    job->stage = arrays.stage + at * RKVI_STAGE_BYTES;
-    job->scores = entry.scores ? entry.scores + h * (n - config.window) : job->redundancy;
-    job->set_scores = per_head       ? job->scores
-                      : entry.shared ? entry.shared
-                                     : arrays.inv_norm + set_at;
-    job->kept = !entry.kept ? arrays.open_need + set_at
-                            : entry.kept + (per_head ? static_cast<int64_t>(h) * config.budget : 0);
-}
-
-static __device__ void rkvi_describe(const rkvi_upload_head &head, const rkvi_entry &entry, int h,
-                                     rkvi_job *job)
-{
-    const rkvi_shape &shape = head.shape;
-    const bool per_head = head.args.config.scope == RKV_PER_HEAD;
-    const rkvi_strides words = { static_cast<int64_t>(shape.position_stride) * 4, 4, 4, 0, 0, 4 };
-    char *positions = reinterpret_cast<char *>(per_head || h == 0 ? entry.positions : NULL);
-    job->moved[0] = rkvi_moved_of(rkvi_view_of(entry.keys, entry.key_table, shape.keys, h),
-                                  shape.keys, shape.head_dim, shape.key_unit);
-    job->moved[1] = rkvi_moved_of(rkvi_view_of(entry.values, entry.value_table, shape.values, h),
-                                  shape.values, shape.value_dim, shape.value_unit);
-    job->moved[2] = rkvi_moved_of(rkvi_view_of(positions, NULL, words, h), words, 1, 4);
-    job->queries = rkvi_view_of(entry.queries, entry.query_table, shape.queries, h * shape.group);
-    job->query_head_stride = shape.queries.head;
-    rkvi_describe_buffers(head, entry, h, job);
-    job->scale = shape.scale;
-    job->softcap = shape.softcap;
-    job->dtype = shape.dtype;
-    job->key_load = shape.key_load;
-    job->query_load = shape.query_load;
-    job->layer = entry.layer;
-    job->head = h;
-    job->heads = shape.heads;
-    job->group = shape.group;
-    job->head_dim = shape.head_dim;
-    job->n_tokens = entry.n_tokens;
-    job->n_keep = entry.n_keep;
-    job->scored = entry.n_tokens > head.args.config.budget &&
-                  head.args.config.budget > head.args.config.window + head.args.config.pinned;
-    job->set_first = per_head ? entry.first_job + h : entry.set_job;
-    job->set_jobs = per_head ? 1 : entry.set_jobs;
-}
-
-/* One block per layer: its jobs, and zeros for what they add up. */
-template <int N>
-static __global__ void __launch_bounds__(RKVI_UPLOAD_THREADS)
-    rkvi_upload(const RKVI_GRID_CONSTANT rkvi_upload_args<N> up)
-{
-    const rkvi_upload_head &head = up.head;
+    const char *pins = job.moved[RKVI_PINS].rows.data;
+    const int begin = args.config.pinned, protect = args.config.protect;
     const int thread = static_cast<int>(threadIdx.x);
-    rkv_fault *fault = head.args.config.fault;
-    if (head.is_first && blockIdx.x == 0 && thread == 0) {
-        const rkv_fault none = { RKV_OK, -1, -1, -1, 0 };
-        const bool earlier = fault && !head.args.scoring && fault->status != RKV_OK;
-        head.args.control->fault = RKVI_NO_FAULT;
-        if (earlier) rkvi_fault_at(head.args.control, RKVI_EARLIER, 0, RKVI_KEY, RKVI_NO_ROW);
-        if (fault && head.args.scoring) *fault = none;
+    unsigned mine = 0, total;
+    if (!pins) return;
+    for (int j = begin + thread; j < job.n_tokens - protect; j += RKVI_HEAD_THREADS)
+        mine += pins[j] != 0;
+    (void)rkvi_prefix(mine, s, &total);
+    if (thread == 0 && total > static_cast<unsigned>(args.config.budget - protect - begin))
+        rkvi_fault_at(args.control, RKVI_BAD_PINS, job_index, RKVI_NO_ROW);
+}
+
+/* A NaN among a caller's scores has no rank. */
+static __device__ void rkvi_check_scores(const rkvi_args &args, const rkvi_job &job, int job_index)
+{
+    for (int j = static_cast<int>(threadIdx.x); j < job.n_tokens - args.config.window;
+         j += RKVI_HEAD_THREADS)
+        if (job.set_scores[j] != job.set_scores[j])
+            rkvi_fault_at(args.control, RKVI_BAD_SCORE, job_index, j);
+}
+
+/* Is `row` in an ascending list? On any other list the answer is of no use, but still safe. */
+static __device__ bool rkvi_is_listed(const int32_t *kept, int n_keep, int row)
+{
+    int begin = 0, end = n_keep;
+    while (begin < end) {
+        const int middle = begin + (end - begin) / 2;
+        if (kept[middle] < row)
+            begin = middle + 1;
+        else
+            end = middle;
     }
-    const int64_t n = static_cast<int64_t>(head.shape.heads) * head.shape.head_dim;
-    for (int e = static_cast<int>(blockIdx.x); e < head.n_entries;
-         e += static_cast<int>(gridDim.x)) {
-        const rkvi_entry &entry = up.entries[e];
-        for (int h = thread; h < head.shape.heads; h += RKVI_UPLOAD_THREADS) {
-            rkvi_describe(head, entry, h, &head.args.jobs[entry.first_job + h]);
-            head.args.open_count[entry.first_job + h] = 0;
-        }
-        for (int64_t i = thread; i < n; i += RKVI_UPLOAD_THREADS)
-            head.arrays.unit_sum[entry.first_dim + i] = 0;
+    return begin < n_keep && kept[begin] == row;
+}
+
+/* A caller's kept list: in range, ascending, pinned tokens in place, every row with a pin. */
+static __device__ void rkvi_check_list(const rkvi_args &args, const rkvi_job &job, int job_index)
+{
+    const char *pins = job.moved[RKVI_PINS].rows.data;
+    const int32_t *kept = job.kept;
+    for (int i = static_cast<int>(threadIdx.x); i < job.n_keep; i += RKVI_HEAD_THREADS) {
+        const int32_t row = kept[i];
+        if (row < 0 || row >= job.n_tokens)
+            rkvi_fault_at(args.control, RKVI_BAD_KEPT_RANGE, job_index, i);
+        else if (i > 0 && row <= kept[i - 1])
+            rkvi_fault_at(args.control, RKVI_BAD_KEPT_ORDER, job_index, i);
+        else if (i < args.config.pinned && row != i)
+            rkvi_fault_at(args.control, RKVI_BAD_KEPT_PINNED, job_index, i);
     }
+    if (!pins) return;
+    for (int j = static_cast<int>(threadIdx.x); j < job.n_tokens; j += RKVI_HEAD_THREADS)
+        if (pins[j] && !rkvi_is_listed(kept, job.n_keep, j))
+            rkvi_fault_at(args.control, RKVI_BAD_KEPT_PINS, job_index, j);
 }
 
-/* ==== 12. Host side =========================================================================
- * In: arguments that rkv.h has checked, a config whose zeros are filled in. Out: launches. */
-
-static cudaStream_t rkvi_stream(const rkv_backend *self)
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_check(const rkvi_args args)
 {
-    return static_cast<cudaStream_t>(const_cast<void *>(self->context));
-}
-
-static int rkvi_element_bytes(const rkv_tensor &tensor)
-{
-    if (tensor.element_bytes) return tensor.element_bytes;
-    return tensor.dtype == RKV_F32 ? 4 : 2;
-}
-
-static rkvi_strides rkvi_strides_of(const rkv_tensor &tensor)
-{
-    const int64_t rows = tensor.block_table ? tensor.block_tokens : tensor.tokens;
-    rkvi_strides strides;
-    memset(&strides, 0, sizeof strides);
-    strides.element = rkvi_element_bytes(tensor);
-    strides.dim = (tensor.dim_stride ? tensor.dim_stride : 1) * strides.element;
-    strides.token = (tensor.token_stride ? tensor.token_stride : tensor.dim) * strides.element;
-    strides.head = (tensor.head_stride ? tensor.head_stride : rows * tensor.dim) * strides.element;
-    strides.block = (tensor.block_stride ? tensor.block_stride : tensor.heads * rows * tensor.dim) *
-                    strides.element;
-    strides.block_tokens = tensor.block_table ? tensor.block_tokens : 0;
-    return strides;
-}
-
-/* The widest access, up to 16 bytes, that all rows of a tensor are made of and aligned to. */
-static int rkvi_unit_of(const rkv_tensor &tensor, const rkvi_strides &strides)
-{
-    uint64_t all = 16 | reinterpret_cast<uintptr_t>(tensor.data);
-    if (strides.dim == strides.element)
-        all |= static_cast<uint64_t>(tensor.dim) * static_cast<uint64_t>(strides.element);
-    else
-        all |= static_cast<uint64_t>(strides.element) | static_cast<uint64_t>(strides.dim);
-    all |= static_cast<uint64_t>(strides.token) | static_cast<uint64_t>(strides.head);
-    if (tensor.block_table) all |= static_cast<uint64_t>(strides.block);
-    return static_cast<int>(all & (~all + 1));
-}
-
-static rkvi_shape rkvi_shape_of(const rkv_layer &layer)
-{
-    rkvi_shape shape;
-    memset(&shape, 0, sizeof shape); /* compared as bytes */
-    shape.keys = rkvi_strides_of(layer.keys);
-    shape.key_load = shape.key_unit = rkvi_unit_of(layer.keys, shape.keys);
-    shape.value_unit = 1;
-    if (layer.values.data) {
-        shape.values = rkvi_strides_of(layer.values);
-        shape.value_unit = rkvi_unit_of(layer.values, shape.values);
-        shape.value_dim = layer.values.dim;
-    }
-    shape.group = 1;
-    if (layer.queries.data && layer.queries.heads >= layer.keys.heads) {
-        shape.queries = rkvi_strides_of(layer.queries);
-        shape.query_load = rkvi_unit_of(layer.queries, shape.queries);
-        shape.group = layer.queries.heads / layer.keys.heads;
-    }
-    shape.heads = layer.keys.heads;
-    shape.head_dim = layer.keys.dim;
-    shape.dtype = layer.keys.dtype;
-    shape.position_stride = layer.position_stride ? layer.position_stride : layer.keys.tokens;
-    shape.scale = layer.scale > 0 ? layer.scale : 1.0f / sqrtf(static_cast<float>(layer.keys.dim));
-    shape.softcap = layer.softcap;
-    return shape;
-}
-
-static bool rkvi_is_scored(const rkv_config *config, const rkv_layer &layer)
-{
-    return layer.n_tokens > config->budget && config->budget > config->window + config->pinned;
-}
-
-/* A call as the host sees it. */
-struct rkvi_call {
-    const rkv_config *config;
-    rkv_layer *layers;
-    int n_layers;
-    cudaStream_t stream;
-    rkvi_upload_head head;
-    size_t bytes; /* of the workspace */
-    int64_t n_jobs, scored_tiles;
-    int most_tokens, most_scored, most_slices;
-    bool dtypes[3], has_tables;
-};
-
-/* Hands out the workspace; adds up only, when base is NULL. */
-struct rkvi_arena {
-    char *base;
-    size_t used;
-    bool overflow;
-};
-template <typename T>
-static void rkvi_take(rkvi_arena *arena, T **out, size_t count, size_t per_count)
-{
-    const size_t align = 64, most = PTRDIFF_MAX;
-    *out = reinterpret_cast<T *>(arena->base + arena->used);
-    if (per_count && count > (most - align - arena->used) / sizeof(T) / per_count)
-        arena->overflow = true;
-    else
-        arena->used += (count * per_count * sizeof(T) + align - 1) / align * align;
-}
-
-/* Workspace: 24 bytes per token and kv head, 4 more for every query of the window. */
-static bool rkvi_carve(rkvi_call *call, void *workspace)
-{
-    const size_t align = 64, skew = reinterpret_cast<uintptr_t>(workspace) % align;
-    char *aligned = static_cast<char *>(workspace) + (skew ? align - skew : 0);
-    rkvi_arena arena = { workspace ? aligned : NULL, 0, false };
-    rkvi_arrays &arrays = call->head.arrays;
-    size_t tokens = 0, dims = 0, jobs = 0;
-    for (int l = 0; l < call->n_layers && !arena.overflow; l++) {
-        const rkv_layer &layer = call->layers[l];
-        const size_t heads = static_cast<size_t>(layer.keys.heads);
-        jobs += heads;
-        tokens += heads * static_cast<size_t>(layer.n_tokens); /* both below 2^31 */
-        dims += heads * static_cast<size_t>(layer.keys.dim);
-        arena.overflow =
-            jobs >= RKVI_MAX_JOBS || tokens > PTRDIFF_MAX / 2 || dims > PTRDIFF_MAX / 2;
-    }
-    const size_t window = static_cast<size_t>(call->config->window);
-    const bool by_score = call->config->order == RKV_BY_SCORE;
-    rkvi_take(&arena, &call->head.args.control, 1, 1);
-    rkvi_take(&arena, &call->head.args.jobs, jobs, 1);
-    rkvi_take(&arena, &call->head.args.open_count, jobs, 1);
-    rkvi_take(&arena, &arrays.exempt, tokens, 1);
-    rkvi_take(&arena, &arrays.unit_sum, dims, 1);
-    rkvi_take(&arena, &arrays.logits, tokens, call->config->lambda > 0 ? window : 0);
-    rkvi_take(&arena, &arrays.inv_norm, tokens, 1);
-    rkvi_take(&arena, &arrays.redundancy, tokens, 1);
-    rkvi_take(&arena, &arrays.open_rows, tokens, 1);
-    rkvi_take(&arena, &arrays.open_need, tokens, 1);
-    rkvi_take(&arena, &arrays.stage, tokens, by_score ? RKVI_STAGE_BYTES : 0);
-    call->n_jobs = static_cast<int64_t>(jobs);
-    call->bytes = arena.used + align;
-    return !arena.overflow;
-}
-
-static rkv_status rkvi_cuda_workspace_size(const rkv_backend *self, const rkv_config *config,
-                                           const rkv_layer *layers, int n_layers, size_t *bytes)
-{
-    rkvi_call call;
-    (void)self;
-    memset(&call, 0, sizeof call);
-    call.config = config;
-    call.layers = const_cast<rkv_layer *>(layers);
-    call.n_layers = n_layers;
-    if (!rkvi_carve(&call, NULL)) return RKV_ERROR_ARGUMENT;
-    *bytes = call.bytes;
-    return RKV_OK;
-}
-
-/* Kernels count tokens, and units of a row, in int, a stride of theirs at a time. */
-static bool rkvi_is_countable(const rkv_tensor &tensor, int n_tokens)
-{
-    const int64_t most = INT32_MAX - 4096;
-    return n_tokens <= most &&
-           static_cast<int64_t>(tensor.dim) <= most / rkvi_element_bytes(tensor);
-}
-
-static rkv_status rkvi_check_supported(const rkv_config *config, const rkv_layer &layer,
-                                       const rkvi_shape &shape, bool scoring)
-{
-    const int element = layer.keys.dtype == RKV_F32 ? 4 : 2;
-    if (!rkvi_is_countable(layer.keys, layer.n_tokens)) return RKV_ERROR_UNSUPPORTED;
-    if (layer.values.data && !rkvi_is_countable(layer.values, layer.n_tokens))
-        return RKV_ERROR_UNSUPPORTED;
-    if (!scoring || !rkvi_is_scored(config, layer)) return RKV_OK;
-    if (shape.key_load < element) return RKV_ERROR_UNSUPPORTED;
-    if (config->lambda > 0 &&
-        (shape.query_load < element || layer.queries.dtype != layer.keys.dtype))
-        return RKV_ERROR_UNSUPPORTED;
-    return RKV_OK;
-}
-
-static int rkvi_slices(int64_t row_bytes, int unit)
-{
-    return static_cast<int>((row_bytes / unit + RKVI_SLICE_UNITS - 1) / RKVI_SLICE_UNITS);
-}
-
-/* The largest sizes of the call, which say how many blocks the launches need. */
-static void rkvi_measure(rkvi_call *call, const rkv_layer &layer, const rkvi_shape &shape)
-{
-    const int64_t element = shape.values.element;
-    int slices =
-        rkvi_slices(static_cast<int64_t>(shape.head_dim) * shape.keys.element, shape.key_unit);
-    if (layer.values.data) slices += rkvi_slices(shape.value_dim * element, shape.value_unit);
-    if (layer.positions) slices += 1;
-    if (slices > call->most_slices) call->most_slices = slices;
-    if (layer.n_tokens > call->most_tokens) call->most_tokens = layer.n_tokens;
-    if (layer.n_tokens > call->config->budget &&
-        (layer.keys.block_table || layer.values.block_table || layer.queries.block_table))
-        call->has_tables = true;
-    if (!rkvi_is_scored(call->config, layer)) return;
-    if (layer.n_tokens > call->most_scored) call->most_scored = layer.n_tokens;
-    call->scored_tiles +=
-        static_cast<int64_t>(shape.heads) * ((layer.n_tokens - 1) / RKVI_TILE + 1);
-    call->dtypes[layer.keys.dtype] = true;
-}
-
-/* Is layer l the first of those that share its kept set? */
-static bool rkvi_leads(const rkv_config *config, const rkv_layer *layers, int l)
-{
-    return config->scope != RKV_PER_SEQUENCE || l == 0 ||
-           layers[l].sequence != layers[l - 1].sequence;
-}
-
-/* The kv heads of the layers that share the kept set that layer l leads. */
-static int rkvi_set_jobs(const rkvi_call &call, int l)
-{
-    int n = call.layers[l].keys.heads;
-    for (l++; l < call.n_layers && !rkvi_leads(call.config, call.layers, l); l++)
-        n += call.layers[l].keys.heads;
-    return n;
-}
-
-/* The entries, layer by layer: offsets count on from the one before. */
-static rkvi_entry rkvi_entry_of(const rkvi_call &call, int l, int leader, const rkvi_entry &next,
-                                bool given_count)
-{
-    const rkv_layer &layer = call.layers[l], &first = call.layers[leader];
-    rkvi_entry entry = next;
-    entry.keys = static_cast<char *>(layer.keys.data);
-    entry.values = static_cast<char *>(layer.values.data);
-    entry.queries = static_cast<char *>(layer.queries.data);
-    entry.key_table = layer.keys.block_table;
-    entry.value_table = layer.values.block_table;
-    entry.query_table = layer.queries.block_table;
-    entry.positions = layer.positions;
-    entry.scores = layer.scores;
-    entry.layer = l;
-    entry.n_tokens = layer.n_tokens;
-    const int most = layer.n_tokens < call.config->budget ? layer.n_tokens : call.config->budget;
-    entry.n_keep = given_count && layer.n_tokens > most ? first.n_kept : most;
-    entry.kept = first.kept;
-    entry.shared = first.shared_scores;
-    return entry;
-}
-
-template <int N>
-static rkv_status rkvi_send_entries(const rkvi_call &call, const rkvi_upload_args<N> &up)
-{
-    const int n = up.head.n_entries;
-    return rkvi_launch(rkvi_upload<N>, n > 0 ? n : 1, RKVI_UPLOAD_THREADS, 0, call.stream, up);
-}
-static rkv_status rkvi_send(const rkvi_call &call, rkvi_upload_args<RKVI_UPLOAD_ENTRIES> *up)
-{
-    rkvi_upload_args<RKVI_FEW_ENTRIES> few;
-    rkv_status status;
-    if (up->head.n_entries <= RKVI_FEW_ENTRIES) {
-        few.head = up->head;
-        memcpy(few.entries, up->entries, sizeof few.entries);
-        status = rkvi_send_entries(call, few);
-    } else
-        status = rkvi_send_entries(call, *up);
-    up->head.n_entries = 0;
-    up->head.is_first = 0;
-    return status;
-}
-
-/* Describes all layers to the device; a launch takes as many of one shape as it has room for. */
-static rkv_status rkvi_upload_layers(const rkvi_call &call, bool given_count)
-{
-    rkvi_upload_args<RKVI_UPLOAD_ENTRIES> up;
-    rkvi_entry next;
-    int leader = 0;
-    rkv_status status = RKV_OK;
-    memset(&up, 0, sizeof up);
-    memset(&next, 0, sizeof next);
-    up.head = call.head;
-    up.head.is_first = 1;
-    for (int l = 0; l < call.n_layers && status == RKV_OK; l++) {
-        const rkvi_shape shape = rkvi_shape_of(call.layers[l]);
-        if (up.head.n_entries == RKVI_UPLOAD_ENTRIES ||
-            (up.head.n_entries > 0 && memcmp(&shape, &up.head.shape, sizeof shape) != 0))
-            status = rkvi_send(call, &up);
-        if (rkvi_leads(call.config, call.layers, l)) {
-            leader = l;
-            next.set_token = next.first_token;
-            next.set_job = next.first_job;
-            next.set_jobs = rkvi_set_jobs(call, l);
-        }
-        up.head.shape = shape;
-        up.entries[up.head.n_entries++] = rkvi_entry_of(call, l, leader, next, given_count);
-        next.first_job += shape.heads;
-        next.first_token += static_cast<int64_t>(shape.heads) * call.layers[l].n_tokens;
-        next.first_dim += static_cast<int64_t>(shape.heads) * shape.head_dim;
-    }
-    return status == RKV_OK ? rkvi_send(call, &up) : status;
-}
-
-/* Everything up to the first launch, and the upload. */
-static rkv_status rkvi_open(rkvi_call *call, const rkv_backend *self, const rkv_config *config,
-                            rkv_layer *layers, int n_layers, void *workspace, size_t bytes,
-                            bool scoring, bool given_count)
-{
-    memset(call, 0, sizeof *call);
-    call->config = config;
-    call->layers = layers;
-    call->n_layers = n_layers;
-    call->stream = rkvi_stream(self);
-    if (!rkvi_carve(call, workspace)) return RKV_ERROR_ARGUMENT;
-    if (!workspace || bytes < call->bytes) return RKV_ERROR_WORKSPACE;
-    for (int l = 0; l < n_layers; l++) {
-        const rkvi_shape shape = rkvi_shape_of(layers[l]);
-        const rkv_status status = rkvi_check_supported(config, layers[l], shape, scoring);
-        if (status != RKV_OK) return status;
-        rkvi_measure(call, layers[l], shape);
-    }
-    rkvi_args &args = call->head.args;
-    args.config = *config;
-    args.n_jobs = static_cast<int>(call->n_jobs);
-    args.scoring = scoring;
-    args.importance = config->lambda > 0;
-    args.redundancy = config->lambda < 1;
-    rkv_status status = rkvi_upload_layers(*call, given_count);
-    if (status == RKV_OK && call->has_tables)
-        status =
-            rkvi_launch(rkvi_check_tables, call->n_jobs, RKVI_HEAD_THREADS, 0, call->stream, args);
-    return status;
-}
-
-/* Launches a kernel for every job, `items` blocks each. */
-static rkv_status rkvi_launch_items(const rkvi_call &call, void (*kernel)(rkvi_args), int items,
-                                    int threads, size_t shared_bytes)
-{
-    rkvi_args args = call.head.args;
-    args.items = items;
-    return rkvi_launch(kernel, call.n_jobs * items, threads, shared_bytes, call.stream, args);
-}
-
-/* Blocks per job for the second scan, which has little to do as a rule, or nothing: as many in all
- * as are at work at a time, and up to four times that where rows are so long that they may keep
- * some of them much longer than others. */
-static int rkvi_far_items(int tiles, int64_t n_jobs)
-{
-    const int64_t at_work = 512, long_tiles = 64, most = 4;
-    const int64_t turns = tiles < long_tiles          ? 1
-                          : tiles / long_tiles < most ? tiles / long_tiles
-                                                      : most;
-    const int64_t items = at_work * turns / n_jobs;
-    return static_cast<int>(items < 1 ? 1 : items < tiles ? items : tiles);
-}
-
-/* Blocks per job for a tile each: as many as the longest job has tiles, but no more than twice what
- * they have on average. Of one long job beside many short ones, a block then gets several. */
-static int rkvi_near_items(const rkvi_call &call)
-{
-    const int64_t most = (call.most_scored - 1) / RKVI_TILE + 1;
-    const int64_t enough = 2 * ((call.scored_tiles - 1) / call.n_jobs + 1);
-    return static_cast<int>(most < enough ? most : enough);
-}
-
-template <typename T> static rkv_status rkvi_score_type(const rkvi_call &call)
-{
-    const int tiles = (call.most_scored - 1) / RKVI_TILE + 1, items = rkvi_near_items(call);
-    const int64_t plenty = 4096; /* blocks that fill any GPU: beyond, 4 tiles share their queries */
-    const int64_t turns = items * call.n_jobs / plenty;
-    const int per_item = static_cast<int>(turns < 1 ? 1 : turns < 4 ? turns : 4);
-    if (!call.dtypes[rkvi_dtype_of<T>::value]) return RKV_OK;
-    rkv_status status = rkvi_launch_items(call, rkvi_attend<T>, (items - 1) / per_item + 1,
-                                          RKVI_TILE_THREADS, sizeof(rkvi_tiles));
-    if (!call.head.args.redundancy) return status;
-    if (status == RKV_OK)
-        status = rkvi_launch_items(call, rkvi_scan_near<T>, items, RKVI_TILE_THREADS,
-                                   sizeof(rkvi_tiles));
-    if (status == RKV_OK && call.most_scored > RKVI_NEAR_COLUMNS)
-        status = rkvi_launch_items(call, rkvi_scan_far<T>, rkvi_far_items(tiles, call.n_jobs),
-                                   RKVI_TILE_THREADS, sizeof(rkvi_tiles));
-    return status;
-}
-
-static rkv_status rkvi_run_score(rkvi_call *call, bool select_too)
-{
-    rkv_status status = rkvi_score_type<float>(*call);
-    if (status == RKV_OK) status = rkvi_score_type<rkvi_f16>(*call);
-    if (status == RKV_OK) status = rkvi_score_type<rkvi_bf16>(*call);
-    call->head.args.select_too = select_too;
-    if (status == RKV_OK)
-        status =
-            rkvi_launch_items(*call, rkvi_score, 1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
-    if (status == RKV_OK && call->config->scope != RKV_PER_HEAD)
-        status =
-            rkvi_launch_items(*call, rkvi_share, (call->most_scored - 1) / RKVI_HEAD_THREADS + 1,
-                              RKVI_HEAD_THREADS, 0);
-    return status;
-}
-
-static rkv_status rkvi_run_select(const rkvi_call &call)
-{
-    return rkvi_launch_items(call, rkvi_select, 1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
-}
-
-static rkv_status rkvi_run_compact(const rkvi_call &call)
-{
-    return rkvi_launch_items(call, rkvi_compact, call.most_slices, RKVI_MOVE_THREADS, 0);
-}
-
-static void rkvi_count(const rkv_config *config, rkv_layer *layers, int n_layers, bool moved,
-                       bool given_count)
-{
-    int given = 0;
-    for (int l = 0; l < n_layers; l++) {
-        const int n = layers[l].n_tokens;
-        if (rkvi_leads(config, layers, l)) given = layers[l].n_kept;
-        layers[l].n_kept = n <= config->budget ? n : given_count ? given : config->budget;
-        layers[l].n_evicted = n - layers[l].n_kept;
-        if (moved) layers[l].n_tokens = layers[l].n_kept;
+    rkvi_head_memory &s = *reinterpret_cast<rkvi_head_memory *>(rkvi_shared_memory());
+    for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
+        const rkvi_job &job = args.jobs[i];
+        const int index = static_cast<int>(i);
+        if (job.n_keep == job.n_tokens) continue;
+        if ((args.checks & RKVI_CHECK_TABLES) && job.head == 0) rkvi_check_tables(args, job, index);
+        if (job.set_first != i) continue;
+        if (args.checks & RKVI_CHECK_PINS) rkvi_check_pins(args, job, index, s);
+        if ((args.checks & RKVI_CHECK_SCORES) && job.scored) rkvi_check_scores(args, job, index);
+        if (args.checks & RKVI_CHECK_LISTS) rkvi_check_list(args, job, index);
     }
 }
 
-static rkv_status rkvi_cuda_score(const rkv_backend *self, const rkv_config *config,
-                                  rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
-{
-    rkvi_call call;
-    rkv_status status =
-        rkvi_open(&call, self, config, layers, n_layers, workspace, bytes, true, false);
-    if (status != RKV_OK || call.most_scored == 0) return status;
-    return rkvi_run_score(&call, false);
-}
-
-static rkv_status rkvi_cuda_select(const rkv_backend *self, const rkv_config *config,
-                                   rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
-{
-    rkvi_call call;
-    rkv_status status =
-        rkvi_open(&call, self, config, layers, n_layers, workspace, bytes, false, false);
-    if (status == RKV_OK)
-        status = rkvi_launch_items(call, rkvi_check_scores, 1, RKVI_HEAD_THREADS, 0);
-    if (status == RKV_OK) status = rkvi_run_select(call);
-    if (status == RKV_OK) rkvi_count(config, layers, n_layers, false, false);
-    return status;
-}
-
-static rkv_status rkvi_cuda_compact(const rkv_backend *self, const rkv_config *config,
-                                    rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
-{
-    rkvi_call call;
-    rkv_status status =
-        rkvi_open(&call, self, config, layers, n_layers, workspace, bytes, false, true);
-    if (status == RKV_OK)
-        status = rkvi_launch_items(call, rkvi_check_lists, 1, RKVI_HEAD_THREADS, 0);
-    if (status == RKV_OK) status = rkvi_run_compact(call);
-    if (status == RKV_OK) rkvi_count(config, layers, n_layers, true, true);
-    return status;
-}
-
-static rkv_status rkvi_cuda_compress(const rkv_backend *self, const rkv_config *config,
-                                     rkv_layer *layers, int n_layers, void *workspace, size_t bytes)
-{
-    const bool per_head = config->scope == RKV_PER_HEAD;
-    rkvi_call call;
-    rkv_status status =
-        rkvi_open(&call, self, config, layers, n_layers, workspace, bytes, true, false);
-    const bool scored = call.most_scored > 0;
-    if (status == RKV_OK && scored) status = rkvi_run_score(&call, per_head);
-    if (status == RKV_OK && !(scored && per_head)) status = rkvi_run_select(call);
-    if (status == RKV_OK && call.most_tokens > config->budget) status = rkvi_run_compact(call);
-    if (status == RKV_OK) rkvi_count(config, layers, n_layers, true, false);
-    return status;
-}
-
-/* ==== 13. Memory ============================================================================
- * For rkv_cache. Copies to and from the host wait for the stream. */
+/* ==== 21. Memory ============================================================================
+ * For rkv_cache. rkvi_cuda_copy waits for the stream; the others only queue work. */
 
 static void *rkvi_cuda_alloc(const rkv_backend *self, size_t bytes)
 {
@@ -2761,22 +2438,14 @@ static rkv_status rkvi_cuda_synchronize(const rkv_backend *self)
 {
     return rkvi_status_of(cudaStreamSynchronize(rkvi_stream(self)));
 }
-static rkv_status rkvi_copy(const rkv_backend *self, void *dst, const void *src, size_t bytes,
-                            cudaMemcpyKind kind)
+/* From and to host memory or the device's: the driver knows which is which. */
+static rkv_status rkvi_cuda_copy(const rkv_backend *self, void *dst, const void *src, size_t bytes)
 {
-    const rkv_status status =
-        bytes ? rkvi_status_of(cudaMemcpyAsync(dst, src, bytes, kind, rkvi_stream(self))) : RKV_OK;
+    rkv_status status = RKV_OK;
+    if (bytes)
+        status =
+            rkvi_status_of(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, rkvi_stream(self)));
     return status == RKV_OK ? rkvi_cuda_synchronize(self) : status;
-}
-static rkv_status rkvi_cuda_copy_in(const rkv_backend *self, void *dst, const void *host_src,
-                                    size_t bytes)
-{
-    return rkvi_copy(self, dst, host_src, bytes, cudaMemcpyHostToDevice);
-}
-static rkv_status rkvi_cuda_copy_out(const rkv_backend *self, void *host_dst, const void *src,
-                                     size_t bytes)
-{
-    return rkvi_copy(self, host_dst, src, bytes, cudaMemcpyDeviceToHost);
 }
 
 struct rkvi_copy_args {
@@ -2785,12 +2454,19 @@ struct rkvi_copy_args {
     int64_t n_units; /* in all: heads * n_tokens * per_row */
     int dst_token, src_token, n_tokens, element_units, per_row, unit;
 };
+/* Rows whose block is negative do not exist. They are not copied: nobody has checked the table. */
+static __device__ __forceinline__ bool rkvi_has_row(const rkvi_view &view, int token)
+{
+    return !view.table || view.table[token / view.block_tokens] >= 0;
+}
 template <typename V> static __device__ void rkvi_copy_unit(const rkvi_copy_args &args, int64_t i)
 {
     const int in_row = static_cast<int>(i % args.per_row);
     const int token = static_cast<int>(i / args.per_row % args.n_tokens);
     const int64_t head = i / args.per_row / args.n_tokens;
     const int element = in_row / args.element_units, rest = in_row % args.element_units * args.unit;
+    if (!rkvi_has_row(args.dst, args.dst_token + token)) return;
+    if (!rkvi_has_row(args.src, args.src_token + token)) return;
     char *to = rkvi_row(args.dst, args.dst_token + token) + head * args.dst_head;
     const char *from = rkvi_row(args.src, args.src_token + token) + head * args.src_head;
     *reinterpret_cast<V *>(to + element * args.dst_dim + rest) =
@@ -2820,7 +2496,7 @@ static rkv_status rkvi_cuda_copy_rows(const rkv_backend *self, const rkv_tensor 
     memset(&args, 0, sizeof args);
     args.unit = a < b ? a : b;
     while (!whole && args.unit > to.element)
-        args.unit /= 2; /* the other side has runs of elements */
+        args.unit /= 2; /* one side is transposed: no more than an element at a time */
     args.element_units =
         whole ? static_cast<int>(static_cast<int64_t>(dst->dim) * to.element / args.unit)
               : to.element / args.unit;
@@ -2835,8 +2511,9 @@ static rkv_status rkvi_cuda_copy_rows(const rkv_backend *self, const rkv_tensor 
     args.src_token = src_token;
     args.n_tokens = n_tokens;
     args.n_units = static_cast<int64_t>(dst->heads) * n_tokens * args.per_row;
-    return rkvi_launch(rkvi_copy_rows, (args.n_units + RKVI_MOVE_THREADS - 1) / RKVI_MOVE_THREADS,
-                       RKVI_MOVE_THREADS, 0, rkvi_stream(self), args);
+    return rkvi_status_of(rkvi_launch(rkvi_copy_rows,
+                                      (args.n_units + RKVI_MOVE_THREADS - 1) / RKVI_MOVE_THREADS,
+                                      RKVI_MOVE_THREADS, 0, rkvi_stream(self), args));
 }
 
 struct rkvi_fill_args {
@@ -2860,29 +2537,512 @@ static rkv_status rkvi_cuda_fill_positions(const rkv_backend *self, int32_t *pos
     const rkvi_fill_args args = {
         positions, static_cast<int64_t>(n_sets) * n, n, stride, row, first
     };
-    return rkvi_launch(rkvi_fill_positions, (args.n + RKVI_MOVE_THREADS - 1) / RKVI_MOVE_THREADS,
-                       RKVI_MOVE_THREADS, 0, rkvi_stream(self), args);
+    return rkvi_status_of(rkvi_launch(rkvi_fill_positions,
+                                      (args.n + RKVI_MOVE_THREADS - 1) / RKVI_MOVE_THREADS,
+                                      RKVI_MOVE_THREADS, 0, rkvi_stream(self), args));
 }
 
-/* ==== 14. The table ======================================================================== */
+/* ==== 18. Host side =========================================================================
+ * In: arguments that rkv.h has checked, and a config whose zeros are filled in.  Out: launches. */
 
-/* For lists of kernels: their address, whatever they are instances of. */
+static rkvi_shape rkvi_shape_of(const rkv_layer &layer)
+{
+    rkvi_shape shape;
+    memset(&shape, 0, sizeof shape); /* compared as bytes */
+    shape.keys = rkvi_strides_of(layer.keys);
+    shape.key_load = shape.key_unit = rkvi_unit_of(layer.keys, shape.keys);
+    shape.value_unit = 1;
+    if (layer.values.data) {
+        shape.values = rkvi_strides_of(layer.values);
+        shape.value_unit = rkvi_unit_of(layer.values, shape.values);
+        shape.value_dim = layer.values.dim;
+    }
+    shape.group = 1;
+    if (layer.queries.data && layer.queries.heads >= layer.keys.heads) {
+        shape.queries = rkvi_strides_of(layer.queries);
+        shape.query_load = rkvi_unit_of(layer.queries, shape.queries);
+        shape.group = layer.queries.heads / layer.keys.heads;
+    }
+    shape.heads = layer.keys.heads;
+    shape.head_dim = layer.keys.dim;
+    shape.dtype = layer.keys.dtype;
+    shape.row_stride = layer.row_stride ? layer.row_stride : layer.keys.tokens;
+    shape.scale = layer.scale > 0 ? layer.scale : 1.0f / sqrtf(static_cast<float>(layer.keys.dim));
+    shape.softcap = layer.softcap;
+    return shape;
+}
+
+static bool rkvi_is_scored(const rkv_config *config, const rkv_layer &layer)
+{
+    return layer.n_tokens > config->budget && config->budget > config->protect + config->pinned;
+}
+
+/* A call as the host sees it. */
+struct rkvi_plan {
+    const rkv_call *call;
+    cudaStream_t stream;
+    rkvi_upload_head head;
+    size_t bytes; /* of the workspace */
+    int64_t n_jobs, scored_tiles;
+    int most_tokens, most_scored, most_slices;
+    bool dtypes[3], has_tables, has_pins;
+};
+
+/* Writes a record, unless error is NULL, and returns the status. */
+static rkv_status rkvi_record(rkv_error *error, rkv_status status, const char *rule, int layer)
+{
+    const rkv_error out = { rule, status, layer, -1, -1 };
+    if (error) *error = out;
+    return status;
+}
+
+static rkv_status rkvi_refuse_device(rkv_error *error, cudaError_t code)
+{
+    const char *rule = cudaGetErrorString(code); /* static text */
+    if (code == cudaErrorNoDevice) rule = "device: there is no CUDA device";
+    if (code == cudaErrorInsufficientDriver)
+        rule = "device: its driver is older than the CUDA runtime of this program";
+    if (code == cudaErrorNoKernelImageForDevice)
+        rule = "device: rkv_cuda.cu was not compiled for it (nvcc -arch)";
+    return rkvi_record(error, RKV_ERROR_DEVICE, rule, -1);
+}
+
+/* Hands out pieces of the workspace. The same code measures it, with base NULL. */
+struct rkvi_arena {
+    char *base;
+    size_t used;
+    bool overflow;
+};
+template <typename T>
+static void rkvi_take(rkvi_arena *arena, T **out, size_t count, size_t per_count)
+{
+    const size_t align = 64, most = PTRDIFF_MAX;
+    *out = reinterpret_cast<T *>(arena->base + arena->used);
+    if (per_count && count > (most - align - arena->used) / sizeof(T) / per_count)
+        arena->overflow = true;
+    else
+        arena->used += (count * per_count * sizeof(T) + align - 1) / align * align;
+}
+
+/* Lays the workspace out: 24 bytes per token and KV head, 4 more for every query of the window. */
+static rkv_status rkvi_carve(rkvi_plan *plan, void *workspace)
+{
+    const rkv_config *config = plan->call->config;
+    const size_t align = 64, skew = reinterpret_cast<uintptr_t>(workspace) % align;
+    char *aligned = static_cast<char *>(workspace) + (skew ? align - skew : 0);
+    rkvi_arena arena = { workspace ? aligned : NULL, 0, false };
+    rkvi_arrays &arrays = plan->head.arrays;
+    size_t tokens = 0, dims = 0, jobs = 0;
+    for (int l = 0; l < plan->call->n_layers && !arena.overflow; l++) {
+        const rkv_layer &layer = plan->call->layers[l];
+        const size_t heads = static_cast<size_t>(layer.keys.heads);
+        jobs += heads;
+        tokens += heads * static_cast<size_t>(layer.n_tokens); /* both below 2^31 */
+        dims += heads * static_cast<size_t>(layer.keys.dim);
+        arena.overflow = tokens > PTRDIFF_MAX / 2 || dims > PTRDIFF_MAX / 2;
+        if (jobs >= RKVI_MAX_JOBS)
+            return rkvi_record(config->error, RKV_ERROR_UNSUPPORTED,
+                               "layers: \"cuda\" takes fewer than 2^26 KV heads in a call", l);
+    }
+    const size_t window = static_cast<size_t>(config->window);
+    rkvi_take(&arena, &plan->head.args.control, 1, 1);
+    rkvi_take(&arena, &plan->head.args.jobs, jobs, 1);
+    rkvi_take(&arena, &plan->head.args.open_count, jobs, 1);
+    rkvi_take(&arena, &arrays.exempt, tokens, 1);
+    rkvi_take(&arena, &arrays.unit_sum, dims, 1);
+    rkvi_take(&arena, &arrays.logits, tokens, config->lambda > 0 ? window : 0);
+    rkvi_take(&arena, &arrays.inv_norm, tokens, 1);
+    rkvi_take(&arena, &arrays.redundancy, tokens, 1);
+    rkvi_take(&arena, &arrays.open_rows, tokens, 1);
+    rkvi_take(&arena, &arrays.open_need, tokens, 1);
+    plan->n_jobs = static_cast<int64_t>(jobs);
+    plan->bytes = arena.used + align;
+    if (arena.overflow)
+        return rkvi_record(config->error, RKV_ERROR_ARGUMENT, RKVI_RULE_TOO_LARGE, -1);
+    return RKV_OK;
+}
+
+static rkv_status rkvi_cuda_workspace_size(const rkv_backend *self, const rkv_config *config,
+                                           const rkv_layer *layers, int n_layers, size_t *bytes)
+{
+    rkvi_plan plan;
+    rkv_call call;
+    (void)self;
+    memset(&plan, 0, sizeof plan);
+    memset(&call, 0, sizeof call);
+    call.config = config;
+    call.layers = const_cast<rkv_layer *>(layers);
+    call.n_layers = n_layers;
+    plan.call = &call;
+    const rkv_status status = rkvi_carve(&plan, NULL);
+    if (status == RKV_OK) *bytes = plan.bytes;
+    return status;
+}
+
+/* Kernels count the units of a row in int. */
+static bool rkvi_row_is_too_long(const rkv_tensor &tensor)
+{
+    const int64_t most = INT32_MAX - 4096;
+    return static_cast<int64_t>(tensor.dim) > most / rkvi_element_bytes(tensor);
+}
+
+/* NULL, or what this backend does not support in a layer. */
+static const char *rkvi_unsupported_rule(const rkv_call &call, const rkv_layer &layer,
+                                         const rkvi_shape &shape)
+{
+    const rkv_config *config = call.config;
+    const int element = layer.keys.dtype == RKV_F32 ? 4 : 2;
+    const bool scores = call.stage == RKV_SCORE || call.stage == RKV_COMPRESS;
+    if (rkvi_row_is_too_long(layer.keys)) return "layer.keys.dim: \"cuda\" takes rows below 2 GB";
+    if (layer.values.data && rkvi_row_is_too_long(layer.values))
+        return "layer.values.dim: \"cuda\" takes rows below 2 GB";
+    if (!scores || !rkvi_is_scored(config, layer)) return NULL;
+    if (shape.key_load < element)
+        return "layer.keys: \"cuda\" needs data and strides aligned to the element size";
+    if (!(config->lambda > 0)) return NULL;
+    if (layer.queries.dtype != layer.keys.dtype)
+        return "layer.queries.dtype: \"cuda\" needs the dtype of the keys";
+    if (shape.query_load < element)
+        return "layer.queries: \"cuda\" needs data and strides aligned to the element size";
+    if (static_cast<int64_t>(shape.group) * config->window >= RKVI_NO_ROW)
+        return "layer.queries: \"cuda\" takes fewer than 2^30 - 1 queries per KV head";
+    return NULL;
+}
+
+static int rkvi_slices(int64_t row_bytes, int unit)
+{
+    return static_cast<int>((row_bytes / unit + RKVI_SLICE_UNITS - 1) / RKVI_SLICE_UNITS);
+}
+
+/* The largest sizes of the call: they decide how many blocks the launches get. */
+static void rkvi_measure(rkvi_plan *plan, const rkv_layer &layer, const rkvi_shape &shape)
+{
+    const rkv_config *config = plan->call->config;
+    const int64_t element = shape.values.element;
+    int slices =
+        rkvi_slices(static_cast<int64_t>(shape.head_dim) * shape.keys.element, shape.key_unit);
+    if (layer.values.data) slices += rkvi_slices(shape.value_dim * element, shape.value_unit);
+    slices += (layer.positions != NULL) + (layer.pins != NULL);
+    if (slices > plan->most_slices) plan->most_slices = slices;
+    if (layer.n_tokens > plan->most_tokens) plan->most_tokens = layer.n_tokens;
+    if (layer.n_tokens <= config->budget) return;
+    if (layer.keys.block_table || layer.values.block_table || layer.queries.block_table)
+        plan->has_tables = true;
+    if (layer.pins) plan->has_pins = true;
+    if (!rkvi_is_scored(config, layer)) return;
+    if (layer.n_tokens > plan->most_scored) plan->most_scored = layer.n_tokens;
+    plan->scored_tiles +=
+        static_cast<int64_t>(shape.heads) * ((layer.n_tokens - 1) / RKVI_TILE + 1);
+    plan->dtypes[layer.keys.dtype] = true;
+}
+
+/* Is layer l the first of the layers that share its kept set? */
+static bool rkvi_leads(const rkv_config *config, const rkv_layer *layers, int l)
+{
+    return config->scope != RKV_PER_SEQUENCE || l == 0 ||
+           layers[l].sequence != layers[l - 1].sequence;
+}
+
+/* The KV heads of the layers that share the kept set that layer l leads. */
+static int rkvi_set_jobs(const rkv_call &call, int l)
+{
+    int n = call.layers[l].keys.heads;
+    for (l++; l < call.n_layers && !rkvi_leads(call.config, call.layers, l); l++)
+        n += call.layers[l].keys.heads;
+    return n;
+}
+
+/* Rows that a layer keeps. listed: rows of the list that rkv_compact gets. */
+static int rkvi_rows_kept(const rkv_call &call, int n_tokens, int listed)
+{
+    if (n_tokens <= call.config->budget) return n_tokens;
+    return call.stage == RKV_COMPACT ? listed : call.config->budget;
+}
+
+/* The entry of layer l; `next` has the offsets, which run on from layer to layer. */
+static rkvi_entry rkvi_entry_of(const rkv_call &call, int l, int leader, const rkvi_entry &next)
+{
+    const rkv_layer &layer = call.layers[l], &first = call.layers[leader];
+    rkvi_entry entry = next;
+    entry.keys = static_cast<char *>(layer.keys.data);
+    entry.values = static_cast<char *>(layer.values.data);
+    entry.queries = static_cast<char *>(layer.queries.data);
+    entry.key_table = layer.keys.block_table;
+    entry.value_table = layer.values.block_table;
+    entry.query_table = layer.queries.block_table;
+    entry.positions = layer.positions;
+    entry.pins = layer.pins;
+    entry.scores = layer.scores;
+    entry.layer = l;
+    entry.n_tokens = layer.n_tokens;
+    entry.n_keep = rkvi_rows_kept(call, layer.n_tokens, first.n_kept);
+    entry.kept = first.kept;
+    entry.shared = first.shared_scores;
+    return entry;
+}
+
+template <int N>
+static cudaError_t rkvi_send_entries(const rkvi_plan &plan, const rkvi_upload_args<N> &up)
+{
+    const int n = up.head.n_entries;
+    return rkvi_launch(rkvi_upload<N>, n > 0 ? n : 1, RKVI_UPLOAD_THREADS, 0, plan.stream, up);
+}
+static cudaError_t rkvi_send(const rkvi_plan &plan, rkvi_upload_args<RKVI_UPLOAD_ENTRIES> *up)
+{
+    rkvi_upload_args<RKVI_FEW_ENTRIES> few;
+    cudaError_t error;
+    if (up->head.n_entries <= RKVI_FEW_ENTRIES) {
+        few.head = up->head;
+        memcpy(few.entries, up->entries, sizeof few.entries);
+        error = rkvi_send_entries(plan, few);
+    } else
+        error = rkvi_send_entries(plan, *up);
+    up->head.n_entries = 0;
+    up->head.is_first = 0;
+    return error;
+}
+
+/* Describes all layers to the device; one launch takes as many of equal shape as its parameters
+ * hold. */
+static cudaError_t rkvi_upload_layers(const rkvi_plan &plan)
+{
+    const rkv_call &call = *plan.call;
+    rkvi_upload_args<RKVI_UPLOAD_ENTRIES> up;
+    rkvi_entry next;
+    int64_t next_dim = 0;
+    int leader = 0;
+    cudaError_t error = cudaSuccess;
+    memset(&up, 0, sizeof up);
+    memset(&next, 0, sizeof next);
+    up.head = plan.head;
+    up.head.is_first = 1;
+    for (int l = 0; l < call.n_layers && error == cudaSuccess; l++) {
+        const rkvi_shape shape = rkvi_shape_of(call.layers[l]);
+        if (up.head.n_entries == RKVI_UPLOAD_ENTRIES ||
+            (up.head.n_entries > 0 && memcmp(&shape, &up.head.shape, sizeof shape) != 0))
+            error = rkvi_send(plan, &up);
+        if (rkvi_leads(call.config, call.layers, l)) {
+            leader = l;
+            next.set_token = next.first_token;
+            next.set_job = next.first_job;
+            next.set_jobs = rkvi_set_jobs(call, l);
+        }
+        if (up.head.n_entries == 0) up.head.first_dim = next_dim;
+        up.head.shape = shape;
+        up.entries[up.head.n_entries++] = rkvi_entry_of(call, l, leader, next);
+        next.first_job += shape.heads;
+        next.first_token += static_cast<int64_t>(shape.heads) * call.layers[l].n_tokens;
+        next_dim += static_cast<int64_t>(shape.heads) * shape.head_dim;
+    }
+    return error == cudaSuccess ? rkvi_send(plan, &up) : error;
+}
+
+/* What rkvi_check checks: what the CPU checks in this stage. */
+static int rkvi_checks_of(const rkvi_plan &plan)
+{
+    const rkv_stage stage = plan.call->stage;
+    int checks = 0;
+    if (plan.has_tables && stage != RKV_SELECT) checks |= RKVI_CHECK_TABLES;
+    if (plan.has_pins && (stage == RKV_SELECT || stage == RKV_COMPRESS)) checks |= RKVI_CHECK_PINS;
+    if (plan.most_scored > 0 && stage == RKV_SELECT) checks |= RKVI_CHECK_SCORES;
+    if (plan.most_tokens > plan.call->config->budget && stage == RKV_COMPACT)
+        checks |= RKVI_CHECK_LISTS;
+    return checks;
+}
+
+static void rkvi_fill_rules(uintptr_t *rules)
+{
+    const char *texts[RKVI_N_RULES];
+    texts[RKVI_BAD_PINS] = RKVI_RULE_PINS;
+    texts[RKVI_BAD_KEY_BLOCKS] = RKVI_RULE_KEY_BLOCKS;
+    texts[RKVI_BAD_VALUE_BLOCKS] = RKVI_RULE_VALUE_BLOCKS;
+    texts[RKVI_BAD_QUERY_BLOCKS] = RKVI_RULE_QUERY_BLOCKS;
+    texts[RKVI_BAD_QUERY] = RKVI_RULE_QUERY;
+    texts[RKVI_BAD_KEY] = RKVI_RULE_KEY;
+    texts[RKVI_BAD_LOGITS] = RKVI_RULE_LOGITS;
+    texts[RKVI_BAD_SCORE] = RKVI_RULE_SCORE;
+    texts[RKVI_BAD_KEPT_RANGE] = RKVI_RULE_KEPT_RANGE;
+    texts[RKVI_BAD_KEPT_ORDER] = RKVI_RULE_KEPT_ORDER;
+    texts[RKVI_BAD_KEPT_PINNED] = RKVI_RULE_KEPT_PINNED;
+    texts[RKVI_BAD_KEPT_PINS] = RKVI_RULE_KEPT_PINS;
+    for (int i = 0; i < RKVI_N_RULES; i++) rules[i] = reinterpret_cast<uintptr_t>(texts[i]);
+}
+
+/* Everything before the first launch: every refusal of the host. */
+static rkv_status rkvi_make_plan(rkvi_plan *plan, const rkv_backend *self, const rkv_call *call)
+{
+    rkv_error *error = call->config->error;
+    rkvi_args &args = plan->head.args;
+    memset(plan, 0, sizeof *plan);
+    plan->call = call;
+    plan->stream = rkvi_stream(self);
+    const rkv_status status = rkvi_carve(plan, call->workspace);
+    if (status != RKV_OK) return status;
+    if (!call->workspace)
+        return rkvi_record(error, RKV_ERROR_WORKSPACE, RKVI_RULE_WORKSPACE_NULL, -1);
+    if (call->bytes < plan->bytes)
+        return rkvi_record(error, RKV_ERROR_WORKSPACE, RKVI_RULE_WORKSPACE_SIZE, -1);
+    for (int l = 0; l < call->n_layers; l++) {
+        const rkvi_shape shape = rkvi_shape_of(call->layers[l]);
+        const char *rule = rkvi_unsupported_rule(*call, call->layers[l], shape);
+        if (rule) return rkvi_record(error, RKV_ERROR_UNSUPPORTED, rule, l);
+        rkvi_measure(plan, call->layers[l], shape);
+    }
+    rkvi_fill_rules(plan->head.rules);
+    args.config = *call->config;
+    args.n_jobs = static_cast<int>(plan->n_jobs);
+    args.checks = rkvi_checks_of(*plan);
+    args.scoring = call->stage == RKV_SCORE || call->stage == RKV_COMPRESS;
+    args.importance = call->config->lambda > 0;
+    args.redundancy = call->config->lambda < 1;
+    return RKV_OK;
+}
+
+/* Launches a kernel for every job, `items` blocks each. */
+static cudaError_t rkvi_launch_items(const rkvi_plan &plan, void (*kernel)(rkvi_args), int items,
+                                     int threads, size_t shared_bytes)
+{
+    rkvi_args args = plan.head.args;
+    args.items = items;
+    return rkvi_launch(kernel, plan.n_jobs * items, threads, shared_bytes, plan.stream, args);
+}
+
+/* Blocks per job of the far scan, which usually has little or nothing to do: in all as many as a
+ * GPU runs at a time, and up to four times as many for long rows, which may keep some blocks busy
+ * much longer than others. */
+static int rkvi_far_items(int tiles, int64_t n_jobs)
+{
+    const int64_t at_work = 512, long_tiles = 64, most = 4;
+    const int64_t turns = tiles < long_tiles          ? 1
+                          : tiles / long_tiles < most ? tiles / long_tiles
+                                                      : most;
+    const int64_t items = at_work * turns / n_jobs;
+    return static_cast<int>(items < 1 ? 1 : items < tiles ? items : tiles);
+}
+
+/* Blocks per job of the near passes: one per tile of the longest job, but at most twice the average
+ * number of tiles. With one long job beside many short ones a block takes several tiles. */
+static int rkvi_near_items(const rkvi_plan &plan)
+{
+    const int64_t most = (plan.most_scored - 1) / RKVI_TILE + 1;
+    const int64_t enough = 2 * ((plan.scored_tiles - 1) / plan.n_jobs + 1);
+    return static_cast<int>(most < enough ? most : enough);
+}
+
+template <typename T> static cudaError_t rkvi_score_type(const rkvi_plan &plan)
+{
+    const int tiles = (plan.most_scored - 1) / RKVI_TILE + 1, items = rkvi_near_items(plan);
+    const int64_t plenty = 4096; /* blocks fill any GPU; with more work tiles share their queries */
+    const int64_t turns = items * plan.n_jobs / plenty;
+    const int per_item = static_cast<int>(turns < 1 ? 1 : turns < 4 ? turns : 4);
+    if (!plan.dtypes[rkvi_dtype_of<T>::value]) return cudaSuccess;
+    cudaError_t error = rkvi_launch_items(plan, rkvi_attend<T>, (items - 1) / per_item + 1,
+                                          RKVI_TILE_THREADS, sizeof(rkvi_tiles));
+    if (!plan.head.args.redundancy) return error;
+    if (error == cudaSuccess)
+        error = rkvi_launch_items(plan, rkvi_scan_near<T>, items, RKVI_TILE_THREADS,
+                                  sizeof(rkvi_tiles));
+    if (error == cudaSuccess && plan.most_scored > RKVI_NEAR_COLUMNS)
+        error = rkvi_launch_items(plan, rkvi_scan_far<T>, rkvi_far_items(tiles, plan.n_jobs),
+                                  RKVI_TILE_THREADS, sizeof(rkvi_tiles));
+    return error;
+}
+
+static cudaError_t rkvi_run_score(rkvi_plan *plan, bool select_too)
+{
+    cudaError_t error = rkvi_score_type<float>(*plan);
+    if (error == cudaSuccess) error = rkvi_score_type<rkvi_f16>(*plan);
+    if (error == cudaSuccess) error = rkvi_score_type<rkvi_bf16>(*plan);
+    plan->head.args.select_too = select_too;
+    if (error == cudaSuccess)
+        error =
+            rkvi_launch_items(*plan, rkvi_score, 1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
+    if (error == cudaSuccess && plan->call->config->scope != RKV_PER_HEAD)
+        error =
+            rkvi_launch_items(*plan, rkvi_share, (plan->most_scored - 1) / RKVI_HEAD_THREADS + 1,
+                              RKVI_HEAD_THREADS, 0);
+    return error;
+}
+
+static cudaError_t rkvi_run_select(const rkvi_plan &plan)
+{
+    return rkvi_launch_items(plan, rkvi_select, 1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
+}
+
+static cudaError_t rkvi_run_compact(const rkvi_plan &plan)
+{
+    return rkvi_launch_items(plan, rkvi_compact, plan.most_slices, RKVI_MOVE_THREADS, 0);
+}
+
+/* Updates the caller's layers after a stage. */
+static void rkvi_set_counts(const rkv_call &call)
+{
+    int listed = 0;
+    for (int l = 0; l < call.n_layers; l++) {
+        rkv_layer *layer = &call.layers[l];
+        if (rkvi_leads(call.config, call.layers, l)) listed = layer->n_kept;
+        layer->n_kept = rkvi_rows_kept(call, layer->n_tokens, listed);
+        if (call.stage != RKV_SELECT) layer->n_tokens = layer->n_kept;
+    }
+}
+
+static cudaError_t rkvi_run_compress(rkvi_plan *plan)
+{
+    const bool selects = plan->most_scored > 0 && plan->call->config->scope == RKV_PER_HEAD;
+    cudaError_t error = cudaSuccess;
+    if (plan->most_scored > 0) error = rkvi_run_score(plan, selects);
+    if (error == cudaSuccess && !selects) error = rkvi_run_select(*plan);
+    if (error == cudaSuccess && plan->most_tokens > plan->call->config->budget)
+        error = rkvi_run_compact(*plan);
+    return error;
+}
+
+static cudaError_t rkvi_run_stage(rkvi_plan *plan)
+{
+    switch (plan->call->stage) {
+    case RKV_SCORE: /* also where nothing is scored, if there is a fault to report */
+        if (plan->most_scored == 0 && !plan->head.args.checks) return cudaSuccess;
+        return rkvi_run_score(plan, false);
+    case RKV_SELECT: return rkvi_run_select(*plan);
+    case RKV_COMPACT: return rkvi_run_compact(*plan);
+    case RKV_COMPRESS: return rkvi_run_compress(plan);
+    }
+    return cudaErrorInvalidValue;
+}
+
+static rkv_status rkvi_cuda_run(const rkv_backend *self, const rkv_call *call)
+{
+    rkvi_plan plan;
+    const rkv_status status = rkvi_make_plan(&plan, self, call);
+    if (status != RKV_OK) return status;
+    cudaError_t error = rkvi_upload_layers(plan);
+    if (error == cudaSuccess && plan.head.args.checks)
+        error = rkvi_launch_items(plan, rkvi_check, 1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
+    if (error == cudaSuccess) error = rkvi_run_stage(&plan);
+    if (error != cudaSuccess) return rkvi_refuse_device(call->config->error, error);
+    if (call->stage != RKV_SCORE) rkvi_set_counts(*call);
+    return RKV_OK;
+}
+
+/* ---- The table ------------------------------------------------------------------------------ */
+
+/* The address of a kernel, for lists of kernels of different types. */
 template <typename P> static const void *rkvi_kernel(void (*kernel)(P))
 {
     return reinterpret_cast<const void *>(kernel);
 }
 
-/* Asking for the attributes of a kernel loads it, which the runtime otherwise does at its first
- * launch: too late in a capture, and too late to hear that there is no code for this device. */
-static rkv_status rkvi_load_kernel(const void *kernel)
+/* Asking for a kernel's attributes loads it. Otherwise the runtime loads it at its first launch,
+ * which may be in a capture, and only then reports that there is no code for this device. */
+static cudaError_t rkvi_load_kernel(const void *kernel)
 {
     cudaFuncAttributes attributes;
-    return rkvi_status_of(cudaFuncGetAttributes(&attributes, kernel));
+    return rkvi_clear(cudaFuncGetAttributes(&attributes, kernel));
 }
 
-static rkv_status rkvi_load_kernels()
+static cudaError_t rkvi_load_kernels()
 {
-    const int all_shared = 100; /* percent of the L1: as many blocks with tiles as have room */
+    const int all_shared = 100; /* percent of the L1: room for as many tiles as possible */
     const void *const with_tiles[] = {
         rkvi_kernel(rkvi_attend<float>),       rkvi_kernel(rkvi_attend<rkvi_f16>),
         rkvi_kernel(rkvi_attend<rkvi_bf16>),   rkvi_kernel(rkvi_scan_near<float>),
@@ -2893,9 +3053,7 @@ static rkv_status rkvi_load_kernels()
     const void *const others[] = {
         rkvi_kernel(rkvi_upload<RKVI_FEW_ENTRIES>),
         rkvi_kernel(rkvi_upload<RKVI_UPLOAD_ENTRIES>),
-        rkvi_kernel(rkvi_check_tables),
-        rkvi_kernel(rkvi_check_lists),
-        rkvi_kernel(rkvi_check_scores),
+        rkvi_kernel(rkvi_check),
         rkvi_kernel(rkvi_score),
         rkvi_kernel(rkvi_share),
         rkvi_kernel(rkvi_select),
@@ -2903,45 +3061,62 @@ static rkv_status rkvi_load_kernels()
         rkvi_kernel(rkvi_copy_rows),
         rkvi_kernel(rkvi_fill_positions),
     };
-    rkv_status status = RKV_OK;
-    for (size_t i = 0; i < sizeof others / sizeof *others && status == RKV_OK; i++)
-        status = rkvi_load_kernel(others[i]);
-    for (size_t i = 0; i < sizeof with_tiles / sizeof *with_tiles && status == RKV_OK; i++) {
-        status = rkvi_load_kernel(with_tiles[i]);
-        if (status == RKV_OK)
-            status = rkvi_status_of(cudaFuncSetAttribute(
+    cudaError_t error = cudaSuccess;
+    for (size_t i = 0; i < sizeof others / sizeof *others && error == cudaSuccess; i++)
+        error = rkvi_load_kernel(others[i]);
+    for (size_t i = 0; i < sizeof with_tiles / sizeof *with_tiles && error == cudaSuccess; i++) {
+        error = rkvi_load_kernel(with_tiles[i]);
+        if (error == cudaSuccess)
+            error = rkvi_clear(cudaFuncSetAttribute(
                 with_tiles[i], cudaFuncAttributePreferredSharedMemoryCarveout, all_shared));
     }
-    return status;
+    return error;
 }
-
-extern "C" rkv_status rkv_cuda_backend(rkv_backend *out, void *stream)
+static rkv_status rkvi_backend_of(rkv_backend *out, void *stream, rkv_error *error)
 {
     const rkv_backend table = { "cuda",
                                 stream,
                                 rkvi_cuda_workspace_size,
-                                rkvi_cuda_score,
-                                rkvi_cuda_select,
-                                rkvi_cuda_compact,
-                                rkvi_cuda_compress,
+                                rkvi_cuda_run,
                                 rkvi_cuda_alloc,
                                 rkvi_cuda_free,
-                                rkvi_cuda_copy_in,
-                                rkvi_cuda_copy_out,
+                                rkvi_cuda_copy,
                                 rkvi_cuda_copy_rows,
                                 rkvi_cuda_fill_positions,
                                 rkvi_cuda_synchronize };
     int n_devices = 0;
-    if (!out) return RKV_ERROR_ARGUMENT;
-    rkv_status status = rkvi_status_of(cudaGetDeviceCount(&n_devices));
-    if (status == RKV_OK) status = n_devices < 1 ? RKV_ERROR_DEVICE : rkvi_load_kernels();
-    if (status == RKV_OK) *out = table;
-    return status;
+    cudaError_t code = rkvi_clear(cudaGetDeviceCount(&n_devices));
+    if (code == cudaSuccess) code = n_devices < 1 ? cudaErrorNoDevice : rkvi_load_kernels();
+    if (code != cudaSuccess) return rkvi_refuse_device(error, code);
+    *out = table;
+    return rkvi_record(error, RKV_OK, NULL, -1);
 }
 
-extern "C" rkv_status rkv_cuda_register(void *stream)
+/* The registry keeps a pointer to this table. No name: not registered. */
+static rkv_backend rkvi_registered_table;
+
+} /* namespace rkvi_cuda */
+
+extern "C" rkv_status rkv_cuda_backend(rkv_backend *out, void *stream, rkv_error *error)
 {
-    static rkv_backend table; /* the registry keeps a pointer to it */
-    const rkv_status status = rkv_cuda_backend(&table, stream);
-    return status == RKV_OK ? rkv_backend_register(&table) : status;
+    if (!out) return rkvi_cuda::rkvi_record(error, RKV_ERROR_NULL, "out: is NULL", -1);
+    return rkvi_cuda::rkvi_backend_of(out, stream, error);
+}
+
+extern "C" rkv_status rkv_cuda_register(void *stream, rkv_error *error)
+{
+    rkv_backend *const mine = &rkvi_cuda::rkvi_registered_table;
+    rkv_backend table;
+    rkv_status status;
+    if (mine->name && mine->context != stream)
+        return rkvi_cuda::rkvi_record(error, RKV_ERROR_ARGUMENT,
+                                      "stream: \"cuda\" is registered with another stream; "
+                                      "rkv_cuda_backend makes a table for each",
+                                      -1);
+    status = rkvi_cuda::rkvi_backend_of(&table, stream, error);
+    if (status != RKV_OK) return status;
+    *mine = table;
+    status = rkv_backend_register(mine, error);
+    if (status != RKV_OK) mine->name = NULL;
+    return status;
 }

@@ -2,7 +2,8 @@
 # What the documents say agrees with the header: programs, versions, licence.
 # make check
 set -u
-out=${BUILD:-build}/check
+build=${BUILD:-build}
+out=$build/check
 cc=${CC:-cc}
 mkdir -p "$out"
 flags='-std=c99 -pedantic -Wall -Wextra -Wconversion -Wshadow -Werror -I.'
@@ -17,44 +18,138 @@ report() { # what was compared, output that ought to be empty
     fi
 }
 
-# The C blocks of README.md: those with a main() are programs, one file each; the others together
-# are one file after #include "rkv.h".
+# The C blocks of README.md. One with a main() is a program, a file of its own. One with a function
+# or a type in it stands at file scope; these make one file. All others are statements: each is the
+# body of a function. They may use the names below without declaring them.
 rm -f "$out"/*.c
+cat >"$out/names.h" <<'EOF'
+#define RKV_PTHREADS
+#define RKV_CUDA
+#include "rkv.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+extern rkv_config config;
+extern rkv_error error;
+extern rkv_layer layer, layers[32];
+extern rkv_status status;
+extern rkv_cache *cache;
+extern rkv_cache_config cache_config;
+extern rkv_threads *threads;
+extern rkv_tensor keys, values, queries, key, value, query;
+extern rkv_parallel_for my_parallel_for;
+extern const rkv_backend *backend, *gpu;
+extern int n_layers, kv_heads, query_heads, head_dim, window, budget, buffer, capacity;
+extern int n_tokens, n_prompt, n_evicted, n_kept, l, rows, position;
+extern int32_t *kept, *positions, *table;
+extern void *k[32], *v[32], *q[32], *workspace, *stream, *my_pool, *memory;
+extern size_t bytes;
+extern char text[256];
+EOF
 awk -v out="$out" '
-    /^```c$/ { block = ""; inside = 1; next }
+    /^```c$/ { block = ""; inside = 1; scope = 0; next }
     /^```$/ && inside {
         inside = 0
         if (block ~ /int main\(/) printf "%s", block > (out "/program" ++programs ".c")
-        else snippets = snippets block
+        else if (scope) declared = declared block
+        else {
+            n++
+            statements = statements "void snippet" n "(void);\nvoid snippet" n "(void)\n{\n" \
+                block "}\n"
+        }
         next
     }
+    inside && /^([{]|static |enum |typedef |#|struct .*[{]$)/ { scope = 1 }
     inside { block = block $0 "\n" }
-    END { printf "#include \"rkv.h\"\n%s", snippets > (out "/snippets.c") }' README.md
-report 'README.md: the first program is examples/hello.c' \
-    "$(diff "$out/program1.c" examples/hello.c)"
-for source in "$out"/*.c; do
+    END {
+        if (declared) printf "#include \"rkv.h\"\n%s", declared > (out "/declared.c")
+        if (statements) printf "#include \"names.h\"\n%s", statements > (out "/statements.c")
+    }' README.md
+if [ -e "$out/program1.c" ]; then
+    report 'README.md: the first program is examples/hello.c' \
+        "$(diff "$out/program1.c" examples/hello.c)"
+fi
+for source in "$out"/program*.c "$out/declared.c"; do
+    [ -e "$source" ] || continue
     # shellcheck disable=SC2086
     report "README.md: $(basename "$source") compiles" \
         "$($cc $flags -c "$source" -o "$out/readme.o" 2>&1)"
 done
+if [ -e "$out/statements.c" ]; then
+    # shellcheck disable=SC2086
+    report 'README.md: its statements compile' \
+        "$($cc $flags -Wno-shadow -Wno-unused -Wno-uninitialized -c "$out/statements.c" \
+            -o "$out/readme.o" 2>&1)"
+fi
 
+# Each example is listed, says how it is built, and proves what it shows. make has built them.
+for source in examples/*.c; do
+    name=$(basename "$source")
+    report "$source: is in examples/README.md, and says how it is built" "$(
+        grep -qF "$name" examples/README.md || echo 'not in examples/README.md'
+        head -n 6 "$source" | grep -qF "$source" || echo 'no command in its first comment')"
+done
+report 'examples/: each program runs' \
+    "$("$build/tests/test_examples" >"$out/examples.txt" 2>&1 || cat "$out/examples.txt")"
 # shellcheck disable=SC2086
-report 'README.md: its engine runs' \
-    "$($cc $flags -O2 -DREADME_SNIPPETS="\"$out/snippets.c\"" tests/readme_engine.c \
-        -o "$out/readme_engine" -lm 2>&1 && "$out/readme_engine" || echo "status $?")"
+report 'examples/cuda.c compiles' \
+    "$($cc $flags -O2 -c examples/cuda.c -o "$out/cuda.o" 2>&1)"
 
-# The short program of the usage room: code up to the first gap of two blanks, the rest is prose.
+# The decode loop of the usage room runs. Its code is what the comment indents by five blanks, up to
+# a gap of two blanks after a ; or a brace: the rest of such a line is prose. There are two
+# paragraphs of it, for the start and for the end of a token. One without a ; is a formula.
+sed -n '/^ \* ==== 2\. Usage/,/^#ifndef RKV_H/p' rkv.h | awk -v out="$out" '
+    !/^ \*     [^ ]/ && !/^ \*         [^ ]/ {
+        if (paragraph ~ /;/) printf "%s", paragraph > (out "/usage" ++n ".h")
+        paragraph = ""
+        next
+    }
+    {
+        line = substr($0, 8)
+        if (match(line, /[;{}]  /)) line = substr(line, 1, RSTART)
+        paragraph = paragraph line "\n"
+    }'
+cat >"$out/usage.c" <<'EOF'
+#define RKV_IMPLEMENTATION
+#include "rkv.h"
+#include <stdio.h>
+#include <stdlib.h>
+enum { n_layers = 2, kv_heads = 2, query_heads = 4, capacity = 1152, head_dim = 32 };
+static uint16_t keys[n_layers][kv_heads][capacity][head_dim];
+static uint16_t values[n_layers][kv_heads][capacity][head_dim];
+static uint16_t queries[n_layers][query_heads][8][head_dim];
+static rkv_layer layers[n_layers];
+static uint16_t noise(void) { return (uint16_t)(0x3800 | (rand() & 0x3ff) | (rand() & 32) << 10); }
+int main(void)
 {
-    printf '#include "rkv.h"\n#include <stdlib.h>\nint rkv_usage(void *, void *, void *);\n'
-    printf 'enum { kv_heads = 8, query_heads = 32, capacity = 1152, head_dim = 128 };\n'
-    printf 'int rkv_usage(void *k, void *v, void *q)\n{\n    size_t bytes;\n'
-    sed -n '/^ \* The smallest whole/,/^ \* Three numbers/s/^ \*     \([a-z].*\)/\1/p' rkv.h |
-        sed 's/;  .*/;/'
-    printf '    return layer.n_tokens;\n}\n'
-} >"$out/usage.c"
+    void *k[n_layers], *v[n_layers], *q[n_layers], *workspace;
+    int l, t, h, i, rows = 0;
+    size_t bytes;
+    rkv_status status = RKV_OK;
+    rkv_error error;
+    char text[256];
+    for (l = 0; l < n_layers; l++) {
+        k[l] = keys[l];
+        v[l] = values[l];
+        q[l] = queries[l];
+    }
+#include "usage1.h"
+    for (t = 0; t < capacity + 256; t++) {
+        for (l = 0; l < n_layers; l++)
+            for (i = 0; i < head_dim; i++) {
+                for (h = 0; h < kv_heads; h++) keys[l][h][rows][i] = noise();
+                for (h = 0; h < query_heads; h++) queries[l][h][t % 8][i] = noise();
+            }
+#include "usage2.h"
+    }
+    free(workspace);
+    return status == RKV_OK && rows == 1024 ? 0 : 1;
+}
+EOF
 # shellcheck disable=SC2086
-report 'rkv.h: the program of the usage room compiles' \
-    "$($cc $flags -c "$out/usage.c" -o "$out/usage.o" 2>&1)"
+report 'rkv.h: the decode loop of the usage room compiles and runs' \
+    "$($cc $flags -O1 "$out/usage.c" -o "$out/usage" -lm 2>&1 && "$out/usage" ||
+        echo "status $?")"
 
 version=$(awk '/define RKV_VERSION_M|define RKV_VERSION_P/ { v = v s $3; s = "." }
     END { print v }' rkv.h)

@@ -33,7 +33,7 @@ language() { # compiler, language, standard
 }
 
 for standard in c99 c11; do
-    for compiler in gcc clang aarch64-linux-gnu-gcc s390x-linux-gnu-gcc x86_64-w64-mingw32-gcc; do
+    for compiler in gcc clang musl-gcc aarch64-linux-gnu-gcc s390x-linux-gnu-gcc x86_64-w64-mingw32-gcc; do
         language "$compiler" c "$standard"
     done
 done
@@ -42,6 +42,21 @@ for standard in c++11 c++17; do
         language "$compiler" c++ "$standard"
     done
 done
+
+# 32 bits, and a compiler without intrinsics.
+if echo 'int main(void) { return 0; }' | gcc -m32 -x c - -o "$out/m32" 2>/dev/null; then
+    compile 'gcc -m32' c c99 whole '-O2 -c'
+    compile 'gcc -m32' c c99 whole '-O2 -msse2 -mfpmath=sse -c'
+else
+    skipped=$((skipped + 1))
+    echo 'skip  gcc -m32: no C library of 32 bits'
+fi
+if command -v tcc >/dev/null 2>&1; then
+    echo "tcc -Wall -Werror -I. -c $out/whole.c" >>"$out/jobs"
+else
+    skipped=$((skipped + 1))
+    echo 'skip  tcc: not installed'
+fi
 
 # Flags that give up IEEE arithmetic are refused.
 for compiler in gcc clang; do

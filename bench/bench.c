@@ -3,6 +3,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "bench/job.h"
 #include "bench/machine.h"
+#include "tests/golden_file.h"
 #include <dlfcn.h>
 #include <math.h>
 #include <stdio.h>
@@ -90,6 +91,9 @@ static int scalar_is_affordable(const bench_shape *s)
     return s->keys != BENCH_DISTINCT || n * n * s->kv_heads * s->head_dim < 5e9;
 }
 
+static const char *const path_names[] = { "scalar", "neon", "avx2", "avx512" };
+enum { N_PATHS = sizeof path_names / sizeof *path_names };
+
 /* The backend that results are compared with: scalar, or, where that takes too long, any other
  * than the one under test. */
 static const rkv_backend *reference_for(const bench *b, const rkv_backend *backend,
@@ -97,8 +101,10 @@ static const rkv_backend *reference_for(const bench *b, const rkv_backend *backe
 {
     const rkv_backend *other;
     if (scalar_is_affordable(shape)) return b->scalar;
-    for (int i = 0; (other = rkv_backend_at(i)) != NULL; i++)
-        if (other != backend && other != b->scalar) return other;
+    for (int i = N_PATHS - 1; i > 0; i--) {
+        other = rkv_backend_find(path_names[i]);
+        if (other && other != backend) return other;
+    }
     return NULL;
 }
 
@@ -108,13 +114,14 @@ static void print_columns(const char *title)
            "backend", "dtype", "n", "d", "us", "x scalar", "% of roof (bound)");
 }
 
-static void csv_line(bench *b, const bench_shape *s, const char *stage, const char *backend,
+static void csv_line(bench *b, const bench_job *job, const char *stage, const char *backend,
                      int threads, double us, double scalar_us, double roof_us)
 {
+    const bench_shape *s = &job->shape;
     if (!b->csv) return;
-    fprintf(b->csv, "%s,%s,%s,%s,%d,%d,%d,%d,%d,%d,%.2f,%.2f,%.2f\n", bench_keys_name(s->keys),
-            stage, backend, bench_dtype_name(s->dtype), s->kv_heads, s->group, s->head_dim,
-            s->n_tokens, s->budget, threads, us, scalar_us, roof_us);
+    fprintf(b->csv, "%s,%s,%s,%s,%d,%d,%d,%d,%d,%d,%.2f,%.2f,%.2f\n", job->name, stage, backend,
+            bench_dtype_name(s->dtype), s->kv_heads, s->group, s->head_dim, s->n_tokens, s->budget,
+            threads, us, scalar_us, roof_us);
 }
 
 static void print_line(bench *b, const bench_job *job, const rkv_backend *backend,
@@ -126,11 +133,10 @@ static void print_line(bench *b, const bench_job *job, const rkv_backend *backen
     char speedup[32] = "-", share[32] = "-";
     if (scalar_us > 0) snprintf(speedup, sizeof speedup, "%.1f", scalar_us / us);
     if (roof_us > 0) snprintf(share, sizeof share, "%.0f (%s)", 100 * roof_us / us, roof_bound(r));
-    printf("  %-12s %-8s %-8s %-5s %6d %4d %12.1f %10s   %s\n", bench_keys_name(s->keys),
-           stage_names[stage], backend->name, bench_dtype_name(s->dtype), s->n_tokens, s->head_dim,
-           us, speedup, share);
+    printf("  %-12s %-8s %-8s %-5s %6d %4d %12.1f %10s   %s\n", job->name, stage_names[stage],
+           backend->name, bench_dtype_name(s->dtype), s->n_tokens, s->head_dim, us, speedup, share);
     fflush(stdout);
-    csv_line(b, s, stage_names[stage], backend->name, 1, us, scalar_us, roof_us);
+    csv_line(b, job, stage_names[stage], backend->name, 1, us, scalar_us, roof_us);
 }
 
 static int check(bench *b, bench_job *job, const rkv_backend *backend)
@@ -138,8 +144,8 @@ static int check(bench *b, bench_job *job, const rkv_backend *backend)
     const bench_shape *s = &job->shape;
     const rkv_backend *reference = reference_for(b, backend, s);
     if (!reference || reference == backend || bench_job_check(job, backend, reference)) return 1;
-    printf("FAIL  %s differs from %s: %s, %s, n %d\n", backend->name, reference->name,
-           bench_keys_name(s->keys), bench_dtype_name(s->dtype), s->n_tokens);
+    printf("FAIL  %s differs from %s: %s, %s, n %d\n", backend->name, reference->name, job->name,
+           bench_dtype_name(s->dtype), s->n_tokens);
     b->failures++;
     return 0;
 }
@@ -150,7 +156,17 @@ static bench_shape shape_of(bench_keys keys, rkv_dtype dtype, int n_tokens)
     return shape;
 }
 
-/* Checks, then times `backend` and scalar on the stages [first, last]. */
+/* Times `backend` and, where it is affordable, scalar. */
+static void time_stage(bench *b, bench_job *job, const rkv_backend *backend, bench_stage stage)
+{
+    const double us = bench_job_time(job, backend, stage, b->seconds);
+    const double scalar_us = scalar_is_affordable(&job->shape)
+                                 ? bench_job_time(job, b->scalar, stage, 0.2 * b->seconds)
+                                 : 0;
+    print_line(b, job, backend, stage, us, scalar_us);
+}
+
+/* Checks, then times the stages [first, last]. */
 static void bench_stages(bench *b, bench_keys keys, rkv_dtype dtype, int n_tokens,
                          const rkv_backend *backend, bench_stage first, bench_stage last)
 {
@@ -159,14 +175,8 @@ static void bench_stages(bench *b, bench_keys keys, rkv_dtype dtype, int n_token
     bench_job_make(&job, &shape);
     if (check(b, &job, backend)) {
         bench_machine_measure(&b->machine, b->best->name, 1);
-        for (int stage = (int)first; stage <= (int)last; stage++) {
-            const bench_stage at = (bench_stage)stage;
-            const double us = bench_job_time(&job, backend, at, b->seconds);
-            const double scalar_us = scalar_is_affordable(&shape)
-                                         ? bench_job_time(&job, b->scalar, at, 0.2 * b->seconds)
-                                         : 0;
-            print_line(b, &job, backend, at, us, scalar_us);
-        }
+        for (int stage = (int)first; stage <= (int)last; stage++)
+            time_stage(b, &job, backend, (bench_stage)stage);
     }
     bench_job_free(&job);
 }
@@ -187,8 +197,10 @@ static void table_backends(bench *b)
 {
     const rkv_backend *backend;
     print_columns("every CPU path");
-    for (int i = 0; (backend = rkv_backend_at(i)) != NULL; i++)
-        bench_stages(b, BENCH_COSINE_07, RKV_F32, 1152, backend, BENCH_COMPRESS, BENCH_COMPRESS);
+    for (int i = N_PATHS - 1; i >= 0; i--)
+        if ((backend = rkv_backend_find(path_names[i])) != NULL)
+            bench_stages(b, BENCH_COSINE_07, RKV_F32, 1152, backend, BENCH_COMPRESS,
+                         BENCH_COMPRESS);
 }
 
 static void table_keys(bench *b)
@@ -198,6 +210,50 @@ static void table_keys(bench *b)
         for (int t = 0; t < N_DTYPES; t++)
             bench_stages(b, (bench_keys)k, dtypes[t], 1152, b->best, BENCH_COMPRESS,
                          BENCH_COMPRESS);
+}
+
+/* One golden file in one number format; budget and pooling are the file's. */
+static void bench_real(bench *b, const golden *g, const char *name, rkv_dtype dtype)
+{
+    const bench_shape shape = { BENCH_GIVEN, dtype,    g->n_tokens, g->budget,
+                                g->kv_heads, g->group, g->dim };
+    rkv_config config = rkv_config_default(g->budget);
+    bench_job job;
+    config.window = g->window;
+    config.pool = g->pool;
+    bench_job_make_from(&job, &shape, &config, name, g->round[0].keys, g->round[0].queries);
+    if (check(b, &job, b->best)) {
+        bench_machine_measure(&b->machine, b->best->name, 1);
+        time_stage(b, &job, b->best, BENCH_SCORE);
+        time_stage(b, &job, b->best, BENCH_COMPRESS);
+    }
+    bench_job_free(&job);
+}
+
+static void table_real(bench *b)
+{
+    static const char *const files[][2] = {
+        { "real_prose_layer00_f16", "real L0" },
+        { "real_prose_layer02_f16", "real L2" },
+        { "real_prose_layer15_f16", "real L15" },
+        { "real_trace_layer22_f16", "real L22" },
+    };
+    print_columns(
+        "real keys: layers 0, 2, 15, 22 of SmolLM2-135M-Instruct, f16 as stored\n"
+        "# 3 kv heads, 9 query heads, 640 -> 256, 1152 -> 768, 1152 -> 1024 and 900 -> 512\n"
+        "# In the 90 heads of that model the mean cosine is 0.57 (0.30 to 0.75). 95 % of the\n"
+        "# rows find their similar key among the newest 32 tokens, 98 % among the newest 128.\n"
+        "# 4 heads are hard: up to 164 of 1152 rows look back more than 512 tokens. In 53\n"
+        "# heads one row, the first token, resembles none. So isotropic keys are the worst\n"
+        "# case, not a typical one, and cosine 0.7 without an outlier is not typical either.");
+    for (int i = 0; i < 4; i++) {
+        golden g;
+        if (golden_read(&g, "tests/golden", files[i][0]))
+            for (int t = 0; t < N_DTYPES; t++) bench_real(b, &g, files[i][1], dtypes[t]);
+        else
+            printf("# %s: not run, tests/golden has no such file\n", files[i][1]);
+        golden_free(&g);
+    }
 }
 
 static void table_growth(bench *b)
@@ -284,7 +340,7 @@ static void table_threads(bench *b)
             printf("  %-12s %6d %12.1f %12.1f %8.2f\n", bench_keys_name(shape.keys), lengths[i],
                    us[0], us[1], us[0] / us[1]);
             fflush(stdout);
-            csv_line(b, &shape, "compress", b->best->name, 2, us[1], 0, 0);
+            csv_line(b, &job, "compress", b->best->name, 2, us[1], 0, 0);
             bench_machine_measure(&one, b->best->name, 1);
             bench_machine_measure(&two, b->best->name, 2);
         }
@@ -342,7 +398,7 @@ static void table_blas(bench *b)
         return;
     }
     set_threads(1);
-    printf("\n# worst case, no two keys alike, f32, beside OpenBLAS's sgemm (%s) of the n x n\n"
+    printf("\n# worst case, no two keys similar, f32, beside OpenBLAS's sgemm (%s) of the n x n\n"
            "# Gram matrix alone, 1 thread, in turns; the whole of rkv_compress against only that\n"
            "# %6s %14s %14s %12s\n",
            core_name(), "n", "rkv us", "sgemm us", "sgemm / rkv");
@@ -361,7 +417,7 @@ static void table_blas(bench *b)
         free(gram);
         printf("  %6d %14.1f %14.1f %12.2f\n", lengths[i], rkv_us, sgemm_us, sgemm_us / rkv_us);
         fflush(stdout);
-        csv_line(b, &shape, "gram", "openblas", 1, sgemm_us, 0, 0);
+        csv_line(b, &job, "gram", "openblas", 1, sgemm_us, 0, 0);
     }
 }
 
@@ -407,23 +463,23 @@ int main(int argc, char **argv)
     bench_machine_measure(&b.machine, b.best->name, 1);
     bench_machine_title(BENCH_FLAGS);
     print_machine(&b, "this machine");
-    printf(
-        "# %d kv heads, %d query heads, head dim %d, window 8; 1 thread unless said otherwise\n"
-        "# us: least of the runs that fit in %.2g s, over copies of the layer of 64 MiB in all\n"
-        "# roof: per stage the larger of flops / peak and bytes / bandwidth, added up;\n"
-        "#   score    (2 window group (n - window) + 6 n + 2 pairs) d flops, keys read once\n"
-        "#            pairs: those that a scan from the newest key back to the first look-alike\n"
-        "#            of each key meets, each once\n"
-        "#   compact  rows that move, K and V, read and written\n"
-        "# before it is timed each case is compared with scalar (the all-pairs case at large n\n"
-        "# with another path): scores to the bit, kept sets, moved rows\n",
-        KV_HEADS, KV_HEADS * GROUP, HEAD_DIM, b.seconds);
+    printf("# %d kv heads, %d query heads, head dim %d, window 8; 1 thread unless said otherwise\n"
+           "# us: least of the runs that fit in %.2g s, over copies of the layer of 64 MiB in all\n"
+           "# roof: per stage the larger of flops / peak and bytes / bandwidth, added up;\n"
+           "#   score    (2 window group (n - window) + 6 n + 2 pairs) d flops, keys read once\n"
+           "#            pairs: those that a scan from the newest key back to the first similar\n"
+           "#            key of each row meets, each once\n"
+           "#   compact  rows that move, K and V, read and written\n"
+           "# before it is timed each case is compared with scalar (the all-pairs case at large n\n"
+           "# with another path): scores to the bit, kept sets, moved rows\n",
+           KV_HEADS, KV_HEADS * GROUP, HEAD_DIM, b.seconds);
     if (b.csv)
         fprintf(b.csv, "keys,stage,backend,dtype,kv_heads,group,head_dim,n,budget,threads,us,"
                        "scalar_us,roof_us\n");
     table_stages(&b);
     table_backends(&b);
     table_keys(&b);
+    table_real(&b);
     table_threads(&b);
     table_blas(&b);
     table_workspace(&b);

@@ -1,12 +1,12 @@
-/* One table of rkv_cuda.cu's times beside the time that the bytes alone would take on this card.
- *     make bench-cuda        (one case: build/cuda/bench_cuda --only NAME; --stages: the three
- *                             stages as well, one by one, to see where the time goes)
+/* The times of rkv_cuda.cu, beside the time that its memory traffic alone would take on this card.
+ *     make bench-cuda        (one case: build/cuda/bench_cuda --only NAME; --stages: also the three
+ *                             stages one by one, which shows where the time goes)
  *
- * Floor: bytes that must move over the bandwidth of a device copy measured in this run. The bytes
- * are keys and queries read once, rows that change place written (keys) or read and written
- * (values). Times are medians of event pairs around one call, as a graph replay and as plain
- * launches, warmed up, on sets of inputs that together are three times the L2 and that are filled
- * afresh before every pass. The kept rows of the first layer are checked against the CPU. */
+ * Floor: the bytes that must move, divided by the bandwidth of a device copy in the same run. Keys
+ * and queries are read once; of the rows that move, keys are written and values read and written.
+ * Each time is the median over event pairs around one call, replayed as a graph or launched, after
+ * a warm-up. The input sets are together three times the size of the L2 and are refilled before
+ * every pass. The kept rows of the first layer are compared with the CPU's. */
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -20,15 +20,14 @@
 #include <chrono>
 #include <vector>
 
+#define RKV_CUDA
 #include "rkv.h"
-
-extern "C" rkv_status rkv_cuda_backend(rkv_backend *out, void *stream);
 
 struct bench_case {
     const char *name;
     int layers, batch, kv_heads, group, head_dim, n_tokens, budget;
     rkv_dtype dtype;
-    float cosine; /* mean cosine of the keys; 0: no two alike */
+    float cosine; /* mean cosine of the keys; 0: no two are similar */
 };
 static const bench_case cases[] = {
     { "28 layers, batch 1", 28, 1, 2, 6, 128, 1152, 1024, RKV_BF16, 0.7f },
@@ -38,10 +37,10 @@ static const bench_case cases[] = {
     { "32 layers, batch 1, f16", 32, 1, 8, 4, 128, 1152, 1024, RKV_F16, 0.7f },
     { "32 layers, batch 1, f32", 32, 1, 8, 4, 128, 1152, 1024, RKV_F32, 0.7f },
     { "32 layers, batch 16, f32", 32, 16, 8, 4, 128, 1152, 1024, RKV_F32, 0.7f },
-    { "32 layers, batch 1, none alike", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.0f },
-    { "32 layers, batch 16, none alike", 32, 16, 8, 4, 128, 1152, 1024, RKV_BF16, 0.0f },
+    { "32 layers, batch 1, none similar", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.0f },
+    { "32 layers, batch 16, none similar", 32, 16, 8, 4, 128, 1152, 1024, RKV_BF16, 0.0f },
     { "36 layers, long", 36, 1, 8, 4, 128, 16807, 8403, RKV_BF16, 0.7f },
-    { "36 layers, long, none alike", 36, 1, 8, 4, 128, 16807, 8403, RKV_BF16, 0.0f },
+    { "36 layers, long, none similar", 36, 1, 8, 4, 128, 16807, 8403, RKV_BF16, 0.0f },
 };
 enum { N_CASES = sizeof cases / sizeof *cases, WINDOW = 8, PASSES = 10 };
 
@@ -51,15 +50,17 @@ static void must(cudaError_t error, const char *what)
     printf("FAIL  %s: %s\n", what, cudaGetErrorString(error));
     exit(1);
 }
+static rkv_error error; /* of the last call */
 static void must(rkv_status status, const char *what)
 {
+    char text[256];
     if (status == RKV_OK) return;
-    printf("FAIL  %s: %s\n", what, rkv_status_string(status));
+    printf("FAIL  %s: %s\n", what, rkv_explain(&error, text, sizeof text));
     exit(1);
 }
 
 /* ---- Inputs ---------------------------------------------------------------------------------- */
-/* A number from a place and a seed: splitmix64, Box-Muller. */
+/* A normal number from an index and a seed: splitmix64, Box-Muller. */
 static __device__ float normal_at(uint64_t i, uint64_t seed)
 {
     uint64_t z = i * 0x9e3779b97f4a7c15ull + seed;
@@ -83,7 +84,7 @@ static __device__ void store(__nv_bfloat16 *at, float x)
     *at = __float2bfloat16(x);
 }
 
-/* rows of `dim`; every `rows_per_head` of them share a direction. */
+/* Rows of `dim` elements; each `rows_per_head` of them share a direction. */
 template <typename T>
 static __global__ void fill_rows(T *rows, uint64_t n, int dim, int rows_per_head, float cosine,
                                  uint64_t seed)
@@ -200,11 +201,12 @@ static void make_job(bench_job *job, const bench_case &c, size_t l2_bytes)
         static_cast<uint64_t>(n_jobs(c)) * WINDOW * static_cast<uint64_t>(c.kv_heads * c.group);
     job->c = c;
     job->config = rkv_config_default(c.budget);
+    job->config.error = &error;
     job->element = c.dtype == RKV_F32 ? 4 : 2;
     job->row_bytes = dim * job->element;
     job->tensor_bytes = rows * job->row_bytes;
     must(cudaStreamCreate(&job->stream), "stream");
-    must(rkv_cuda_backend(&job->backend, job->stream), "rkv_cuda_backend");
+    must(rkv_cuda_backend(&job->backend, job->stream, &error), "rkv_cuda_backend");
     job->fresh_keys = device_memory(job->tensor_bytes);
     job->fresh_values = device_memory(job->tensor_bytes);
     job->queries = device_memory(query_rows * job->row_bytes);
@@ -222,7 +224,7 @@ static void make_job(bench_job *job, const bench_case &c, size_t l2_bytes)
          "rkv_workspace_size");
     job->workspace = device_memory(job->workspace_bytes);
     refill(*job, job->sets[0]);
-    compress(job, &job->sets[0]); /* loads the kernels, which a capture must not */
+    compress(job, &job->sets[0]); /* once outside of a capture */
     must(cudaStreamSynchronize(job->stream), "rkv_compress");
     for (size_t i = 0; i < job->sets.size(); i++) capture(job, &job->sets[i]);
 }
@@ -243,7 +245,7 @@ static void free_job(bench_job *job)
 }
 
 /* ---- Checking and measuring ------------------------------------------------------------------ */
-/* Rows that change place, over all heads; runs the call once. */
+/* Rows that move, over all heads; runs the call once. */
 static double count_moved(bench_job *job)
 {
     const size_t n =
@@ -294,8 +296,8 @@ static int differing_tokens(const bench_job &job)
     return differ;
 }
 
-/* Passes before the timed ones: two, and as many as a tenth of a second has, since the clocks of
- * an idle card are low. */
+/* Passes before the timed ones: at least two and at least a tenth of a second, since an idle card
+ * runs at a low clock. */
 struct bench_warm_up {
     std::chrono::steady_clock::time_point begin;
     int passes;
@@ -352,12 +354,15 @@ static double time_calls(bench_job *job, bool as_graph)
     return median(&us);
 }
 
-/* Median microseconds of rkv_score, rkv_select and rkv_compact, as plain launches. Each describes
- * the layers to the device anew, so that together they take longer than one rkv_compress. */
+typedef rkv_status (*stage_function)(const rkv_backend *, const rkv_config *, rkv_layer *, int,
+                                     void *, size_t);
+
+/* Median microseconds of rkv_score, rkv_select and rkv_compact, as plain launches. Each of them
+ * uploads the description of the layers, so together they take longer than one rkv_compress. */
 static void print_stages(bench_job *job)
 {
     enum { STAGES = 3 };
-    static const rkv_stage stages[STAGES] = { rkv_score, rkv_select, rkv_compact };
+    static const stage_function stages[STAGES] = { rkv_score, rkv_select, rkv_compact };
     const bench_case &c = job->c;
     const size_t candidates = static_cast<size_t>(c.kv_heads * (c.n_tokens - WINDOW));
     const size_t n_layers = static_cast<size_t>(n_jobs(c));
@@ -396,7 +401,7 @@ static void print_stages(bench_job *job)
            median(&us[2]));
 }
 
-/* GB/s of a device copy, read and written bytes counted. */
+/* GB/s of a device copy; bytes read and bytes written both count. */
 static double copy_bandwidth()
 {
     const size_t bytes = static_cast<size_t>(1) << 30;
@@ -424,7 +429,7 @@ static double copy_bandwidth()
     return median(&rate);
 }
 
-/* Microseconds of a case in PyTorch, from bench/peer_torch_cuda.py; 0: not there. */
+/* Microseconds of a case in PyTorch, from bench/peer_torch_cuda.py; 0 if it was not measured. */
 static double peer_time(const char *path, const char *name)
 {
     char line[256];
@@ -445,7 +450,7 @@ struct bench_options {
     bool stages;
 };
 
-/* One line on stderr and false where the words are none that the program knows. */
+/* False, after a line on stderr, if an argument is unknown. */
 static bool read_options(bench_options *options, int argc, char **argv)
 {
     const struct {
@@ -509,7 +514,7 @@ static bool run_case(const bench_case &c, const bench_options &options, size_t l
                 types[c.dtype], bytes, floor_us, graph_us, stream_us, graph_us / floor_us, differ,
                 job.workspace_bytes, peer_us);
     free_job(&job);
-    return differ * 200 <= c.kv_heads * c.budget; /* ties apart */
+    return differ * 200 <= c.kv_heads * c.budget; /* near ties may differ */
 }
 
 static void print_head(FILE *out, const bench_options &options, const cudaDeviceProp &device,

@@ -1,13 +1,13 @@
-/* What the CUDA kernels execute for one rkv_compress of one layer, counted in the PTX by
- * tests/cuda/ptx.cc: no GPU, no clock, and so the same numbers every time.
+/* Counts what the CUDA kernels execute for one rkv_compress of one layer. tests/cuda/ptx.cc
+ * interprets the PTX: no GPU, no clock, the same numbers every time.
  *     make count-cuda        (one case: RKV_PTX_COUNTS=1 build/cuda/ptx/count_cuda KV_HEADS GROUP
  *                             HEAD_DIM N BUDGET f32|f16|bf16 KEYS, keys as in bench/job.c)
  *
- * The assembler makes other instructions of it, about as many. A call for many layers executes less
- * for each: blocks then have several tiles, and queries are loaded once for them. */
+ * The assembler turns PTX into other instructions, but about as many. A call for many layers
+ * executes fewer per layer: each block then has several tiles and loads its queries once. */
+#define RKV_CUDA
 extern "C" {
 #include "bench/job.h"
-rkv_status rkv_cuda_backend(rkv_backend *out, void *stream);
 }
 
 static void must(bool holds, const char *what)
@@ -16,7 +16,7 @@ static void must(bool holds, const char *what)
     fprintf(stderr, "count_cuda: %s\n", what);
     exit(1);
 }
-/* A copy on the device of what the host fills. */
+/* Device memory, filled from the host's if that is not NULL. */
 static void *device_memory(size_t bytes, const void *host)
 {
     void *memory = NULL;
@@ -53,7 +53,7 @@ int main(int argc, char **argv)
     rkv_backend cuda;
     rkv_layer layer = RKV_INIT;
     size_t bytes = 0;
-    must(rkv_cuda_backend(&cuda, NULL) == RKV_OK, "rkv_cuda_backend");
+    must(rkv_cuda_backend(&cuda, NULL, NULL) == RKV_OK, "rkv_cuda_backend");
     layer.keys = rkv_tensor_make(device_memory(key_bytes, keys.data()), shape.dtype, shape.kv_heads,
                                  shape.n_tokens, shape.head_dim);
     layer.values = rkv_tensor_make(device_memory(key_bytes, keys.data()), shape.dtype,

@@ -152,7 +152,8 @@ static void decode_step(lockstep *t)
     model_forward(t->model, t->scratch, t->n_lanes, tokens, positions, attend, t);
     for (int i = 0; i < t->n_lanes; i++) {
         const rkv_status status = own_cache_advance(t->lanes[i], 1);
-        if (status != RKV_OK) die("%s", rkv_status_string(status));
+        char why[256];
+        if (status != RKV_OK) die("%s", rkv_explain(&t->lanes[i]->error, why, sizeof why));
     }
 }
 

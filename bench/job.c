@@ -116,7 +116,7 @@ static void unit_row(const bench_job *run, int head, int token, float *unit)
     for (size_t i = 0; i < dim; i++) unit[i] *= norm;
 }
 
-/* Rows from the newest back to the first that looks like row `token`. */
+/* Rows from the newest back to the first that is similar to row `token`. */
 static int steps_back(const bench_job *run, int head, int token, float *own, float *other)
 {
     int j = run->shape.n_tokens - 1;
@@ -138,7 +138,7 @@ static double pairs_to_look_at(const bench_job *run)
     const bench_shape *s = &run->shape;
     const double all = (double)s->kv_heads * s->n_tokens * (s->n_tokens - 1) / 2;
     double pairs = 0;
-    if (s->keys == BENCH_ZERO) return 0; /* a zero key has no look-alike, and needs no search */
+    if (s->keys == BENCH_ZERO) return 0; /* a zero key has no similar key, and needs no search */
     if (s->keys == BENCH_DISTINCT) return all;
     float *rows = (float *)alloc_checked(2 * (size_t)s->head_dim * sizeof *rows);
     for (int h = 0; h < s->kv_heads; h++)
@@ -169,26 +169,54 @@ static rkv_layer make_layer(const bench_job *run, void *queries)
     return layer;
 }
 
-void bench_job_make(bench_job *run, const bench_shape *s)
+/* The copies, once the keys are in run->pristine; takes the queries over. */
+static void make_copies(bench_job *run, void *queries)
 {
-    const size_t row = (size_t)s->head_dim * dtype_bytes(s->dtype);
-    memset(run, 0, sizeof *run);
-    run->shape = *s;
-    run->config = rkv_config_default(s->budget);
-    /* Of 65536 unrelated keys of dim 128 a few pairs pass cosine 0.5 by chance, none 0.65. */
-    if (s->keys == BENCH_DISTINCT) run->config.threshold = 0.65f;
-    run->key_bytes = (size_t)s->kv_heads * (size_t)s->n_tokens * row;
-    run->pristine = alloc_checked(run->key_bytes);
-    bench_fill_keys(run->pristine, s);
-
-    const size_t window = (size_t)run->config.window;
-    void *queries = alloc_checked((size_t)s->kv_heads * (size_t)s->group * window * row);
-    bench_fill_queries(queries, s, run->config.window);
-
     run->n_copies = (int)(COLD_BYTES / (2 * run->key_bytes)) + 1;
     run->layers = (rkv_layer *)alloc_checked((size_t)run->n_copies * sizeof *run->layers);
     for (int c = 0; c < run->n_copies; c++) run->layers[c] = make_layer(run, queries);
     run->pairs = pairs_to_look_at(run);
+}
+
+static size_t query_count(const bench_shape *s, const rkv_config *config)
+{
+    return (size_t)s->kv_heads * (size_t)s->group * (size_t)config->window * (size_t)s->head_dim;
+}
+
+static void start_job(bench_job *run, const bench_shape *s, const rkv_config *config,
+                      const char *name)
+{
+    memset(run, 0, sizeof *run);
+    run->shape = *s;
+    run->config = *config;
+    run->name = name;
+    run->key_bytes =
+        (size_t)s->kv_heads * (size_t)s->n_tokens * (size_t)s->head_dim * dtype_bytes(s->dtype);
+    run->pristine = alloc_checked(run->key_bytes);
+}
+
+void bench_job_make(bench_job *run, const bench_shape *s)
+{
+    rkv_config config = rkv_config_default(s->budget);
+    void *queries = alloc_checked(query_count(s, &config) * dtype_bytes(s->dtype));
+    /* Of 65536 unrelated keys of dim 128 a few pairs pass cosine 0.5 by chance, none 0.65. */
+    if (s->keys == BENCH_DISTINCT) config.threshold = 0.65f;
+    start_job(run, s, &config, bench_keys_name(s->keys));
+    bench_fill_keys(run->pristine, s);
+    bench_fill_queries(queries, s, config.window);
+    make_copies(run, queries);
+}
+
+void bench_job_make_from(bench_job *run, const bench_shape *s, const rkv_config *config,
+                         const char *name, const float *keys, const float *queries)
+{
+    const size_t n = query_count(s, config);
+    void *own = alloc_checked(n * dtype_bytes(s->dtype));
+    start_job(run, s, config, name);
+    for (size_t i = 0; i < run->key_bytes / dtype_bytes(s->dtype); i++)
+        store(run->pristine, s->dtype, i, keys[i]);
+    for (size_t i = 0; i < n; i++) store(own, s->dtype, i, queries[i]);
+    make_copies(run, own);
 }
 
 void bench_job_free(bench_job *run)

@@ -11,13 +11,14 @@
 /* How the keys of a layer relate. The cost of redundancy depends on nothing else. */
 typedef enum bench_keys {
     BENCH_COSINE_07, /* a common direction: any two keys have cosine 0.7, give or take      */
-    BENCH_COSINE_04, /* ... 0.4: a look-alike every few tens of tokens                      */
+    BENCH_COSINE_04, /* ... 0.4: a similar key every few tens of tokens                     */
     BENCH_OUTLIERS,  /* mean cosine 0.4, and 12 % of the keys resemble no other             */
     BENCH_REPEATS,   /* a phrase of 96 unrelated keys, over and over, to the bit            */
     BENCH_IDENTICAL, /* every key the same                                                  */
     BENCH_ZERO,      /* every key zero                                                      */
-    BENCH_DISTINCT,  /* no two keys alike: the worst case                                   */
-    BENCH_KEYS_COUNT
+    BENCH_DISTINCT,  /* no two keys similar: the worst case                                 */
+    BENCH_KEYS_COUNT,
+    BENCH_GIVEN = BENCH_KEYS_COUNT /* not made here: see bench_job_make_from                */
 } bench_keys;
 
 typedef enum bench_stage { BENCH_SCORE, BENCH_SELECT, BENCH_COMPACT, BENCH_COMPRESS } bench_stage;
@@ -32,13 +33,14 @@ typedef struct bench_shape {
  * runs take turns over the copies: each finds its rows as cold as an engine leaves them. */
 typedef struct bench_job {
     bench_shape shape;
+    const char *name; /* of the keys */
     rkv_config config;
     rkv_layer *layers; /* [n_copies]                                                         */
     int n_copies;
     void *pristine; /* the keys before any compaction                                        */
     size_t key_bytes;
     double pairs; /* of keys that redundancy has to look at: for each row those from the newest
-                     back to its first look-alike, no pair twice; of all heads               */
+                     back to its first similar key, no pair twice; of all heads              */
     void *workspace;
     size_t workspace_bytes;
 } bench_job;
@@ -53,6 +55,10 @@ void bench_fill_queries(void *out, const bench_shape *shape, int window);
 
 /* All of these end the program with a message when memory or a call fails. */
 void bench_job_make(bench_job *job, const bench_shape *shape);
+/* From given numbers, rounded to the shape's dtype: keys [kv_heads][n_tokens][head_dim], queries
+ * [kv_heads * group][window][head_dim]. The name must outlive the job. */
+void bench_job_make_from(bench_job *job, const bench_shape *shape, const rkv_config *config,
+                         const char *name, const float *keys, const float *queries);
 void bench_job_free(bench_job *job);
 void bench_job_run(bench_job *job, const rkv_backend *backend, bench_stage stage, int copy);
 

@@ -34,7 +34,7 @@ def scores(keys, queries):
     logits = queries @ keys[:, None, : n - WINDOW].transpose(-1, -2) / math.sqrt(dim)
     attention = torch.softmax(logits.amax(dim=1), dim=-1).mean(dim=1)
     importance = torch.nn.functional.max_pool1d(attention, POOL, stride=1, padding=POOL // 2)
-    # Redundancy: cosines, of which each row leaves out its most recent look-alike (or column 0).
+    # Redundancy: cosines, of which each row leaves out its newest similar key (or column 0).
     unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
     cosine = unit @ unit.transpose(-1, -2)
     cosine.diagonal(dim1=-2, dim2=-1).zero_()

@@ -18,10 +18,10 @@ CASES = (
     ("32 layers, batch 1, f16", 32, 1, 8, 4, 128, 1152, 1024, torch.float16, 0.7),
     ("32 layers, batch 1, f32", 32, 1, 8, 4, 128, 1152, 1024, torch.float32, 0.7),
     ("32 layers, batch 16, f32", 32, 16, 8, 4, 128, 1152, 1024, torch.float32, 0.7),
-    ("32 layers, batch 1, none alike", 32, 1, 8, 4, 128, 1152, 1024, torch.bfloat16, 0.0),
-    ("32 layers, batch 16, none alike", 32, 16, 8, 4, 128, 1152, 1024, torch.bfloat16, 0.0),
+    ("32 layers, batch 1, none similar", 32, 1, 8, 4, 128, 1152, 1024, torch.bfloat16, 0.0),
+    ("32 layers, batch 16, none similar", 32, 16, 8, 4, 128, 1152, 1024, torch.bfloat16, 0.0),
     ("36 layers, long", 36, 1, 8, 4, 128, 16807, 8403, torch.bfloat16, 0.7),
-    ("36 layers, long, none alike", 36, 1, 8, 4, 128, 16807, 8403, torch.bfloat16, 0.0),
+    ("36 layers, long, none similar", 36, 1, 8, 4, 128, 16807, 8403, torch.bfloat16, 0.0),
 )
 TIMED_LAYERS = 8
 

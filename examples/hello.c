@@ -15,19 +15,25 @@ int main(void)
     for (size_t i = 0; i < sizeof k / sizeof *x; i++) x[i] = (float)rand() / (float)RAND_MAX;
     for (size_t i = 0; i < sizeof q / sizeof *y; i++) y[i] = (float)rand() / (float)RAND_MAX;
 
+    rkv_error error;
     rkv_config config = rkv_config_default(1024);
+    config.error = &error;
     rkv_layer layer = RKV_INIT;
     layer.keys = rkv_tensor_make(k, RKV_F32, kv_heads, n_tokens, head_dim);
     layer.values = rkv_tensor_make(v, RKV_F32, kv_heads, n_tokens, head_dim);
     layer.queries = rkv_tensor_make(q, RKV_F32, query_heads, window, head_dim);
     layer.n_tokens = n_tokens;
 
+    char text[256];
     size_t bytes = 0;
-    rkv_workspace_size(NULL, &config, &layer, 1, &bytes);
+    rkv_status status = rkv_workspace_size(NULL, &config, &layer, 1, &bytes);
     void *workspace = malloc(bytes);
-    rkv_status status = rkv_compress(NULL, &config, &layer, 1, workspace, bytes);
-    printf("%s: %d tokens kept, %d evicted per KV head, %zu bytes of workspace\n",
-           rkv_status_string(status), layer.n_kept, layer.n_evicted, bytes);
+    if (status == RKV_OK) status = rkv_compress(NULL, &config, &layer, 1, workspace, bytes);
+    if (status == RKV_OK)
+        printf("%d of %d tokens kept per KV head, with %zu bytes of workspace\n", layer.n_kept,
+               n_tokens, bytes);
+    else
+        printf("%s\n", rkv_explain(&error, text, sizeof text));
     free(workspace);
     return status == RKV_OK ? 0 : 1;
 }

@@ -3,6 +3,7 @@
 #include "harness.h"
 
 #include <float.h>
+#include <fenv.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -680,11 +681,33 @@ int config_window(const rkv_config *config)
     return config->window ? config->window : 8;
 }
 
+int config_protect(const rkv_config *config)
+{
+    return config->protect > config_window(config) ? config->protect : config_window(config);
+}
+
+/* As many rows as asked for, and no more among the candidates than can be kept. */
+static void make_pins(job *j, rng *r, const rkv_config *config, int stride)
+{
+    int first = config->pinned, end = j->shape.n_tokens - config_protect(config), set, row;
+    block_make(&j->pins, (size_t)j->sets * (size_t)stride, 0, rng_below(r, 2));
+    j->layer.pins = j->pins.data;
+    for (set = 0; set < j->sets; set++) {
+        int left = config->budget - config_protect(config) - first;
+        for (row = 0; row < stride; row++) {
+            int is_candidate = row >= first && row < end;
+            int pin = rng_below(r, 100) < j->shape.pins && (!is_candidate || left-- > 0);
+            j->layer.pins[set * stride + row] = (uint8_t)(pin ? 1 + rng_below(r, 255) : 0);
+        }
+    }
+    block_remember(&j->pins);
+}
+
 /* Outputs of a job: memory for as many sets as the scope has, sentinels in it. */
 static void make_outputs(job *j, rng *r, const rkv_config *config)
 {
     const shape *s = &j->shape;
-    int stride = s->position_stride ? s->position_stride : s->capacity, set, row;
+    int stride = s->row_stride ? s->row_stride : s->capacity, set, row;
     size_t scored = s->n_tokens > j->window ? (size_t)(s->n_tokens - j->window) : 0;
     size_t sets = (size_t)j->sets, heads = (size_t)s->kv_heads;
     int32_t *positions;
@@ -695,7 +718,7 @@ static void make_outputs(job *j, rng *r, const rkv_config *config)
     block_make(&j->positions, sets * (size_t)stride * sizeof(int32_t), 0, rng_below(r, 2));
     j->layer.kept = (int32_t *)(void *)j->kept.data;
     positions = j->layer.positions = (int32_t *)(void *)j->positions.data;
-    j->layer.position_stride = s->position_stride;
+    j->layer.row_stride = s->row_stride;
     for (set = 0; set < j->sets; set++) {
         int32_t position = rng_below(r, 5);
         for (row = 0; row < s->n_tokens; row++) {
@@ -704,6 +727,7 @@ static void make_outputs(job *j, rng *r, const rkv_config *config)
         }
     }
     block_remember(&j->positions);
+    if (s->pins) make_pins(j, r, config, stride);
     if (config->scope == RKV_PER_HEAD) return;
     block_make(&j->shared, scored * sizeof(float), 0, rng_below(r, 2));
     j->layer.shared_scores = (float *)(void *)j->shared.data;
@@ -778,6 +802,7 @@ void job_free(job *j)
     view_free(&j->queries);
     block_free(&j->kept);
     block_free(&j->positions);
+    block_free(&j->pins);
     block_free(&j->scores);
     block_free(&j->shared);
     memset(j, 0, sizeof *j);
@@ -790,6 +815,7 @@ void job_restore(job *j)
     view_restore(&j->queries);
     if (j->kept.base) block_restore(&j->kept);
     if (j->positions.base) block_restore(&j->positions);
+    if (j->pins.base) block_restore(&j->pins);
     if (j->scores.base) block_restore(&j->scores);
     if (j->shared.base) block_restore(&j->shared);
     j->layer = j->remembered;
@@ -798,18 +824,18 @@ void job_restore(job *j)
 int job_inputs_unchanged(const char *at, const job *j)
 {
     return view_unchanged(at, &j->keys) & view_unchanged(at, &j->values) &
-           view_unchanged(at, &j->queries) & block_unchanged(at, &j->positions);
+           view_unchanged(at, &j->queries) & block_unchanged(at, &j->positions) &
+           block_unchanged(at, &j->pins);
 }
 
 static int layer_unchanged(const char *at, const rkv_layer *now, const rkv_layer *before)
 {
     int same = now->keys.data == before->keys.data && now->values.data == before->values.data &&
                now->queries.data == before->queries.data && now->kept == before->kept &&
-               now->positions == before->positions && now->scores == before->scores &&
-               now->shared_scores == before->shared_scores;
+               now->positions == before->positions && now->pins == before->pins &&
+               now->scores == before->scores && now->shared_scores == before->shared_scores;
     return expect_true(at, same) & expect_int(at, 0, now->n_tokens, before->n_tokens) &
-           expect_int(at, 1, now->n_kept, before->n_kept) &
-           expect_int(at, 2, now->n_evicted, before->n_evicted);
+           expect_int(at, 1, now->n_kept, before->n_kept);
 }
 
 int job_unchanged(const char *at, const job *j)
@@ -823,23 +849,27 @@ int job_guards(const char *at, const job *j)
 {
     return block_guards(at, &j->keys.memory) & block_guards(at, &j->values.memory) &
            block_guards(at, &j->queries.memory) & block_guards(at, &j->kept) &
-           block_guards(at, &j->positions) & block_guards(at, &j->scores) &
-           block_guards(at, &j->shared);
+           block_guards(at, &j->positions) & block_guards(at, &j->pins) &
+           block_guards(at, &j->scores) & block_guards(at, &j->shared);
 }
 
-/* Positions of each set: gathered in front, all others as they were. */
+/* Positions and pins of each set: gathered in front, all others as they were. */
 static int positions_gathered(const char *at, const job *j, const int32_t *sets, int budget,
                               int n_kept)
 {
     const int32_t *before = (const int32_t *)(const void *)block_before(&j->positions);
     const int32_t *now = (const int32_t *)(const void *)j->positions.data;
-    int stride = j->shape.position_stride ? j->shape.position_stride : j->shape.capacity;
+    const uint8_t *pins_before = block_before(&j->pins);
+    int stride = j->shape.row_stride ? j->shape.row_stride : j->shape.capacity;
     int set, row;
     if (j->positions.base == NULL || j->layer.positions == NULL) return 1;
     for (set = 0; set < j->sets; set++)
         for (row = 0; row < stride; row++) {
             int from = row < n_kept ? sets[set * budget + row] : row;
             if (!expect_int(at, row, now[set * stride + row], before[set * stride + from]))
+                return 0;
+            if (j->layer.pins && !expect_int("pins", row, j->pins.data[set * stride + row],
+                                             pins_before[set * stride + from]))
                 return 0;
         }
     return 1;
@@ -861,6 +891,12 @@ const int32_t *job_kept(const job *j)
     return (const int32_t *)(const void *)j->kept.data;
 }
 
+const uint8_t *job_pins(const job *j, int set)
+{
+    int stride = j->shape.row_stride ? j->shape.row_stride : j->shape.capacity;
+    return j->layer.pins ? block_before(&j->pins) + (ptrdiff_t)set * stride : NULL;
+}
+
 const float *job_scores(const job *j)
 {
     return (const float *)(const void *)j->scores.data;
@@ -869,6 +905,101 @@ const float *job_scores(const job *j)
 const float *job_shared(const job *j)
 {
     return (const float *)(const void *)j->shared.data;
+}
+
+/* ---- floating-point modes ---- */
+static const char *const float_modes[N_FLOAT_MODES] = { "usual", "down", "up",   "zero",
+                                                        "ftz",   "daz",  "traps" };
+
+const char *float_mode_name(float_mode mode)
+{
+    return float_modes[mode];
+}
+
+#if defined(__GNUC__) && defined(__x86_64__)
+/* MXCSR without flags. */
+static const unsigned mode_registers[N_FLOAT_MODES] = { 0x1f80, 0x3f80, 0x5f80, 0x7f80,
+                                                        0x9f80, 0x1fc0, 0x1900 };
+static unsigned read_mode(void)
+{
+    unsigned now;
+    __asm__ volatile("stmxcsr %0" : "=m"(now) : : "memory");
+    return now;
+}
+static void write_mode(unsigned value)
+{
+    __asm__ volatile("ldmxcsr %0" : : "m"(value) : "memory");
+}
+#elif defined(__GNUC__) && defined(__aarch64__)
+/* FPCR: rounding, FZ; no DAZ of its own, and no traps on most. Shifted up: FPSR in the low bits. */
+static const unsigned mode_registers[N_FLOAT_MODES] = { 0,        2u << 22, 1u << 22, 3u << 22,
+                                                        1u << 24, 0,        0 };
+static unsigned read_mode(void)
+{
+    uint64_t control, status;
+    __asm__ volatile("mrs %0, fpcr\n\tmrs %1, fpsr" : "=r"(control), "=r"(status) : : "memory");
+    return (unsigned)control | ((unsigned)status & 0x9f);
+}
+static void write_mode(unsigned value)
+{
+    uint64_t control = value;
+    __asm__ volatile("msr fpcr, %0\n\tmsr fpsr, xzr" : : "r"(control) : "memory");
+}
+#else
+static const unsigned mode_registers[N_FLOAT_MODES] = { 0, 1, 2, 3, 0, 0, 0 };
+static unsigned read_mode(void)
+{
+    const int now = fegetround();
+    return (now == FE_DOWNWARD     ? 1u
+            : now == FE_UPWARD     ? 2u
+            : now == FE_TOWARDZERO ? 3u
+                                   : 0u) |
+           (unsigned)fetestexcept(FE_ALL_EXCEPT) << 8;
+}
+static void write_mode(unsigned value)
+{
+    static const int roundings[] = { FE_TONEAREST, FE_DOWNWARD, FE_UPWARD, FE_TOWARDZERO };
+    fesetround(roundings[value]);
+    feclearexcept(FE_ALL_EXCEPT);
+}
+#endif
+
+int float_mode_exists(float_mode mode)
+{
+    return mode == FLOAT_USUAL || mode_registers[mode] != mode_registers[FLOAT_USUAL];
+}
+
+void float_mode_enter(float_mode mode)
+{
+    write_mode(mode_registers[mode]);
+}
+
+int float_mode_leave(const char *at, float_mode mode)
+{
+    const unsigned now = read_mode();
+    write_mode(mode_registers[FLOAT_USUAL]);
+    return expect_int(at, (int)mode, now, mode_registers[mode]);
+}
+
+static float_mode mode_of_calls = FLOAT_USUAL;
+
+void float_mode_of_calls(float_mode mode)
+{
+    mode_of_calls = mode;
+}
+
+/* The mode of the next call or task, as RKV_TEST_FLOAT says. */
+static float_mode wanted_mode(void)
+{
+    static unsigned turn;
+    const char *wanted = getenv("RKV_TEST_FLOAT");
+    int mode;
+    if (!wanted || !*wanted) return mode_of_calls;
+    if (strcmp(wanted, "mixed") == 0) return (float_mode)(turn++ % N_FLOAT_MODES);
+    for (mode = 0; mode < N_FLOAT_MODES; mode++)
+        if (strcmp(wanted, float_modes[mode]) == 0) return (float_mode)mode;
+    printf("FAIL  RKV_TEST_FLOAT=%s: no such mode\n", wanted);
+    exit(1);
 }
 
 /* ---- calls ---- */
@@ -884,8 +1015,12 @@ rkv_status call_with(stage_function call, const rkv_backend *backend, const rkv_
                      job *jobs, int n_jobs, void *workspace, size_t bytes)
 {
     rkv_layer *layers = layers_of(jobs, n_jobs);
-    rkv_status status = call(backend, config, layers, n_jobs, workspace, bytes);
+    const float_mode mode = wanted_mode();
+    rkv_status status;
     int i;
+    float_mode_enter(mode);
+    status = call(backend, config, layers, n_jobs, workspace, bytes);
+    float_mode_leave("floating-point mode after a call", mode);
     for (i = 0; i < n_jobs; i++) jobs[i].layer = layers[i];
     free(layers);
     return status;
@@ -920,6 +1055,15 @@ rkv_status call_stages(const rkv_backend *backend, const rkv_config *config, job
 void reversed_for(void *pool, int n_tasks, void (*task)(void *arg, int index), void *arg)
 {
     int *calls = (int *)pool;
+    const unsigned callers = read_mode();
+    const char *wanted = getenv("RKV_TEST_FLOAT");
+    const int mixed = wanted && strcmp(wanted, "mixed") == 0;
     if (calls) ++*calls;
-    while (n_tasks-- > 0) task(arg, n_tasks);
+    while (n_tasks-- > 0) {
+        const float_mode mode = mixed ? wanted_mode() : FLOAT_USUAL;
+        if (mixed) float_mode_enter(mode);
+        task(arg, n_tasks);
+        if (mixed) float_mode_leave("floating-point mode after a task", mode);
+    }
+    write_mode(callers);
 }

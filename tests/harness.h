@@ -134,7 +134,8 @@ typedef struct shape {
     double sharpness; /* spread of the logits; 0 means 1 */
     int key_exponent; /* keys times 2^e, queries times 2^-e */
     size_t misalign;
-    int position_stride;
+    int row_stride; /* of positions and pins */
+    int pins;       /* 0: none; else so many rows in a hundred */
     int sequence;
     int follower; /* RKV_PER_SEQUENCE: not the first layer of its sequence */
 } shape;
@@ -146,10 +147,11 @@ typedef struct job {
     int window, sets;
     float *keys_f32, *queries_f32;
     view keys, values, queries;
-    block kept, positions, scores, shared;
+    block kept, positions, pins, scores, shared;
     rkv_layer layer, remembered;
 } job;
 int config_window(const rkv_config *config);
+int config_protect(const rkv_config *config); /* newest tokens that are always kept */
 void job_make(job *j, rng *r, const rkv_config *config, const shape *s);
 /* The same from given numbers instead of generated ones. */
 void job_make_from(job *j, rng *r, const rkv_config *config, const shape *s, const float *keys,
@@ -157,14 +159,36 @@ void job_make_from(job *j, rng *r, const rkv_config *config, const shape *s, con
 void job_free(job *j);
 void job_restore(job *j);                               /* every buffer and the layer as made */
 int job_unchanged(const char *at, const job *j);        /* nothing at all was written */
-int job_inputs_unchanged(const char *at, const job *j); /* keys, values, queries, positions */
+int job_inputs_unchanged(const char *at, const job *j); /* keys, values, queries, positions, pins */
 int job_guards(const char *at, const job *j);
 /* After compaction: rows, positions and layer are what gathering by hand gives. `sets` lists
  * [sets][budget] as kept was. */
 int job_compacted(const char *at, const job *j, const int32_t *sets, int budget, int n_kept);
 const int32_t *job_kept(const job *j);
+const uint8_t *job_pins(const job *j, int set); /* as made; NULL without pins */
 const float *job_scores(const job *j);
 const float *job_shared(const job *j);
+
+/* ---- floating-point modes -------------------------------------------------------------------
+ * What a caller's thread may have set: rounding, FTZ and DAZ, traps. RKV_TEST_FLOAT names the mode
+ * in which call_with calls the library; "mixed" takes another one for every call and every task of
+ * reversed_for. A machine that lacks a mode uses the usual one. */
+typedef enum float_mode {
+    FLOAT_USUAL,
+    FLOAT_DOWN,
+    FLOAT_UP,
+    FLOAT_ZERO,
+    FLOAT_FTZ,
+    FLOAT_DAZ,
+    FLOAT_TRAPS, /* SIGFPE at an invalid operation, a division by zero or an overflow */
+    N_FLOAT_MODES
+} float_mode;
+const char *float_mode_name(float_mode mode);
+int float_mode_exists(float_mode mode);
+void float_mode_of_calls(float_mode mode); /* without RKV_TEST_FLOAT: that of call_with */
+void float_mode_enter(float_mode mode);    /* flags clear */
+/* The mode is as entered, no flag is raised; then the usual mode again. */
+int float_mode_leave(const char *at, float_mode mode);
 
 /* ---- calls ---------------------------------------------------------------------------------- */
 typedef rkv_status (*stage_function)(const rkv_backend *, const rkv_config *, rkv_layer *, int,
@@ -178,7 +202,7 @@ rkv_status call_stage(stage_function call, const rkv_backend *backend, const rkv
                       job *jobs, int n_jobs);
 /* rkv_score, rkv_select, rkv_compact. */
 rkv_status call_stages(const rkv_backend *backend, const rkv_config *config, job *jobs, int n_jobs);
-/* A parallel_for that runs the last task first. */
+/* A parallel_for that runs the last task first; in RKV_TEST_FLOAT=mixed each in another mode. */
 void reversed_for(void *pool, int n_tasks, void (*task)(void *arg, int index), void *arg);
 
 #endif

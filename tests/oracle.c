@@ -22,10 +22,10 @@ static double dot(const float *a, const float *b, int dim)
 }
 
 /* The logit of one observation query a for token j: its group's, folded. */
-static double group_logit(oracle_head *out, const rkv_config *config, const float *key,
-                          const float *queries, int dim, int group, double scale, double softcap)
+static double group_logit(oracle_head *out, const float *key, const float *queries, int dim,
+                          int group, double scale, double softcap)
 {
-    double best = -INFINITY, sum = 0;
+    double best = -INFINITY;
     int g, i;
     for (g = 0; g < group; g++) {
         const float *query = queries + (size_t)g * (size_t)out->window * (size_t)dim;
@@ -33,10 +33,9 @@ static double group_logit(oracle_head *out, const rkv_config *config, const floa
         for (i = 0; i < dim; i++) size += fabs((double)query[i] * (double)key[i]) * scale;
         if (size > out->logit_size) out->logit_size = size;
         if (softcap > 0) logit = softcap * tanh(logit / softcap);
-        sum += logit;
         if (logit > best) best = logit;
     }
-    return config->grouping == RKV_GROUP_MEAN ? sum / group : best;
+    return best;
 }
 
 static void softmax(double *x, int n)
@@ -69,16 +68,16 @@ static void importance(oracle_head *out, const rkv_config *config, const float *
     for (a = 0; a < out->window; a++) {
         for (j = 0; j < candidates; j++)
             p[j] =
-                group_logit(out, config, keys + (size_t)j * (size_t)dim,
-                            queries + (size_t)a * (size_t)dim, dim, group, factor, (double)softcap);
+                group_logit(out, keys + (size_t)j * (size_t)dim, queries + (size_t)a * (size_t)dim,
+                            dim, group, factor, (double)softcap);
         softmax(p, candidates);
-        if (config->pooling == RKV_POOL_BEFORE_MEAN) {
+        if (config->variant == RKV_PAPER) {
             max_pool(p, pooled, candidates, pool);
             memcpy(p, pooled, (size_t)candidates * sizeof *p);
         }
         for (j = 0; j < candidates; j++) out->importance[j] += p[j] / out->window;
     }
-    if (config->pooling == RKV_POOL_AFTER_MEAN) {
+    if (config->variant == RKV_PUBLISHED) {
         max_pool(out->importance, pooled, candidates, pool);
         memcpy(out->importance, pooled, (size_t)candidates * sizeof *pooled);
     }
@@ -105,7 +104,7 @@ static double *cosines(const float *keys, int n, int dim, double *norms)
     return s;
 }
 
-/* Zeroes in row i the entries of its `recent` most recent look-alikes. A zero key's cosines and
+/* Zeroes in row i the entries of its `recent` most recent similar keys. A zero key's cosines and
  * the diagonal are exact, all others have a margin. */
 static void exempt_row(oracle_head *out, const rkv_config *config, double *row, int i, int n,
                        const double *norms)
@@ -120,19 +119,17 @@ static void exempt_row(oracle_head *out, const rkv_config *config, double *row, 
             found++;
         }
     }
-    if (!found && config->redundancy == RKV_REDUNDANCY_ROW && config->column0 == RKV_COLUMN0_EXEMPT)
-        row[0] = 0;
+    if (!found && config->variant == RKV_PUBLISHED) row[0] = 0;
 }
 
 static void redundancy(oracle_head *out, const rkv_config *config, const float *keys, int dim)
 {
-    int n = out->n_tokens - (config->span == RKV_SPAN_CANDIDATES ? out->window : 0), i, j;
+    int n = out->n_tokens - (config->variant == RKV_PAPER ? out->window : 0), i, j;
     double *norms = doubles((size_t)n), *s = cosines(keys, n, dim, norms);
     for (i = 0; i < n; i++) {
         double *row = s + (size_t)i * (size_t)n;
         exempt_row(out, config, row, i, n, norms);
-        for (j = 0; j < n; j++)
-            out->redundancy[config->redundancy == RKV_REDUNDANCY_OWN ? i : j] += row[j] / n;
+        for (j = 0; j < n; j++) out->redundancy[config->variant == RKV_PAPER ? i : j] += row[j] / n;
     }
     softmax(out->redundancy, n);
     free(norms);
@@ -205,29 +202,30 @@ static int by_token(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-int oracle_select(const rkv_config *config, const double *score, int n_tokens, int32_t *kept,
-                  double *gap)
+int oracle_select(const rkv_config *config, const double *score, const uint8_t *pins, int n_tokens,
+                  int32_t *kept, double *gap)
 {
-    int window = config_window(config), pinned = config->pinned, choices, chosen, n = 0, i;
+    int protect = config_protect(config), pinned = config->pinned, choices, chosen, n = 0, i;
     ranked *list;
     *gap = INFINITY;
     if (n_tokens <= config->budget) {
         for (i = 0; i < n_tokens; i++) kept[i] = i;
         return n_tokens;
     }
-    choices = n_tokens - window - pinned;
-    chosen = config->budget - window - pinned;
+    choices = n_tokens - protect - pinned;
+    chosen = config->budget - protect - pinned;
     list = (ranked *)alloc_checked((size_t)choices * sizeof *list);
     for (i = 0; i < choices; i++) {
         list[i].token = pinned + i;
         list[i].score = chosen ? score[pinned + i] : 0;
+        if (pins && pins[pinned + i]) list[i].score = INFINITY;
     }
     qsort(list, (size_t)choices, sizeof *list, by_score);
     for (i = 0; i < pinned; i++) kept[n++] = i;
     for (i = 0; i < chosen; i++) kept[n++] = list[i].token;
-    for (i = n_tokens - window; i < n_tokens; i++) kept[n++] = i;
+    for (i = n_tokens - protect; i < n_tokens; i++) kept[n++] = i;
     if (chosen) *gap = list[chosen - 1].score - list[chosen].score;
-    if (config->order == RKV_BY_POSITION) qsort(kept, (size_t)n, sizeof *kept, by_token);
+    qsort(kept, (size_t)n, sizeof *kept, by_token);
     free(list);
     return n;
 }

@@ -26,11 +26,12 @@ void oracle_free(oracle_head *head);
 /* How far a float implementation's score of this head may be from score[]. */
 double oracle_tolerance(const oracle_head *head, const rkv_config *config);
 
-/* Keeps the pinned rows, the best of the candidates (ties: the more recent) and the window;
- * writes min(n_tokens, budget) rows and returns their number. *gap: score of the last candidate
- * kept minus that of the first dropped; infinite when there is no choice. */
-int oracle_select(const rkv_config *config, const double *score, int n_tokens, int32_t *kept,
-                  double *gap);
+/* Keeps the pinned rows, the best of the candidates (those with a byte in pins first; ties: the
+ * more recent) and the protected rows; pins may be NULL. Writes min(n_tokens, budget) rows and
+ * returns their number. *gap: score of the last candidate kept minus that of the first dropped;
+ * infinite when there is no choice. */
+int oracle_select(const rkv_config *config, const double *score, const uint8_t *pins, int n_tokens,
+                  int32_t *kept, double *gap);
 
 /* The summed per-layer means of several layers: sum[j] += mean over heads of score[j]. */
 void oracle_add_layer(double *sum, const oracle_head *heads, int n_heads);

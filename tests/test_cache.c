@@ -1,11 +1,17 @@
 /* The managed cache against the same decode done by hand with rkv_compress, and the thread pool.
  *     make test        or: build/tests/test_cache */
+#define _POSIX_C_SOURCE 200809L
 #include "harness.h"
 
+#include <limits.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifndef _WIN32
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
 
 /* ---- texts ----------------------------------------------------------------------------------
  * A text is a list of numbers, one per token. All rows of a token follow from its number and its
@@ -27,7 +33,7 @@ static void store_element(rkv_dtype dtype, unsigned char *at, float x)
         memcpy(at, &half, sizeof half);
 }
 
-/* One of twelve contents of this head, and some noise: tokens have look-alikes. */
+/* One of twelve contents of this head, and some noise: tokens have similar keys. */
 static void make_row(rkv_dtype dtype, row_kind kind, int layer, int head, int position,
                      uint64_t token, int dim, unsigned char *row)
 {
@@ -46,9 +52,8 @@ typedef struct setup {
     const char *name;
     rkv_config (*preset)(int budget);
     int budget, buffer, capacity; /* capacity 0: budget + buffer                                 */
-    int window, pinned;           /* 0: the preset's                                             */
+    int window, pinned, protect;  /* 0: the preset's                                             */
     rkv_scope scope;
-    rkv_order order;
     rkv_dtype dtype;
     int n_layers, kv_heads, query_heads, head_dim, value_dim;
     float scale, softcap;
@@ -61,26 +66,43 @@ static rkv_config redundancy_alone(int budget)
     return config;
 }
 
+/* Attention of the newest token alone, and no pooling. */
+static rkv_config newest_query(int budget)
+{
+    rkv_config config = rkv_config_snapkv(budget);
+    config.window = 1;
+    config.pool = 1;
+    return config;
+}
+
 /* clang-format off */
 static const setup setups[] = {
-    { "f32, per head", rkv_config_default, 32, 16, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_F32, 2, 2, 4, 16, 0, 0, 0 },
-    { "f16, per head, pinned", rkv_config_default, 40, 8, 0, 4, 5, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_F16, 2, 2, 2, 20, 0, 0, 0 },
-    { "bf16, per layer", rkv_config_paper, 32, 32, 0, 0, 0, RKV_PER_LAYER, RKV_BY_POSITION,
-      RKV_BF16, 3, 2, 6, 16, 24, 0.4f, 0.5f },
-    { "f32, per sequence", rkv_config_default, 24, 9, 0, 0, 2, RKV_PER_SEQUENCE, RKV_BY_POSITION,
-      RKV_F32, 3, 2, 4, 16, 8, 0.7f, 0 },
-    { "f16, by score", rkv_config_default, 32, 16, 0, 0, 0, RKV_PER_HEAD, RKV_BY_SCORE, RKV_F16,
-      1, 3, 3, 16, 0, 0, 0 },
-    { "bf16, streaming", rkv_config_streaming, 32, 16, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_BF16, 2, 1, 4, 16, 5, 0, 0 },
-    { "f32, h2o, one new row", rkv_config_h2o, 16, 1, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_F32, 1, 2, 4, 7, 0, 0, 0 },
-    { "f32, redundancy alone", redundancy_alone, 24, 12, 0, 0, 0, RKV_PER_HEAD, RKV_BY_POSITION,
-      RKV_F32, 2, 2, 4, 16, 0, 0, 0 },
-    { "f16, room for a long prompt", rkv_config_snapkv, 32, 16, 300, 5, 0, RKV_PER_HEAD,
-      RKV_BY_POSITION, RKV_F16, 2, 2, 4, 16, 0, 0, 0 },
+    { "f32, per head", rkv_config_default, 32, 16, 0, 0, 0, 0, RKV_PER_HEAD, RKV_F32,
+      2, 2, 4, 16, 0, 0, 0 },
+    { "f16, per head, pinned", rkv_config_default, 40, 8, 0, 4, 5, 0, RKV_PER_HEAD, RKV_F16,
+      2, 2, 2, 20, 0, 0, 0 },
+    { "bf16, per layer", rkv_config_paper, 32, 32, 0, 0, 0, 0, RKV_PER_LAYER, RKV_BF16,
+      3, 2, 6, 16, 24, 0.4f, 0.5f },
+    { "f32, per sequence", rkv_config_default, 24, 9, 0, 0, 2, 0, RKV_PER_SEQUENCE, RKV_F32,
+      3, 2, 4, 16, 8, 0.7f, 0 },
+    { "f16, protect beyond the window", rkv_config_default, 32, 16, 0, 0, 0, 19, RKV_PER_HEAD,
+      RKV_F16, 1, 3, 3, 16, 0, 0, 0 },
+    { "bf16, streaming", rkv_config_streaming, 32, 16, 0, 0, 0, 0, RKV_PER_HEAD, RKV_BF16,
+      2, 1, 4, 16, 5, 0, 0 },
+    { "f32, newest query, one new row", newest_query, 16, 1, 0, 0, 0, 0, RKV_PER_HEAD, RKV_F32,
+      1, 2, 4, 7, 0, 0, 0 },
+    { "f32, redundancy alone", redundancy_alone, 24, 12, 0, 0, 0, 0, RKV_PER_HEAD, RKV_F32,
+      2, 2, 4, 16, 0, 0, 0 },
+    { "bf16, pinned and protected fill the budget", rkv_config_default, 32, 12, 0, 0, 7, 25,
+      RKV_PER_LAYER, RKV_BF16, 2, 2, 4, 16, 0, 0, 0 },
+    { "f32, per sequence, protect and pinned", rkv_config_default, 40, 9, 0, 3, 3, 14,
+      RKV_PER_SEQUENCE, RKV_F32, 3, 2, 4, 16, 8, 0, 0 },
+    { "bf16, protect below the window", rkv_config_paper, 32, 8, 0, 0, 0, 5, RKV_PER_LAYER,
+      RKV_BF16, 2, 2, 2, 8, 0, 0, 0 },
+    { "f32, protect all but one", newest_query, 24, 6, 40, 0, 0, 23, RKV_PER_HEAD, RKV_F32,
+      2, 2, 2, 8, 0, 0, 0 },
+    { "f16, room for a long prompt", rkv_config_snapkv, 32, 16, 300, 5, 0, 0, RKV_PER_HEAD,
+      RKV_F16, 2, 2, 4, 16, 0, 0, 0 },
 };
 /* clang-format on */
 enum { N_SETUPS = (int)(sizeof setups / sizeof *setups) };
@@ -100,8 +122,8 @@ static rkv_config setup_options(const setup *s)
     rkv_config options = s->preset(s->budget);
     if (s->window) options.window = s->window;
     if (s->pinned) options.pinned = s->pinned;
+    if (s->protect) options.protect = s->protect;
     options.scope = s->scope;
-    options.order = s->order;
     return options;
 }
 
@@ -144,6 +166,11 @@ static rkv_tensor rows_of(const setup *s, row_kind kind, int layer, int text, in
             make_row(s->dtype, kind, layer, h, position + t, text_token(text, position + t), dim,
                      rows + (size_t)(h * n + t) * row_bytes);
     return rkv_tensor_make(rows, s->dtype, heads, n, dim);
+}
+
+static int says(const rkv_error *error, const char *words)
+{
+    return error->rule && strstr(error->rule, words);
 }
 
 static rkv_status feed_layer(const setup *s, rkv_cache *cache, int layer, int text, int n)
@@ -327,7 +354,7 @@ static void plain_round(plain *p, const rkv_backend *backend, int text)
         layers[l].scale = s->scale;
         layers[l].softcap = s->softcap;
         layers[l].n_tokens = p->rows;
-        layers[l].position_stride = setup_capacity(s);
+        layers[l].row_stride = setup_capacity(s);
         if (l == 0 || s->scope != RKV_PER_SEQUENCE) layers[l].positions = plain_positions(p, l, 0);
     }
     expect_status("size by hand",
@@ -516,32 +543,82 @@ static void test_drafts(const setup *s)
     rkv_cache_destroy(want);
 }
 
-/* How far back: to the start at first, then over the new tokens and the window. */
+/* How far back: to the start at first, then over the new tokens and the protected ones. */
 static void test_truncate_reach(const setup *s)
 {
-    const int window = setup_options(s).window, evicted = s->buffer;
-    const int oldest = s->budget + evicted - window;
+    const rkv_config options = setup_options(s);
+    const int protect = config_protect(&options), evicted = s->buffer;
+    const int oldest = s->budget + evicted - protect;
     rkv_cache *cache = cache_of(s, NULL);
     image before;
+    int position;
     feed(s, cache, 1, s->budget - 1);
-    expect_status("to the start", rkv_cache_truncate(cache, 0), RKV_OK);
-    expect_int("rows", 0, rkv_cache_rows(cache, 0), 0);
+    for (position = s->budget; position >= 0; position -= 1 + position / 3) {
+        expect_status("back step by step", rkv_cache_truncate(cache, position), RKV_OK);
+        expect_int("rows", position, rkv_cache_rows(cache, 0),
+                   position < s->budget ? position : s->budget - 1);
+        if (position == 0) break;
+    }
     feed(s, cache, 1, s->budget + s->buffer);
     expect_int("evicted", 0, step(cache), evicted);
     feed(s, cache, 1, 1);
     before = image_of(cache);
-    expect_status("too far", rkv_cache_truncate(cache, oldest - 1), RKV_ERROR_ARGUMENT);
-    expect_status("below 0", rkv_cache_truncate(cache, -1), RKV_ERROR_ARGUMENT);
+    for (position = -1; position < oldest; position++) {
+        if (position == 0) continue; /* empties the cache */
+        expect_status("too far", rkv_cache_truncate(cache, position), RKV_ERROR_ARGUMENT);
+        expect_true("why", says(rkv_cache_error(cache), "position: "));
+    }
+    expect_status("as negative as can be", rkv_cache_truncate(cache, INT32_MIN),
+                  RKV_ERROR_ARGUMENT);
     expect_status("nothing to forget", rkv_cache_truncate(cache, rkv_cache_position(cache, 0) + 5),
                   RKV_OK);
+    expect_status("nothing to forget", rkv_cache_truncate(cache, INT32_MAX), RKV_OK);
+    expect_true("no rule", rkv_cache_error(cache)->rule == NULL);
     expect_image("unchanged", cache, &before);
     expect_status("as far as it goes", rkv_cache_truncate(cache, oldest), RKV_OK);
-    expect_int("rows", 1, rkv_cache_rows(cache, 0), s->budget - window);
+    expect_int("rows", 1, rkv_cache_rows(cache, 0), s->budget - protect);
     expect_int("position", 1, rkv_cache_position(cache, 0), oldest);
     expect_status("no further", rkv_cache_truncate(cache, oldest - 1), RKV_ERROR_ARGUMENT);
-    feed(s, cache, 1, window + 1);
+    feed(s, cache, 1, protect + 1);
     expect_image("appended again", cache, &before);
+    expect_status("to the start", rkv_cache_truncate(cache, 0), RKV_OK);
+    expect_int("rows", 2, rkv_cache_rows(cache, 0), 0);
+    expect_int("position", 2, rkv_cache_position(cache, 0), 0);
     free(before.bytes);
+    rkv_cache_destroy(cache);
+}
+
+/* After a round has kept them, protected tokens are taken back and come again as other ones. The
+ * same is done by hand. */
+static void test_protected_drafts(const setup *s)
+{
+    enum { TEXT = 21, OTHER = 22 };
+    const rkv_config options = setup_options(s);
+    const int protect = config_protect(&options), due = s->budget + s->buffer;
+    rkv_cache *cache = cache_of(s, NULL);
+    plain p;
+    int back, l, h, row;
+    for (back = 1; back <= protect; back += 1 + back / 2) {
+        plain_make(&p, s);
+        expect_status("empty", rkv_cache_truncate(cache, 0), RKV_OK);
+        feed(s, cache, TEXT, due);
+        plain_append(&p, TEXT, due);
+        expect_int("evicted", back, step(cache), s->buffer);
+        plain_round(&p, NULL, TEXT);
+        expect_status("back", rkv_cache_truncate(cache, due - back), RKV_OK);
+        p.rows -= back;
+        p.next -= back;
+        expect_like_plain(cache, &p);
+        feed(s, cache, OTHER, back);
+        plain_append(&p, OTHER, back);
+        expect_like_plain(cache, &p);
+        for (l = 0; l < s->n_layers; l++)
+            for (h = 0; h < s->kv_heads; h++)
+                for (row = s->budget - protect; row < s->budget; row++)
+                    expect_int("a protected row's position", row,
+                               rkv_cache_positions(cache, l, h)[row], row + s->buffer);
+        plain_free(&p);
+    }
     rkv_cache_destroy(cache);
 }
 
@@ -571,7 +648,7 @@ static void test_partial_window(const setup *s)
     rkv_cache_destroy(want);
 }
 
-/* ---- fork, reset, counts ---- */
+/* ---- fork, empty, counts ---- */
 
 static void test_fork(const setup *s)
 {
@@ -621,16 +698,16 @@ static void test_fork_between_layers(const setup *s)
     expect_equal_caches("fork, two rounds on", fork, cache);
     expect_equal_positions("fork, two rounds on", fork, cache, s);
     rkv_cache_destroy(fork);
-    expect_status("empty fork", rkv_cache_fork(NULL, &fork), RKV_ERROR_ARGUMENT);
+    expect_status("empty fork", rkv_cache_fork(NULL, &fork), RKV_ERROR_NULL);
     expect_true("no fork", fork == NULL);
     rkv_cache_destroy(cache);
 }
 
-static void test_reset(const setup *s)
+static void test_empty(const setup *s)
 {
     rkv_cache *cache = cache_of(s, NULL), *fresh = cache_of(s, NULL);
     decode(s, cache, 1, s->budget + s->buffer + 3);
-    rkv_cache_reset(cache);
+    expect_status("empty", rkv_cache_truncate(cache, 0), RKV_OK);
     expect_equal_caches("as created", cache, fresh);
     decode(s, cache, 2, s->budget + s->buffer + 3);
     decode(s, fresh, 2, s->budget + s->buffer + 3);
@@ -641,23 +718,9 @@ static void test_reset(const setup *s)
 
 static void test_stats(void)
 {
-    static const setup s = { "",
-                             rkv_config_default,
-                             32,
-                             16,
-                             64,
-                             0,
-                             0,
-                             RKV_PER_HEAD,
-                             RKV_BY_POSITION,
-                             RKV_F16,
-                             2,
-                             3,
-                             6,
-                             16,
-                             24,
-                             0,
-                             0 };
+    static const setup s = {
+        "", rkv_config_default, 32, 16, 64, 0, 0, 0, RKV_PER_HEAD, RKV_F16, 2, 3, 6, 16, 24, 0, 0
+    };
     rkv_cache *cache = cache_of(&s, NULL);
     rkv_cache_stats stats = rkv_cache_get_stats(cache);
     expect_int("held", 0, (int64_t)stats.bytes_held,
@@ -714,16 +777,26 @@ static void test_save(const setup *s, int length)
     rkv_cache_destroy(roomy);
 }
 
-/* FNV-1a, written here once more: an image with a field changed and the checksum put right. */
+static uint64_t checksum_step(uint64_t sum, uint64_t word)
+{
+    sum ^= word;
+    return (sum << 29 | sum >> 35) * 0x9e3779b97f4a7c15u;
+}
+
+/* The checksum, written here once more: for images with a field changed. */
 static void reseal(image *forged)
 {
-    uint64_t hash = 0xcbf29ce484222325u;
-    size_t i;
-    for (i = 0; i + 8 < forged->size; i++) {
-        hash ^= forged->bytes[i];
-        hash *= 0x100000001b3u;
+    const size_t bytes = forged->size - 8, n_words = bytes / 32 * 4;
+    uint64_t sums[4] = { 1, 2, 3, 4 }, total = bytes;
+    size_t word, i;
+    for (word = 0; word < n_words; word++) {
+        uint64_t value = 0;
+        for (i = 8; i-- > 0;) value = value << 8 | forged->bytes[8 * word + i];
+        sums[word % 4] = checksum_step(sums[word % 4], value);
     }
-    for (i = 0; i < 8; i++) forged->bytes[forged->size - 8 + i] = (unsigned char)(hash >> (8 * i));
+    for (i = 0; i < 4; i++) total = checksum_step(total, sums[i]);
+    for (i = 8 * n_words; i < bytes; i++) total = checksum_step(total, forged->bytes[i]);
+    for (i = 0; i < 8; i++) forged->bytes[bytes + i] = (unsigned char)(total >> (8 * i));
 }
 
 static void put_u32(unsigned char *at, uint32_t value)
@@ -732,23 +805,9 @@ static void put_u32(unsigned char *at, uint32_t value)
     for (i = 0; i < 4; i++) at[i] = (unsigned char)(value >> (8 * i));
 }
 
-static const setup small = { "",
-                             rkv_config_default,
-                             6,
-                             3,
-                             0,
-                             2,
-                             1,
-                             RKV_PER_LAYER,
-                             RKV_BY_POSITION,
-                             RKV_F16,
-                             2,
-                             1,
-                             1,
-                             4,
-                             3,
-                             0,
-                             0 };
+static const setup small = {
+    "", rkv_config_default, 6, 3, 0, 2, 1, 0, RKV_PER_LAYER, RKV_F16, 2, 1, 1, 4, 3, 0, 0
+};
 enum { SMALL_EVICTED = 6 }; /* after 14 tokens: 9 - 3, + 3 - 3, + 2 */
 
 static rkv_cache *small_cache(void)
@@ -816,7 +875,8 @@ static void test_forged_images(void)
         int at;
         uint32_t value;
     } forgeries[] = {
-        { "another version", VERSION, 2 },
+        { "an older version", VERSION, 1 },
+        { "a newer version", VERSION, 3 },
         { "no rounds, but evicted", ROUNDS, 0 },
         { "more rounds than evicted", ROUNDS, SMALL_EVICTED + 1 },
         { "huge rounds", ROUNDS + 4, 1 },
@@ -827,6 +887,7 @@ static void test_forged_images(void)
         { "another number of rows", ROWS, 7 },
         { "negative rows", ROWS, 0xfffffff8u },
         { "queries beyond the window", N_QUERIES, 3 },
+        { "no room for the queries that are missing", N_QUERIES, 0 },
         { "a pinned row moved", POSITIONS, 1 },
         { "positions that do not ascend", POSITIONS + 12, 0 },
         { "a position of the window", POSITIONS + 12, SMALL_EVICTED + 4 },
@@ -898,7 +959,7 @@ static void test_foreign_images(void)
     others[5].budget = 7;
     others[6].window = 3;
     others[7].pinned = 2;
-    others[8].order = RKV_BY_SCORE;
+    others[8].protect = 3;
     others[9].scope = RKV_PER_HEAD; /* one kv head: as many sets, another meaning */
     for (i = 0; i < 10; i++) {
         rkv_cache *other = cache_of(&others[i], NULL);
@@ -910,10 +971,9 @@ static void test_foreign_images(void)
     expect_status("too short", rkv_cache_save(cache, saved.bytes, saved.size - 1),
                   RKV_ERROR_ARGUMENT);
     expect_status("nowhere", rkv_cache_save(cache, NULL, saved.size), RKV_ERROR_ARGUMENT);
-    expect_status("nothing", rkv_cache_save(NULL, saved.bytes, saved.size), RKV_ERROR_ARGUMENT);
+    expect_status("nothing", rkv_cache_save(NULL, saved.bytes, saved.size), RKV_ERROR_NULL);
     expect_int("size of nothing", 0, (int64_t)rkv_cache_save_size(NULL), 0);
-    expect_status("into nothing", rkv_cache_load(NULL, saved.bytes, saved.size),
-                  RKV_ERROR_ARGUMENT);
+    expect_status("into nothing", rkv_cache_load(NULL, saved.bytes, saved.size), RKV_ERROR_NULL);
     free(saved.bytes);
     rkv_cache_destroy(cache);
 }
@@ -923,11 +983,11 @@ static void test_image_format(void)
 {
     /* clang-format off */
     static const unsigned char head[] = {
-        'R', 'K', 'V', 'C', 'A', 'C', 'H', 'E', 1, 0, 0, 0, /* version                           */
+        'R', 'K', 'V', 'C', 'A', 'C', 'H', 'E', 2, 0, 0, 0, /* version                           */
         2, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0,                 /* layers, kv heads, query heads      */
         4, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0,                 /* head dim, value dim, f16           */
         6, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0,                 /* budget, window, pinned             */
-        1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0,                 /* per layer, by position, a ring     */
+        1, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0,                 /* per layer, 2 protected, a ring     */
         0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,     /* rounds, evicted                    */
         2, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0,     /* rows and queries of both layers    */
     };
@@ -995,17 +1055,12 @@ static void scarce_backend_free(const rkv_backend *self, void *memory)
     scarce_free(&blocks_held, memory);
 }
 
-static rkv_status scarce_copy_in(const rkv_backend *self, void *dst, const void *src, size_t bytes)
+static rkv_status scarce_copy(const rkv_backend *self, void *dst, const void *src, size_t bytes)
 {
     (void)self;
     if (!spend(&copies_left)) return RKV_ERROR_DEVICE;
     memcpy(dst, src, bytes);
     return RKV_OK;
-}
-
-static rkv_status scarce_copy_out(const rkv_backend *self, void *dst, const void *src, size_t bytes)
-{
-    return scarce_copy_in(self, dst, src, bytes);
 }
 
 static rkv_status scarce_copy_rows(const rkv_backend *self, const rkv_tensor *dst, int dst_token,
@@ -1022,8 +1077,7 @@ static rkv_backend scarce_backend(void)
     rkv_backend backend = *rkv_backend_find(NULL);
     backend.alloc = scarce_backend_alloc;
     backend.free = scarce_backend_free;
-    backend.copy_in = scarce_copy_in;
-    backend.copy_out = scarce_copy_out;
+    backend.copy = scarce_copy;
     backend.copy_rows = scarce_copy_rows;
     return backend;
 }
@@ -1069,6 +1123,16 @@ static void test_failing_allocations(const setup *s)
     expect_int("blocks held in the end", 0, blocks_held, 0);
 }
 
+static void expect_device_error(const char *at, const rkv_cache *cache, rkv_status status,
+                                int layer)
+{
+    const rkv_error *error = rkv_cache_error(cache);
+    expect_status(at, status, RKV_ERROR_DEVICE);
+    expect_int("error.status", 0, error->status, RKV_ERROR_DEVICE);
+    expect_int("error.layer", 0, error->layer, layer);
+    expect_true("error.rule", says(error, "cache: the device refused"));
+}
+
 /* The n-th copy fails, for every n: nothing has been appended, and trying again succeeds. */
 static void test_failing_copies(const setup *s)
 {
@@ -1089,7 +1153,7 @@ static void test_failing_copies(const setup *s)
             status = feed_layer(s, cache, l, 1, 5);
             copies_left = -1;
             if (status == RKV_OK) break;
-            expect_status("append", status, RKV_ERROR_DEVICE);
+            expect_device_error("append", cache, status, l);
             expect_int("rows", l, rkv_cache_rows(cache, l), rows);
         }
     step(cache);
@@ -1102,42 +1166,716 @@ static void test_failing_copies(const setup *s)
         status = rkv_cache_load(cache, before.bytes, before.size);
         copies_left = -1;
         if (status == RKV_OK) break;
-        expect_status("load", status, RKV_ERROR_DEVICE);
+        expect_device_error("load", cache, status, -1);
         expect_int("rows after a failed load", n, rkv_cache_rows(cache, 0), 0);
     }
     expect_image("loaded", cache, &before);
-    copies_left = 0;
-    expect_status("save", rkv_cache_save(cache, before.bytes, before.size), RKV_ERROR_DEVICE);
-    copies_left = 1;
+    for (n = 0; n < 200; n++) {
+        image again;
+        rkv_status status;
+        again.size = before.size;
+        again.bytes = (unsigned char *)alloc_checked(again.size);
+        copies_left = n;
+        status = rkv_cache_save(cache, again.bytes, again.size);
+        copies_left = -1;
+        if (status == RKV_OK) expect_bytes("saved", again.bytes, before.bytes, before.size);
+        free(again.bytes);
+        if (status == RKV_OK) break;
+        expect_device_error("save", cache, status, -1);
+    }
     rkv_cache_destroy(want);
-    expect_status("fork", rkv_cache_fork(cache, &want), RKV_ERROR_DEVICE);
-    copies_left = -1;
-    expect_true("no fork", want == NULL);
+    for (n = 0; n < 200; n++) {
+        rkv_status status;
+        copies_left = n;
+        status = rkv_cache_fork(cache, &want);
+        copies_left = -1;
+        if (status == RKV_OK) break;
+        expect_device_error("fork", cache, status, -1);
+        expect_true("no fork", want == NULL);
+    }
+    expect_true("some of them failed", n > 1);
+    expect_image("forked", want, &before);
+    rkv_cache_destroy(want);
     free(before.bytes);
     rkv_cache_destroy(cache);
     expect_int("blocks held in the end", 0, blocks_held, 0);
 }
 
-static void test_nonfinite_key(const setup *s)
+/* A copy into the ring that breaks off: its slots hold nobody's queries, so that no round can be
+ * made until the tokens have been appended again. */
+static void test_failing_ring(const setup *s)
+{
+    enum { N = 6, COPIES_BEFORE = 2 }; /* keys, values */
+    const rkv_backend backend = scarce_backend();
+    const rkv_cache_config config = scarce_config(s, &backend);
+    const int window = setup_options(s).window, start = s->budget + 3;
+    rkv_cache *cache = NULL, *want = NULL;
+    int wraps, l;
+    for (wraps = 0; wraps < 2; wraps++) { /* the first or the second of two copies fails */
+        expect_true("the ring wraps", start % window + N > window);
+        expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
+        expect_status("create", rkv_cache_create(&want, &config), RKV_OK);
+        feed(s, cache, 1, start);
+        feed(s, want, 1, start + N);
+        copies_left = COPIES_BEFORE + wraps;
+        expect_device_error("append", cache, feed_layer(s, cache, 0, 1, N), 0);
+        copies_left = -1;
+        expect_status("compress", rkv_cache_compress(cache, NULL), RKV_ERROR_ARGUMENT);
+        expect_true("why", says(rkv_cache_error(cache), "cache: queries"));
+        for (l = 0; l < s->n_layers; l++)
+            expect_status("again", feed_layer(s, cache, l, 1, N), RKV_OK);
+        expect_equal_caches("after trying again", cache, want);
+        expect_status("compress", rkv_cache_compress(cache, NULL), RKV_OK);
+        expect_int("rows", wraps, rkv_cache_rows(cache, 0), s->budget);
+        rkv_cache_destroy(cache);
+        rkv_cache_destroy(want);
+    }
+}
+
+/* own: the record is the cache's. */
+static void test_nonfinite_key(const setup *s, int own)
 {
     const float bad = strtof("inf", NULL);
-    rkv_fault fault = RKV_INIT;
     rkv_cache_config config = setup_config(s, NULL);
     rkv_cache *cache = NULL;
+    const rkv_error *found;
+    rkv_error error = RKV_INIT;
     image before;
     int n_evicted = -1;
-    config.compress.fault = &fault;
+    config.compress.error = own ? NULL : &error;
     expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
+    expect_true("whose record", own || rkv_cache_error(cache) == &error);
     feed(s, cache, 1, s->budget + s->buffer);
     store_element(s->dtype, (unsigned char *)rkv_cache_keys(cache, 1).data, bad);
     before = image_of(cache);
     expect_status("step", rkv_cache_step(cache, &n_evicted), RKV_ERROR_NONFINITE);
     expect_int("evicted", 0, n_evicted, 0);
-    expect_image("unchanged", cache, &before);
-    expect_int("fault: status", 0, fault.status, RKV_ERROR_NONFINITE);
-    expect_int("fault: layer", 0, fault.layer, 1);
+    found = rkv_cache_error(cache);
+    expect_int("error.status", 0, found->status, RKV_ERROR_NONFINITE);
+    expect_int("error.layer", 0, found->layer, 1);
+    expect_int("error.head", 0, found->head, 0);
+    expect_int("error.token", 0, found->token, 0);
+    expect_true("error.rule", says(found, "layer.keys: "));
+    expect_image("unchanged", cache, &before); /* saving clears the record */
+    expect_int("error.status", 1, found->status, RKV_OK);
+    expect_true("error.rule", found->rule == NULL && found->layer == -1);
     free(before.bytes);
     rkv_cache_destroy(cache);
+}
+
+/* ---- appends that are refused ---- */
+
+/* Queries count as much as rows do: a refused append must not use up the window. */
+static void expect_still_due(const setup *s, rkv_cache *cache, const char *at)
+{
+    rkv_cache *fork = NULL;
+    expect_status("fork", rkv_cache_fork(cache, &fork), RKV_OK);
+    expect_status(at, rkv_cache_compress(fork, NULL), RKV_OK);
+    expect_int("rows", 0, rkv_cache_rows(fork, 0), s->budget);
+    rkv_cache_destroy(fork);
+}
+
+/* A negative block in any place of any table: nothing is appended, and nothing is forgotten. */
+static void test_negative_blocks(const setup *s)
+{
+    enum { N = 6 };
+    const int window = setup_options(s).window;
+    rkv_cache *cache = cache_of(s, NULL);
+    rkv_tensor views[3];
+    int32_t table[N];
+    image before;
+    int kind, at, i;
+    feed(s, cache, 1, s->budget + 3); /* the next slot of the ring is not its first: N wraps */
+    expect_true("the ring wraps", (s->budget + 3) % window + N > window);
+    for (kind = KEY; kind <= QUERY; kind++)
+        views[kind] = rows_of(s, (row_kind)kind, 0, 1, s->budget + 3, N);
+    before = image_of(cache);
+    for (kind = KEY; kind <= QUERY; kind++)
+        for (at = 0; at < N; at++) {
+            rkv_tensor bad[3];
+            memcpy(bad, views, sizeof bad);
+            for (i = 0; i < N; i++) table[i] = i == at ? -1 : i;
+            bad[kind].block_table = table;
+            bad[kind].block_tokens = 1;
+            bad[kind].head_stride = (int64_t)N * bad[kind].dim;
+            bad[kind].block_stride = bad[kind].dim;
+            expect_status("a negative block",
+                          rkv_cache_append(cache, 0, N, &bad[KEY], &bad[VALUE], &bad[QUERY]),
+                          RKV_ERROR_ARGUMENT);
+            expect_true("why", says(rkv_cache_error(cache), "negative block"));
+            expect_int("where", 0, rkv_cache_error(cache)->layer, 0);
+            if (!expect_image("unchanged", cache, &before))
+                case_fail("view %d, block %d of %d", kind, at, N);
+            expect_still_due(s, cache, "a round after it");
+            table[at] = at;
+            if (at + 1 < N) continue;
+            expect_status("in order", /* the last of a kind: this one goes in, and out again */
+                          rkv_cache_append(cache, 0, N, &bad[KEY], &bad[VALUE], &bad[QUERY]),
+                          RKV_OK);
+            expect_int("rows", 0, rkv_cache_rows(cache, 0), s->budget + 3 + N);
+            rkv_cache_destroy(cache);
+            cache = cache_of(s, NULL);
+            feed(s, cache, 1, s->budget + 3);
+        }
+    /* what the reports began with: a table of one block that is not there yet */
+    for (kind = KEY; kind <= QUERY; kind++) {
+        rkv_tensor bad[3];
+        memcpy(bad, views, sizeof bad);
+        table[0] = -1;
+        bad[kind].block_table = table;
+        bad[kind].block_tokens = N;
+        expect_status("block table { -1 }",
+                      rkv_cache_append(cache, 0, 1, &bad[KEY], &bad[VALUE], &bad[QUERY]),
+                      RKV_ERROR_ARGUMENT);
+        expect_image("unchanged", cache, &before);
+        expect_still_due(s, cache, "a round after it");
+    }
+    for (kind = KEY; kind <= QUERY; kind++) free(views[kind].data);
+    free(before.bytes);
+    rkv_cache_destroy(cache);
+}
+
+/* Strides whose products with anything leave the address space. */
+static void test_huge_strides(const setup *s)
+{
+    enum { N = 3 };
+    static const int64_t huge[] = { INT64_MAX, INT64_MAX - 1, INT64_MAX / 2, -1, INT64_MIN };
+    rkv_cache *cache = cache_of(s, NULL);
+    rkv_tensor views[3];
+    const int32_t table[N] = { 0, 1, 2 };
+    image before;
+    int kind, field;
+    size_t i;
+    feed(s, cache, 2, 2);
+    before = image_of(cache);
+    for (kind = KEY; kind <= QUERY; kind++) views[kind] = rows_of(s, (row_kind)kind, 0, 1, 0, N);
+    for (kind = KEY; kind <= QUERY; kind++)
+        for (field = 0; field < 4; field++)
+            for (i = 0; i < sizeof huge / sizeof *huge; i++) {
+                rkv_tensor bad[3];
+                rkv_tensor *t = &bad[kind];
+                memcpy(bad, views, sizeof bad);
+                if (field == 3) {
+                    t->block_table = table;
+                    t->block_tokens = 1;
+                }
+                *(field == 0   ? &t->head_stride
+                  : field == 1 ? &t->token_stride
+                  : field == 2 ? &t->dim_stride
+                               : &t->block_stride) = huge[i];
+                expect_status("a huge stride",
+                              rkv_cache_append(cache, 0, N, &bad[KEY], &bad[VALUE], &bad[QUERY]),
+                              RKV_ERROR_ARGUMENT);
+                expect_true("why", says(rkv_cache_error(cache), "stride") ||
+                                       says(rkv_cache_error(cache), "overflows"));
+                expect_image("unchanged", cache, &before);
+            }
+    for (kind = KEY; kind <= QUERY; kind++) free(views[kind].data);
+    free(before.bytes);
+    rkv_cache_destroy(cache);
+}
+
+/* ---- a cache never gets stuck ---- */
+
+/* An image of a cache with more room, whose window lacks more queries than there is room for. */
+static void test_load_without_room(void)
+{
+    setup wide = setups[0], narrow = setups[0];
+    rkv_cache *cache, *other;
+    image saved, before;
+    int rows;
+    wide.budget = narrow.budget = 16;
+    wide.buffer = narrow.buffer = 8;
+    wide.capacity = 64;
+    for (rows = 16; rows <= 24; rows++) {
+        const int missing = 30 - rows < 8 ? 30 - rows : 8, fits = rows + missing <= 24;
+        cache = cache_of(&wide, NULL);
+        other = cache_of(&narrow, NULL);
+        decode(&narrow, other, 2, 5);
+        before = image_of(other);
+        feed(&wide, cache, 1, 30);
+        expect_status("truncate", rkv_cache_truncate(cache, rows), RKV_OK);
+        saved = image_of(cache);
+        expect_status("load", rkv_cache_load(other, saved.bytes, saved.size),
+                      fits ? RKV_OK : RKV_ERROR_ARGUMENT);
+        if (!fits) expect_true("why", says(rkv_cache_error(other), "memory: no room"));
+        expect_image("loaded, or as it was", other, fits ? &saved : &before);
+        decode(&narrow, other, 1, 40); /* and goes on */
+        free(saved.bytes);
+        free(before.bytes);
+        rkv_cache_destroy(cache);
+        rkv_cache_destroy(other);
+    }
+}
+
+/* From here a round can be reached, by appending alone; told on a fork. */
+static int expect_alive(const setup *s, const rkv_cache *cache)
+{
+    const int window = setup_options(s).window;
+    rkv_cache *fork = NULL;
+    rkv_status status = RKV_ERROR_ARGUMENT;
+    int l, most = 0, tries, alive;
+    if (!expect_status("fork", rkv_cache_fork(cache, &fork), RKV_OK)) return 0;
+    for (l = 0; l < s->n_layers; l++)
+        if (rkv_cache_rows(fork, l) > most) most = rkv_cache_rows(fork, l);
+    if (most <= s->budget) most = s->budget + 1;
+    for (l = 0; l < s->n_layers; l++)
+        expect_status("to equal length", feed_layer(s, fork, l, 9, most - rkv_cache_rows(fork, l)),
+                      RKV_OK);
+    for (tries = 0; tries <= window && status != RKV_OK; tries++) {
+        status = rkv_cache_compress(fork, NULL);
+        if (status == RKV_OK) break;
+        expect_true("why", says(rkv_cache_error(fork), "cache: queries"));
+        if (rkv_cache_room(fork, 0) < 1) break;
+        feed(s, fork, 9, 1);
+    }
+    alive = expect_status("a round is reached", status, RKV_OK) &&
+            expect_int("rows after it", 0, rkv_cache_rows(fork, 0), s->budget);
+    rkv_cache_destroy(fork);
+    return alive;
+}
+
+enum { ACTIONS = 9 };
+
+/* One call of any kind, most of them sound; returns the text that the newest tokens are of. */
+static void act(const setup *s, rkv_cache **cache, rkv_cache *other, rng *r)
+{
+    const int position = rkv_cache_position(*cache, 0), room = rkv_cache_room(*cache, 0);
+    const int kind = rng_below(r, ACTIONS), layer = rng_below(r, s->n_layers);
+    rkv_cache *fork = NULL;
+    image saved;
+    int l, n;
+    switch (kind) {
+    case 0: /* to one layer alone */
+        n = rng_below(r, 4);
+        if (n <= rkv_cache_room(*cache, layer)) feed_layer(s, *cache, layer, 1, n);
+        break;
+    case 1: /* to all, one by one or many */
+    case 2:
+        n = room > 0 ? 1 + rng_below(r, kind == 1 || room < 4 ? room : 4) : 0;
+        for (l = 0; l < s->n_layers; l++)
+            if (n <= rkv_cache_room(*cache, l)) feed_layer(s, *cache, l, 1, n);
+        break;
+    case 3: /* the layers to equal length, and perhaps a round */
+        for (l = 0, n = 0; l < s->n_layers; l++)
+            if (rkv_cache_rows(*cache, l) > n) n = rkv_cache_rows(*cache, l);
+        for (l = 0; l < s->n_layers; l++)
+            feed_layer(s, *cache, l, 1, n - rkv_cache_rows(*cache, l));
+        rkv_cache_step(*cache, NULL);
+        break;
+    case 4: rkv_cache_compress(*cache, NULL); break;
+    case 5: rkv_cache_truncate(*cache, position - rng_below(r, 12)); break;
+    case 6: rkv_cache_truncate(*cache, rng_below(r, position + 1)); break;
+    case 7: /* out, and into a cache with other room, which may refuse; then back */
+        saved = image_of(*cache);
+        if (rkv_cache_load(other, saved.bytes, saved.size) == RKV_OK) {
+            free(saved.bytes);
+            saved = image_of(other);
+            expect_status("back", rkv_cache_load(*cache, saved.bytes, saved.size), RKV_OK);
+        }
+        free(saved.bytes);
+        break;
+    default:
+        expect_status("fork", rkv_cache_fork(*cache, &fork), RKV_OK);
+        rkv_cache_destroy(*cache);
+        *cache = fork;
+    }
+}
+
+/* Random calls, in search of a sequence that leaves a cache which can neither append nor compress.
+ * Copies of the backend fail now and then, in the middle of anything. */
+static void test_never_stuck(const setup *base, int extra_capacity, uint64_t seed)
+{
+    const rkv_backend backend = scarce_backend();
+    rkv_cache_config config;
+    setup s = *base, t;
+    rkv_cache *cache = NULL, *other = NULL;
+    rng r = rng_seed(seed);
+    int calls;
+    s.capacity = s.budget + s.buffer + extra_capacity;
+    t = s;
+    t.buffer = 1 + rng_below(&r, s.buffer + 8);
+    t.capacity = t.budget + t.buffer + rng_below(&r, 30);
+    config = scarce_config(&s, &backend);
+    expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
+    config = scarce_config(&t, &backend);
+    expect_status("create", rkv_cache_create(&other, &config), RKV_OK);
+    for (calls = 0; calls < 100; calls++) {
+        if (rng_below(&r, 6) == 0) { /* an append of one layer that breaks off somewhere */
+            const int n = 1 + rng_below(&r, 8), layer = rng_below(&r, s.n_layers);
+            copies_left = rng_below(&r, 5);
+            if (n <= rkv_cache_room(cache, layer)) feed_layer(&s, cache, layer, 1, n);
+            copies_left = -1;
+        }
+        act(&s, &cache, other, &r);
+        if (!expect_alive(&s, cache) || !expect_alive(&t, other)) {
+            case_fail("after %d calls of seed %ld", calls + 1, (long)seed);
+            break;
+        }
+    }
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(other);
+    expect_int("blocks held in the end", 0, blocks_held, 0);
+}
+
+/* ---- a device ---------------------------------------------------------------------------------
+ * A backend whose memory the host cannot read: its pointers lie where nothing is. Every call
+ * translates them. It finds faults in the data only after a call, as a GPU does. */
+enum { MAX_DEVICE_BLOCKS = 64 };
+static struct device {
+    const rkv_backend *cpu;
+    struct {
+        unsigned char *host;
+        size_t bytes;
+    } blocks[MAX_DEVICE_BLOCKS];
+    int n_runs, fails; /* what is to go wrong: see below */
+    rkv_error *seen;   /* device_error of the last run, as the device was given it */
+} device;
+enum {
+    DEVICE_WORKS,
+    DEVICE_FINDS_A_FAULT, /* run succeeds; the fault stands in device_error */
+    DEVICE_REFUSES_RUN,
+    DEVICE_REFUSES_COPY,
+    DEVICE_REFUSES_COPY_ROWS,
+    DEVICE_REFUSES_FILL,
+    DEVICE_REFUSES_SYNCHRONIZE
+};
+static const char device_rule[] = "layer.keys: a fault that the device found";
+static const char refused_rule[] = "layer.keys: a device does not do this";
+
+/* Far from every address in use; where there is no such place, the memory itself. */
+static const uintptr_t device_offset = sizeof(void *) < 8 ? 0 : UINTPTR_MAX / 4 + 1;
+
+static void *device_alloc(const rkv_backend *self, size_t bytes)
+{
+    int i;
+    (void)self;
+    for (i = 0; i < MAX_DEVICE_BLOCKS; i++)
+        if (!device.blocks[i].host) {
+            device.blocks[i].host = (unsigned char *)alloc_checked(bytes);
+            device.blocks[i].bytes = bytes;
+            memset(device.blocks[i].host, 0xd5, bytes);
+            return (void *)((uintptr_t)device.blocks[i].host + device_offset);
+        }
+    return NULL;
+}
+
+/* The block that an address lies in, or -1: host memory. */
+static int device_block(const void *at)
+{
+    int i;
+    for (i = 0; i < MAX_DEVICE_BLOCKS; i++) {
+        const uintptr_t begin = (uintptr_t)device.blocks[i].host + device_offset;
+        if (device.blocks[i].host && (uintptr_t)at - begin < device.blocks[i].bytes) return i;
+    }
+    return -1;
+}
+
+static void *device_to_host(const void *at)
+{
+    return (void *)((uintptr_t)at - (device_block(at) < 0 ? 0 : device_offset));
+}
+
+static void device_free(const rkv_backend *self, void *memory)
+{
+    const int i = device_block(memory);
+    (void)self;
+    if (!expect_true("memory of the device", i >= 0)) return;
+    free(device.blocks[i].host);
+    device.blocks[i].host = NULL;
+}
+
+static rkv_status device_copy(const rkv_backend *self, void *dst, const void *src, size_t bytes)
+{
+    (void)self;
+    if (device.fails == DEVICE_REFUSES_COPY) return RKV_ERROR_DEVICE;
+    memcpy(device_to_host(dst), device_to_host(src), bytes);
+    return RKV_OK;
+}
+
+static rkv_status device_copy_rows(const rkv_backend *self, const rkv_tensor *dst, int dst_token,
+                                   const rkv_tensor *src, int src_token, int n_tokens)
+{
+    rkv_tensor to = *dst, from = *src;
+    (void)self;
+    if (device.fails == DEVICE_REFUSES_COPY_ROWS) return RKV_ERROR_DEVICE;
+    to.data = device_to_host(dst->data);
+    from.data = device_to_host(src->data);
+    return device.cpu->copy_rows(device.cpu, &to, dst_token, &from, src_token, n_tokens);
+}
+
+static rkv_status device_fill(const rkv_backend *self, int32_t *positions, int n_sets, int stride,
+                              int row, int first, int n)
+{
+    (void)self;
+    if (device.fails == DEVICE_REFUSES_FILL) return RKV_ERROR_DEVICE;
+    return device.cpu->fill_positions(device.cpu, (int32_t *)device_to_host(positions), n_sets,
+                                      stride, row, first, n);
+}
+
+static rkv_status device_synchronize(const rkv_backend *self)
+{
+    (void)self;
+    return device.fails == DEVICE_REFUSES_SYNCHRONIZE ? RKV_ERROR_DEVICE : RKV_OK;
+}
+
+static rkv_status device_size(const rkv_backend *self, const rkv_config *config,
+                              const rkv_layer *layers, int n_layers, size_t *bytes)
+{
+    (void)self;
+    return device.cpu->workspace_size(device.cpu, config, layers, n_layers, bytes);
+}
+
+/* Runs on the CPU with translated pointers. As on a GPU, the record is cleared first, and n_tokens
+ * are those of a round without faults, for the host knows nothing else. */
+static rkv_status device_run(const rkv_backend *self, const rkv_call *call)
+{
+    enum { MAX_LAYERS = 4 };
+    static const rkv_error nothing = { NULL, RKV_OK, -1, -1, -1 };
+    const rkv_error fault = { device_rule, RKV_ERROR_NONFINITE, 1, 0, 5 };
+    rkv_layer layers[MAX_LAYERS];
+    rkv_call host = *call;
+    rkv_error *found;
+    rkv_status status = RKV_OK;
+    int l;
+    (void)self;
+    device.n_runs++;
+    device.seen = call->config->device_error;
+    if (!expect_true("a device_error", device.seen != NULL)) return RKV_ERROR_UNSUPPORTED;
+    found = (rkv_error *)device_to_host(device.seen);
+    memcpy(found, &nothing, sizeof *found);
+    if (device.fails == DEVICE_REFUSES_RUN) {
+        if (call->config->error) {
+            *call->config->error = fault;
+            call->config->error->rule = refused_rule;
+            call->config->error->status = RKV_ERROR_UNSUPPORTED;
+        }
+        return RKV_ERROR_UNSUPPORTED;
+    }
+    for (l = 0; l < call->n_layers; l++) {
+        layers[l] = call->layers[l];
+        layers[l].keys.data = device_to_host(layers[l].keys.data);
+        layers[l].values.data = device_to_host(layers[l].values.data);
+        layers[l].queries.data = device_to_host(layers[l].queries.data);
+        layers[l].positions = (int32_t *)device_to_host(layers[l].positions);
+    }
+    host.layers = layers;
+    host.workspace = device_to_host(call->workspace);
+    if (device.fails == DEVICE_FINDS_A_FAULT)
+        memcpy(found, &fault, sizeof *found);
+    else
+        status = device.cpu->run(device.cpu, &host);
+    for (l = 0; l < call->n_layers; l++) {
+        if (call->layers[l].n_tokens > call->config->budget)
+            call->layers[l].n_tokens = call->config->budget;
+        call->layers[l].n_kept = call->layers[l].n_tokens;
+    }
+    return status;
+}
+
+static rkv_backend device_backend(void)
+{
+    rkv_backend backend;
+    memset(&backend, 0, sizeof backend);
+    device.cpu = rkv_backend_find(NULL);
+    device.fails = DEVICE_WORKS;
+    device.n_runs = 0;
+    backend.name = "device";
+    backend.workspace_size = device_size;
+    backend.run = device_run;
+    backend.alloc = device_alloc;
+    backend.free = device_free;
+    backend.copy = device_copy;
+    backend.copy_rows = device_copy_rows;
+    backend.fill_positions = device_fill;
+    backend.synchronize = device_synchronize;
+    return backend;
+}
+
+static void expect_device_empty(void)
+{
+    int i, held = 0;
+    for (i = 0; i < MAX_DEVICE_BLOCKS; i++) held += device.blocks[i].host != NULL;
+    expect_int("blocks of the device", 0, held, 0);
+}
+
+static void expect_record(const rkv_cache *cache, const rkv_error *want)
+{
+    const rkv_error *got = rkv_cache_error(cache);
+    expect_true("error.rule", got->rule == want->rule);
+    expect_int("error.status", 0, got->status, want->status);
+    expect_int("error.layer", 0, got->layer, want->layer);
+    expect_int("error.head", 0, got->head, want->head);
+    expect_int("error.token", 0, got->token, want->token);
+}
+
+/* Decoding on the device gives what decoding on the CPU gives. */
+static void test_device_decode(const setup *s)
+{
+    const rkv_backend backend = device_backend();
+    rkv_cache *cache = cache_of(s, &backend), *want = cache_of(s, NULL), *fork = NULL;
+    image saved;
+    decode(s, cache, 1, 2 * (s->budget + s->buffer));
+    decode(s, want, 1, 2 * (s->budget + s->buffer));
+    expect_true("rounds on the device", device.n_runs > 1);
+    expect_equal_caches("on a device", cache, want);
+    expect_status("fork", rkv_cache_fork(cache, &fork), RKV_OK);
+    expect_equal_caches("forked on a device", fork, want);
+    saved = image_of(want);
+    expect_status("empty", rkv_cache_truncate(fork, 0), RKV_OK);
+    expect_status("load", rkv_cache_load(fork, saved.bytes, saved.size), RKV_OK);
+    decode(s, fork, 2, s->buffer + 1);
+    decode(s, want, 2, s->buffer + 1);
+    expect_equal_caches("loaded on a device", fork, want);
+    free(saved.bytes);
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(fork);
+    rkv_cache_destroy(want);
+    expect_device_empty();
+}
+
+/* A fault that the device finds: the round reports it and the cache is as it was. */
+static void test_device_fault(const setup *s)
+{
+    static const rkv_error fault = { device_rule, RKV_ERROR_NONFINITE, 1, 0, 5 };
+    const rkv_backend backend = device_backend();
+    rkv_cache *cache = cache_of(s, &backend), *want = cache_of(s, NULL), *fork = NULL;
+    rkv_error *seen;
+    image before;
+    int n_evicted = -1, l;
+    feed(s, cache, 1, s->budget + s->buffer);
+    feed(s, want, 1, s->budget + s->buffer);
+    before = image_of(cache);
+    device.fails = DEVICE_FINDS_A_FAULT;
+    expect_status("step", rkv_cache_step(cache, &n_evicted), RKV_ERROR_NONFINITE);
+    expect_record(cache, &fault);
+    seen = device.seen;
+    expect_true("a record on the device", device_block(seen) >= 0);
+    expect_int("evicted", 0, n_evicted, 0);
+    for (l = 0; l < s->n_layers; l++)
+        expect_int("rows", l, rkv_cache_rows(cache, l), s->budget + s->buffer);
+    expect_int("rounds", 0, rkv_cache_get_stats(cache).rounds, 0);
+    expect_image("unchanged", cache, &before);
+    n_evicted = -1;
+    expect_status("compress", rkv_cache_compress(cache, &n_evicted), RKV_ERROR_NONFINITE);
+    expect_record(cache, &fault);
+    expect_int("evicted", 1, n_evicted, 0);
+    expect_image("unchanged", cache, &before);
+    /* a fork has a record of its own on the device, and on the host */
+    expect_status("fork", rkv_cache_fork(cache, &fork), RKV_OK);
+    expect_status("step", rkv_cache_step(fork, NULL), RKV_ERROR_NONFINITE);
+    expect_record(fork, &fault);
+    expect_true("a record of its own", device.seen != seen && device_block(device.seen) >= 0);
+    expect_true("the parent's", rkv_cache_error(cache)->rule == NULL);
+    /* the device recovers, and so do both */
+    device.fails = DEVICE_WORKS;
+    expect_int("step", 0, step(cache), s->buffer);
+    expect_true("no rule", rkv_cache_error(cache)->rule == NULL);
+    expect_int("step", 1, step(fork), s->buffer);
+    step(want);
+    expect_equal_caches("after the fault", cache, want);
+    expect_equal_caches("after the fault, forked", fork, want);
+    /* what run itself refuses comes back as run wrote it */
+    feed(s, cache, 1, s->buffer);
+    device.fails = DEVICE_REFUSES_RUN;
+    expect_status("step", rkv_cache_step(cache, &n_evicted), RKV_ERROR_UNSUPPORTED);
+    expect_true("run's text", rkv_cache_error(cache)->rule == refused_rule);
+    expect_int("rows", 2, rkv_cache_rows(cache, 0), s->budget + s->buffer);
+    device.fails = DEVICE_WORKS;
+    expect_int("step", 2, step(cache), s->buffer);
+    free(before.bytes);
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(fork);
+    rkv_cache_destroy(want);
+    expect_device_empty();
+}
+
+/* With a device_error of the caller's the cache does not look: step succeeds, and the caller finds
+ * the fault. */
+static void test_device_error_of_caller(const setup *s)
+{
+    const rkv_backend backend = device_backend();
+    rkv_cache_config config = setup_config(s, &backend);
+    rkv_cache *cache = NULL, *fork = NULL;
+    rkv_error *mine = (rkv_error *)device_alloc(&backend, sizeof(rkv_error)), found;
+    int i;
+    config.compress.device_error = mine;
+    expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
+    feed(s, cache, 1, s->budget + s->buffer);
+    expect_status("fork", rkv_cache_fork(cache, &fork), RKV_OK);
+    for (i = 0; i < 2; i++) {
+        rkv_cache *c = i ? fork : cache;
+        device.fails = DEVICE_FINDS_A_FAULT;
+        device.seen = NULL;
+        expect_int("step", i, step(c), s->buffer);
+        expect_true("the caller's record", device.seen == mine);
+        expect_true("no rule", rkv_cache_error(c)->rule == NULL);
+        expect_int("rows", i, rkv_cache_rows(c, 0), s->budget);
+        device.fails = DEVICE_WORKS;
+        device_copy(&backend, &found, mine, sizeof found);
+        expect_true("found", found.rule == device_rule && found.status == RKV_ERROR_NONFINITE);
+    }
+    /* no copy is made to look: a device that refuses them does not stop the round */
+    feed(s, cache, 1, s->buffer);
+    device.fails = DEVICE_REFUSES_COPY;
+    expect_int("step without a copy", 0, step(cache), s->buffer);
+    device.fails = DEVICE_WORKS;
+    /* the way out of a lost cache: empty it */
+    expect_status("empty", rkv_cache_truncate(cache, 0), RKV_OK);
+    decode(s, cache, 1, s->budget + s->buffer + 1);
+    rkv_cache_destroy(fork);
+    rkv_cache_destroy(cache);
+    device_free(&backend, mine);
+    expect_device_empty();
+}
+
+/* A device that refuses one of its memory functions: RKV_ERROR_DEVICE, and a sentence. */
+static void test_device_refusals(const setup *s)
+{
+    const rkv_backend backend = device_backend();
+    const rkv_cache_config config = setup_config(s, &backend);
+    rkv_cache *cache = NULL, *fork = NULL;
+    image saved;
+    int l;
+    device.fails = DEVICE_REFUSES_COPY;
+    expect_status("create", rkv_cache_create(&cache, &config), RKV_ERROR_DEVICE);
+    expect_true("no cache", cache == NULL);
+    expect_device_empty();
+    device.fails = DEVICE_WORKS;
+    expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
+    feed(s, cache, 1, s->budget + s->buffer - 1);
+    for (device.fails = DEVICE_REFUSES_COPY_ROWS; device.fails <= DEVICE_REFUSES_FILL;
+         device.fails++)
+        expect_device_error("append", cache, feed_layer(s, cache, 1, 1, 1), 1);
+    device.fails = DEVICE_WORKS;
+    feed(s, cache, 1, 1);
+    saved = image_of(cache);
+    device.fails = DEVICE_REFUSES_SYNCHRONIZE;
+    expect_device_error("save", cache, rkv_cache_save(cache, saved.bytes, saved.size), -1);
+    device.fails = DEVICE_REFUSES_COPY;
+    expect_device_error("save", cache, rkv_cache_save(cache, saved.bytes, saved.size), -1);
+    expect_device_error("fork", cache, rkv_cache_fork(cache, &fork), -1);
+    device.fails = DEVICE_REFUSES_COPY_ROWS;
+    expect_device_error("fork", cache, rkv_cache_fork(cache, &fork), -1);
+    expect_true("no fork", fork == NULL);
+    device.fails = DEVICE_WORKS;
+    free(saved.bytes);
+    saved = image_of(cache);
+    device.fails = DEVICE_REFUSES_COPY; /* cannot be looked at: nobody knows where the rows are */
+    expect_status("step", rkv_cache_step(cache, NULL), RKV_ERROR_DEVICE);
+    for (l = 0; l < s->n_layers; l++) expect_int("rows", l, rkv_cache_rows(cache, l), 0);
+    for (device.fails = DEVICE_REFUSES_COPY; device.fails <= DEVICE_REFUSES_SYNCHRONIZE;
+         device.fails++) {
+        if (device.fails == DEVICE_REFUSES_COPY_ROWS) continue;
+        expect_device_error("load", cache, rkv_cache_load(cache, saved.bytes, saved.size), -1);
+        for (l = 0; l < s->n_layers; l++) expect_int("rows", l, rkv_cache_rows(cache, l), 0);
+    }
+    device.fails = DEVICE_WORKS;
+    expect_status("load", rkv_cache_load(cache, saved.bytes, saved.size), RKV_OK);
+    expect_image("loaded", cache, &saved);
+    free(saved.bytes);
+    rkv_cache_destroy(cache);
+    expect_device_empty();
 }
 
 /* ---- arguments ---- */
@@ -1156,8 +1894,8 @@ static void test_create_arguments(void)
     rkv_backend bare = *rkv_backend_find(NULL);
     rkv_cache_config c;
     rkv_cache *cache = NULL;
-    expect_status("no out", rkv_cache_create(NULL, &good), RKV_ERROR_ARGUMENT);
-    expect_not_created("no config", NULL, RKV_ERROR_ARGUMENT);
+    expect_status("no out", rkv_cache_create(NULL, &good), RKV_ERROR_NULL);
+    expect_not_created("no config", NULL, RKV_ERROR_NULL);
 #define REFUSED(change) c = good, change, expect_not_created(#change, &c, RKV_ERROR_ARGUMENT)
     REFUSED(c.n_layers = 0);
     REFUSED(c.n_layers = -1);
@@ -1176,6 +1914,12 @@ static void test_create_arguments(void)
     REFUSED(c.compress.window = s->budget + 1);
     REFUSED(c.compress.pinned = -1);
     REFUSED(c.compress.pinned = s->budget);
+    REFUSED(c.compress.protect = -1);
+    REFUSED(c.compress.protect = s->budget + 1);
+    REFUSED((c.compress.protect = s->budget, c.compress.pinned = 1));
+    REFUSED(c.compress.variant = (rkv_variant)2);
+    REFUSED(c.scale = -1);
+    REFUSED(c.softcap = -1);
     REFUSED(c.compress.lambda = 2.0f);
     REFUSED(c.alloc = scarce_alloc);
     REFUSED(c.free = scarce_free);
@@ -1246,7 +1990,7 @@ static void test_append_arguments(void)
                 expect_int("which view, which fault", i, b, -1);
     }
     expect_status("no cache", rkv_cache_append(NULL, 0, N, &keys, &values, &queries),
-                  RKV_ERROR_ARGUMENT);
+                  RKV_ERROR_NULL);
     expect_image("unchanged", cache, &before);
     expect_status("none", rkv_cache_append(cache, 0, 0, NULL, NULL, NULL), RKV_OK);
     expect_image("unchanged", cache, &before);
@@ -1302,11 +2046,11 @@ static void test_views_out_of_range(void)
     }
     expect_true("positions", rkv_cache_positions(cache, 0, 2) == NULL);
     expect_true("positions", rkv_cache_positions(cache, 0, -1) == NULL);
-    expect_status("step", rkv_cache_step(NULL, NULL), RKV_ERROR_ARGUMENT);
-    expect_status("compress", rkv_cache_compress(NULL, NULL), RKV_ERROR_ARGUMENT);
-    expect_status("truncate", rkv_cache_truncate(NULL, 0), RKV_ERROR_ARGUMENT);
-    expect_status("fork", rkv_cache_fork(cache, NULL), RKV_ERROR_ARGUMENT);
-    rkv_cache_reset(NULL);
+    expect_status("step", rkv_cache_step(NULL, NULL), RKV_ERROR_NULL);
+    expect_status("compress", rkv_cache_compress(NULL, NULL), RKV_ERROR_NULL);
+    expect_status("truncate", rkv_cache_truncate(NULL, 0), RKV_ERROR_NULL);
+    expect_status("fork", rkv_cache_fork(cache, NULL), RKV_ERROR_NULL);
+    expect_int("the record of no cache", 0, rkv_cache_error(NULL)->status, RKV_ERROR_NULL);
     rkv_cache_destroy(cache);
 }
 
@@ -1406,12 +2150,40 @@ static void test_threads_decode(const setup *s, int n_threads)
     rkv_threads_destroy(threads);
 }
 
+/* A child of fork() has no workers, and destroy does not wait for them there. */
+static void test_threads_forked(void)
+{
+#ifdef _WIN32
+    skip("no fork() on this system");
+#else
+    rkv_threads *threads = NULL;
+    pid_t child;
+    int status = -1;
+    expect_status("create", rkv_threads_create(&threads, 3), RKV_OK);
+    fflush(stdout);
+    child = fork();
+    if (child == 0) {
+        alarm(20); /* a child that hangs dies of it */
+        rkv_threads_destroy(threads);
+        _exit(0);
+    }
+    expect_true("fork", child > 0);
+    expect_true("waitpid", waitpid(child, &status, 0) == child);
+    expect_int("status of the child", 0, status, 0);
+    rkv_threads_destroy(threads);
+#endif
+}
+
 static void test_threads_arguments(void)
 {
     rkv_threads *threads = (rkv_threads *)(void *)&threads;
-    expect_status("no threads", rkv_threads_create(&threads, 0), RKV_ERROR_ARGUMENT);
-    expect_true("no pool", threads == NULL);
-    expect_status("no out", rkv_threads_create(NULL, 2), RKV_ERROR_ARGUMENT);
+    rkv_config config = rkv_config_default(32);
+    expect_status("no threads: one", rkv_threads_create(&threads, 0), RKV_OK);
+    rkv_threads_use(threads, &config);
+    expect_int("threads", 0, config.n_threads, 1);
+    run_tally(&config, 10);
+    rkv_threads_destroy(threads);
+    expect_status("no out", rkv_threads_create(NULL, 2), RKV_ERROR_NULL);
     rkv_threads_destroy(NULL);
     rkv_threads_use(NULL, NULL);
 }
@@ -1441,12 +2213,14 @@ static void run_on_setup(const setup *s)
     test_drafts(s);
     case_begin("%s: how far truncate reaches", s->name);
     test_truncate_reach(s);
+    case_begin("%s: protected tokens taken back", s->name);
+    test_protected_drafts(s);
     case_begin("%s: fork", s->name);
     test_fork(s);
     case_begin("%s: fork between two layers", s->name);
     test_fork_between_layers(s);
-    case_begin("%s: reset", s->name);
-    test_reset(s);
+    case_begin("%s: emptied", s->name);
+    test_empty(s);
     for (length = 0; length < 100; length += 33) {
         case_begin("%s: save after %d tokens", s->name, length);
         test_save(s, length);
@@ -1477,8 +2251,33 @@ int main(void)
     test_unequal_layers(&setups[0]);
     case_begin("a partial window");
     test_partial_window(&setups[N_SETUPS - 1]);
+    case_begin("a copy into the ring that fails");
+    test_failing_ring(&setups[0]);
     case_begin("an infinite key");
-    test_nonfinite_key(&setups[0]);
+    test_nonfinite_key(&setups[0], 0);
+    test_nonfinite_key(&setups[0], 1);
+    for (i = 0; i < N_SETUPS; i += 2) {
+        case_begin("%s: on a device", setups[i].name);
+        test_device_decode(&setups[i]);
+    }
+    case_begin("a fault that the device finds");
+    test_device_fault(&setups[0]);
+    case_begin("a device record of the caller's");
+    test_device_error_of_caller(&setups[0]);
+    case_begin("a device that refuses");
+    test_device_refusals(&setups[0]);
+    case_begin("appends with negative blocks");
+    test_negative_blocks(&setups[0]);
+    test_negative_blocks(&setups[3]);
+    case_begin("appends with huge strides");
+    test_huge_strides(&setups[2]);
+    case_begin("a snapshot without room for its queries");
+    test_load_without_room();
+    for (i = 0; i < N_SETUPS; i++)
+        for (j = 0; j < 3; j++) {
+            case_begin("%s: never stuck, search %d", setups[i].name, j);
+            test_never_stuck(&setups[i], j * 13, (uint64_t)(100 * i + j));
+        }
     case_begin("stats");
     test_stats();
     case_begin("image format");
@@ -1497,6 +2296,8 @@ int main(void)
     test_no_queries(&setups[5]);
     case_begin("no queries: redundancy alone");
     test_no_queries(&setups[7]);
+    case_begin("no queries: pinned and protected tokens alone");
+    test_no_queries(&setups[8]);
     case_begin("views out of range");
     test_views_out_of_range();
     for (i = 1; i <= 8; i++) {
@@ -1505,6 +2306,8 @@ int main(void)
     }
     case_begin("a pool with three callers");
     test_threads_shared();
+    case_begin("a pool after fork()");
+    test_threads_forked();
     case_begin("arguments of the pool");
     test_threads_arguments();
     return close_tests();

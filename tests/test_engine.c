@@ -260,7 +260,7 @@ static void test_caches_agree(const char *method)
         float *a = model_forward(m, s, 1, &token, &position, attend_own, own);
         float *b = model_forward(m, s2, 1, &token, &position, managed_cache_attend, &managed);
         expect_status("advance", own_cache_advance(own, 1), RKV_OK);
-        expect_status("step", rkv_cache_step(managed.rows, NULL), RKV_OK);
+        expect_status("step", managed_cache_step(&managed, NULL), RKV_OK);
         expect_bytes("logits", a, b, VOCABULARY * sizeof *a);
         expect_int("rows", position, rkv_cache_rows(managed.rows, 0), own->n_rows);
         expect_true("bounded", own->n_rows < BUDGET + BUFFER);

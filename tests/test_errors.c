@@ -1,4 +1,5 @@
-/* Every refusal: the right status, a reason in words, and not one byte of the caller's changed.
+/* Refusals on every path: the right status, a record that names the field, and not one byte of the
+ * caller's changed. test_refusals.c walks the texts one by one.
  *     make test        or: build/tests/test_errors */
 #include "harness.h"
 
@@ -7,8 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* keys, values, kept, positions, scores, shared_scores, queries */
-enum { BUFFERS = 7, BUFFER_QUERIES = 6 };
+/* keys, values, kept, positions, scores, shared_scores, pins, queries */
+enum { BUFFERS = 8, BUFFER_QUERIES = 7 };
 
 enum { N_LAYERS = 2, HEADS = 2, GROUP = 2, DIM = 16, WINDOW = 8, TOKENS = 40, BUDGET = 24 };
 
@@ -18,12 +19,13 @@ static int n_backends;
 /* Two layers that are in order; each test spoils the last one. */
 typedef struct scene {
     rkv_config config;
-    rkv_fault fault;
+    rkv_error error;
     job jobs[N_LAYERS];
     block workspace;
 } scene;
 
-static scene scene_make(rkv_scope scope, rkv_dtype dtype)
+/* pins: so many rows in a hundred. */
+static scene scene_make_pinned(rkv_scope scope, rkv_dtype dtype, int pins)
 {
     rng r = rng_seed(40);
     rkv_layer layers[N_LAYERS];
@@ -39,6 +41,7 @@ static scene scene_make(rkv_scope scope, rkv_dtype dtype)
     s.n_tokens = TOKENS;
     s.capacity = TOKENS + 4;
     s.dtype = dtype;
+    s.pins = pins;
     sc.config = rkv_config_default(BUDGET);
     sc.config.window = WINDOW;
     sc.config.scope = scope;
@@ -50,6 +53,11 @@ static scene scene_make(rkv_scope scope, rkv_dtype dtype)
     rkv_workspace_size(NULL, &sc.config, layers, N_LAYERS, &bytes);
     block_make(&sc.workspace, bytes + 4096, 0, 1);
     return sc;
+}
+
+static scene scene_make(rkv_scope scope, rkv_dtype dtype)
+{
+    return scene_make_pinned(scope, dtype, 0);
 }
 
 static void scene_free(scene *sc)
@@ -66,49 +74,85 @@ static void expect_scene_unchanged(const char *at, scene *sc)
     block_guards("guards of the workspace", &sc->workspace);
 }
 
-/* The call gives `want` and changes nothing but the workspace and *fault. */
+/* The call gives `want`, with a record and without one, and changes nothing but the workspace and
+ * the record, which says what is wrong. */
 static void refuse(const char *at, stage_function call, const rkv_backend *backend, scene *sc,
                    rkv_status want)
 {
-    int i;
-    for (i = 0; i < N_LAYERS; i++) sc->jobs[i].remembered = sc->jobs[i].layer;
-    expect_status(at,
-                  call_with(call, backend, &sc->config, sc->jobs, N_LAYERS, sc->workspace.data,
-                            sc->workspace.bytes),
-                  want);
-    expect_scene_unchanged(at, sc);
+    rkv_config config;
+    int i, with;
+    for (with = 0; with < 2; with++) {
+        memset(&sc->error, 0x55, sizeof sc->error);
+        sc->config.error = with ? &sc->error : NULL;
+        for (i = 0; i < N_LAYERS; i++) sc->jobs[i].remembered = sc->jobs[i].layer;
+        memcpy(&config, &sc->config, sizeof config);
+        expect_status(at,
+                      call_with(call, backend, &sc->config, sc->jobs, N_LAYERS, sc->workspace.data,
+                                sc->workspace.bytes),
+                      want);
+        expect_bytes("config", &sc->config, &config, sizeof config);
+        expect_scene_unchanged(at, sc);
+    }
+    expect_int("error.status", 0, sc->error.status, want);
+    expect_true("error.rule", sc->error.rule && strstr(sc->error.rule, ": "));
 }
 
-static void expect_fault(const rkv_fault *fault, rkv_status status, int layer, int head, int token)
+static void expect_place(const scene *sc, int layer, int head, int token)
 {
-    expect_int("fault.status", 0, fault->status, status);
-    expect_int("fault.layer", 0, fault->layer, layer);
-    expect_int("fault.head", 0, fault->head, head);
-    expect_int("fault.token", 0, fault->token, token);
+    expect_int("error.layer", 0, sc->error.layer, layer);
+    expect_int("error.head", 0, sc->error.head, head);
+    expect_int("error.token", 0, sc->error.token, token);
 }
 
-/* As refuse, for rkv_compress and rkv_check, whose text must hold `word`. */
-static void refuse_argument(const rkv_backend *backend, scene *sc, const char *word, int at)
+static void expect_rule(const scene *sc, const char *word)
+{
+    if (!expect_true(word, sc->error.rule && strstr(sc->error.rule, word)))
+        case_fail("the rule is: %s", sc->error.rule ? sc->error.rule : "none");
+}
+
+/* As refuse, for rkv_compress, whose rule must hold `word`, and, where the data does not matter,
+ * for rkv_workspace_size, which must give the same rule. */
+static void refuse_argument(const rkv_backend *backend, scene *sc, const char *word, int at,
+                            int sized)
 {
     rkv_layer layers[N_LAYERS];
-    const char *why = "untouched";
-    int i, layer = -7;
+    const char *rule;
+    size_t bytes = 77;
+    int i;
     refuse("rkv_compress", rkv_compress, backend, sc, RKV_ERROR_ARGUMENT);
+    expect_place(sc, at, -1, -1);
+    expect_rule(sc, word);
+    if (!sized) return;
+    rule = sc->error.rule;
+    memset(&sc->error, 0x55, sizeof sc->error);
     for (i = 0; i < N_LAYERS; i++) layers[i] = sc->jobs[i].layer;
-    expect_status("rkv_check", rkv_check(&sc->config, layers, N_LAYERS, &why, &layer),
+    expect_status("rkv_workspace_size",
+                  rkv_workspace_size(backend, &sc->config, layers, N_LAYERS, &bytes),
                   RKV_ERROR_ARGUMENT);
-    expect_int("layer", 0, layer, at);
-    expect_status("rkv_check without why", rkv_check(&sc->config, layers, N_LAYERS, NULL, NULL),
-                  RKV_ERROR_ARGUMENT);
-    if (!expect_true("a reason", why != NULL)) return;
-    if (!expect_true(word, strstr(why, word) != NULL)) expect_true(why, 0);
+    expect_int("bytes", 0, (int64_t)bytes, 77);
+    expect_true("the same rule", sc->error.rule == rule);
+    expect_place(sc, at, -1, -1);
+}
+
+/* The description alone: a call that it passes asks for a workspace next. */
+static int is_refused(const rkv_config *config, rkv_layer *layers, int n_layers, rkv_error *error)
+{
+    rkv_config recorded = *config;
+    rkv_status status;
+    memset(error, 0x55, sizeof *error);
+    recorded.error = error;
+    status = rkv_compress(NULL, &recorded, layers, n_layers, NULL, 0);
+    expect_true("an argument or the workspace",
+                status == RKV_ERROR_ARGUMENT || status == RKV_ERROR_WORKSPACE);
+    expect_int("error.status", 0, error->status, status);
+    return status == RKV_ERROR_ARGUMENT;
 }
 
 /* clang-format off: one line per fault */
 
 /* ---- arguments ---- */
 /* Spoils one field; returns its name, then a word on how, or NULL behind the last. The name must
- * come up in rkv_check's text. */
+ * come up in the rule. */
 static const char *spoil_config(int which, rkv_config *c)
 {
     switch (which) {
@@ -127,14 +171,22 @@ static const char *spoil_config(int which, rkv_config *c)
     case 12: c->threshold = 1.01f; return "threshold above 1";
     case 13: c->threshold = NAN; return "threshold NaN";
     case 14: c->scope = (rkv_scope)3; return "scope unknown";
-    case 15: c->pooling = (rkv_pooling)2; return "pooling unknown";
-    case 16: c->grouping = (rkv_grouping)2; return "grouping unknown";
-    case 17: c->redundancy = (rkv_redundancy)2; return "redundancy unknown";
-    case 18: c->span = (rkv_span)2; return "span unknown";
-    case 19: c->column0 = (rkv_column0)2; return "column0 unknown";
-    case 20: c->order = (rkv_order)2; return "order unknown";
+    case 15: c->scope = (rkv_scope)-1; return "scope unknown: -1";
+    case 16: c->variant = (rkv_variant)2; return "variant unknown";
+    case 17: c->variant = (rkv_variant)-1; return "variant unknown: -1";
+    case 18: c->protect = -1; return "protect negative";
+    case 19: c->protect = BUDGET + 1; return "budget below protect";
+    case 20:
+        c->protect = BUDGET - 1;
+        c->pinned = 2;
+        return "budget below protect + pinned";
     case 21: c->n_threads = -1; return "n_threads negative";
     case 22: c->pinned = INT_MAX; return "pinned huge: no overflow with the window";
+    case 23:
+        c->pinned = 1;
+        c->protect = INT_MAX;
+        return "protect huge: no overflow with pinned";
+    case 24: c->window = INT_MAX; return "window huge";
     default: return NULL;
     }
 }
@@ -162,7 +214,7 @@ static const char *spoil_views(int which, rkv_layer *l)
     case 17: l->values.dim = 0; return "values of no dim";
     case 18: l->values.tokens = TOKENS - 1; return "values: fewer rows than n_tokens";
     case 19: l->values.element_bytes = -1; return "values: negative element_bytes";
-    case 20: l->position_stride = TOKENS - 1; return "position_stride below n_tokens";
+    case 20: l->row_stride = TOKENS - 1; return "row_stride below n_tokens";
     case 21: l->scale = NAN; return "scale NaN";
     case 22: l->scale = INFINITY; return "scale infinite";
     case 23: l->softcap = -1; return "softcap negative";
@@ -173,6 +225,10 @@ static const char *spoil_views(int which, rkv_layer *l)
     case 28: l->scale = 100.5f; return "scale above 100";
     case 29: l->softcap = 1.1e6f; return "softcap above 1e6";
     case 30: l->scale = -0.1f; return "scale negative";
+    case 31: l->row_stride = -1; return "row_stride negative";
+    case 32: l->values.dim_stride = 2; return "values: rows that overlap, by dim_stride";
+    case 33: l->keys.element_bytes = 2; return "keys of another element size";
+    case 34: l->queries.element_bytes = 8; return "queries of another element size";
     default: return NULL;
     }
 }
@@ -209,6 +265,9 @@ static const char *spoil_overlaps(int which, rkv_layer *l, rkv_layer *other)
     case 6: l->scores = (float *)l->queries.data; return "overlap: scores on queries";
     case 7: l->kept = other->kept; return "overlap: kept of two layers";
     case 8: l->positions = other->positions; return "overlap: positions of two layers";
+    case 9: l->pins = (uint8_t *)l->keys.data; return "overlap: pins on keys";
+    case 10: l->pins = (uint8_t *)l->positions; return "overlap: pins on positions";
+    case 11: l->pins = other->pins; return "overlap: pins of two layers";
     default: return NULL;
     }
 }
@@ -228,7 +287,7 @@ static void test_arguments(const rkv_backend *backend, int kind)
 {
     int which;
     for (which = 0;; which++) {
-        scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+        scene sc = scene_make_pinned(RKV_PER_HEAD, RKV_F32, 10);
         rkv_layer *l = &sc.jobs[1].layer;
         const char *what = kind == SPOIL_CONFIG  ? spoil_config(which, &sc.config)
                            : kind == SPOIL_VIEWS ? spoil_views(which, l)
@@ -236,9 +295,10 @@ static void test_arguments(const rkv_backend *backend, int kind)
                                                  : spoil_overlaps(which, l, &sc.jobs[0].layer);
         char word[32];
         if (what) {
+            int needs_data = kind == SPOIL_OVERLAPS || strstr(what, "without data") != NULL;
             case_begin("%s refuses %s", backend->name, what);
             copy_word(word, what);
-            refuse_argument(backend, &sc, word, kind == SPOIL_CONFIG ? -1 : 1);
+            refuse_argument(backend, &sc, word, kind == SPOIL_CONFIG ? -1 : 1, !needs_data);
         }
         scene_free(&sc);
         if (!what) break;
@@ -254,7 +314,7 @@ static const char *spoil_table(int which, rkv_tensor *t, int32_t *table)
     case 1: t->block_tokens = -4; return "keys: block_tokens negative";
     case 2: t->block_stride = 2 * DIM; return "keys: blocks that overlap";
     case 3: t->block_stride = INT64_MAX / 2; return "keys beyond the address space: blocks";
-    case 4: table[3] = table[7]; return "an entry twice"; /* the calls look, not rkv_check */
+    case 4: table[3] = table[7]; return "an entry twice"; /* rkv_workspace_size does not look */
     case 5: table[0] = -1; return "a negative entry";
     case 6: table[9] = table[0]; return "the last entry in use is the first";
     default: return NULL;
@@ -262,7 +322,7 @@ static const char *spoil_table(int which, rkv_tensor *t, int32_t *table)
 }
 /* clang-format on */
 
-/* The entry that the fault of each of these names. */
+/* The entry that the record of each of these names. */
 static const int spoiled_block[] = { -1, -1, -1, -1, 7, 0, 9 };
 
 static void test_tables(const rkv_backend *backend)
@@ -283,12 +343,13 @@ static void test_tables(const rkv_backend *backend)
         case_begin("%s, %s", backend->name, what ? what : "block table in order");
         if (what && strncmp(what, "keys", 4) == 0) {
             copy_word(word, what);
-            refuse_argument(backend, &sc, word, 1);
+            refuse_argument(backend, &sc, word, 1, 1);
         } else if (what) {
             refuse("rkv_compress", rkv_compress, backend, &sc, RKV_ERROR_ARGUMENT);
-            sc.config.fault = &sc.fault;
+            expect_place(&sc, 1, -1, 4 * spoiled_block[which]);
             refuse("rkv_score", rkv_score, backend, &sc, RKV_ERROR_ARGUMENT);
-            expect_fault(&sc.fault, RKV_ERROR_ARGUMENT, 1, 0, 4 * spoiled_block[which]);
+            expect_place(&sc, 1, -1, 4 * spoiled_block[which]);
+            expect_rule(&sc, "keys.block_table");
         } else if (which < 0) {
             expect_status("in order",
                           call_with(rkv_compress, backend, &sc.config, sc.jobs, N_LAYERS,
@@ -337,32 +398,83 @@ static void test_query_blocks(const rkv_backend *backend)
         case_begin("%s, query block table: %s", backend->name, bad ? "negative" : "twice");
         refuse("rkv_compress", rkv_compress, backend, &sc, RKV_ERROR_ARGUMENT);
         refuse("rkv_score", rkv_score, backend, &sc, RKV_ERROR_ARGUMENT);
+        expect_place(&sc, 1, -1, WINDOW - 1);
+        expect_rule(&sc, "queries.block_table");
+        scene_free(&sc);
+    }
+}
+
+/* Values have a table of their own; without data they are not looked at. */
+static void test_value_blocks(const rkv_backend *backend)
+{
+    int bad;
+    for (bad = 0; bad < 3; bad++) {
+        int32_t table[TOKENS + 4];
+        scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+        rkv_tensor *t = &sc.jobs[1].layer.values;
+        int i;
+        for (i = 0; i < TOKENS + 4; i++) table[i] = i;
+        table[TOKENS - 1] = bad == 1 ? 5 : -1;
+        t->block_table = table;
+        t->block_tokens = 1;
+        if (bad == 2) t->data = NULL;
+        case_begin("%s, value block table: %s", backend->name,
+                   bad == 0   ? "negative"
+                   : bad == 1 ? "twice"
+                              : "of no data");
+        if (bad < 2) {
+            refuse("rkv_compress", rkv_compress, backend, &sc, RKV_ERROR_ARGUMENT);
+            expect_place(&sc, 1, -1, TOKENS - 1);
+            expect_rule(&sc, "values.block_table");
+        } else {
+            expect_status("rkv_compress",
+                          call_stage(rkv_compress, backend, &sc.config, sc.jobs, N_LAYERS), RKV_OK);
+        }
         scene_free(&sc);
     }
 }
 
 static void test_null_arguments(const rkv_backend *backend)
 {
+    static const stage_function calls[] = { rkv_compress, rkv_score, rkv_select, rkv_compact };
     scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
     size_t bytes = 77;
+    int i;
     case_begin("%s: null pointers and counts", backend->name);
-    expect_status(
-        "config",
-        rkv_compress(backend, NULL, &sc.jobs[0].layer, 1, sc.workspace.data, sc.workspace.bytes),
-        RKV_ERROR_ARGUMENT);
-    expect_status("layers",
-                  rkv_compress(backend, &sc.config, NULL, 1, sc.workspace.data, sc.workspace.bytes),
-                  RKV_ERROR_ARGUMENT);
-    expect_status("n_layers",
-                  rkv_compress(backend, &sc.config, &sc.jobs[0].layer, -1, sc.workspace.data,
+    sc.config.error = &sc.error;
+    for (i = 0; i < 4; i++) {
+        memset(&sc.error, 0x55, sizeof sc.error);
+        expect_status(
+            "config",
+            calls[i](backend, NULL, &sc.jobs[0].layer, 1, sc.workspace.data, sc.workspace.bytes),
+            RKV_ERROR_NULL);
+        expect_status("layers",
+                      calls[i](backend, &sc.config, NULL, 1, sc.workspace.data, sc.workspace.bytes),
+                      RKV_ERROR_ARGUMENT);
+        expect_rule(&sc, "layers: is NULL");
+        expect_place(&sc, -1, -1, -1);
+        expect_status("n_layers",
+                      calls[i](backend, &sc.config, &sc.jobs[0].layer, -1, sc.workspace.data,
                                sc.workspace.bytes),
-                  RKV_ERROR_ARGUMENT);
+                      RKV_ERROR_ARGUMENT);
+        expect_rule(&sc, "n_layers: must not be negative");
+        expect_place(&sc, -1, -1, -1);
+    }
+    expect_status("config", rkv_workspace_size(backend, NULL, &sc.jobs[0].layer, 1, &bytes),
+                  RKV_ERROR_NULL);
     expect_status("bytes", rkv_workspace_size(backend, &sc.config, &sc.jobs[0].layer, 1, NULL),
+                  RKV_ERROR_NULL);
+    expect_status("layers", rkv_workspace_size(backend, &sc.config, NULL, 1, &bytes),
+                  RKV_ERROR_ARGUMENT);
+    expect_status("n_layers", rkv_workspace_size(backend, &sc.config, NULL, -1, &bytes),
                   RKV_ERROR_ARGUMENT);
     sc.config.budget = 0;
     expect_status("workspace_size checks",
                   rkv_workspace_size(backend, &sc.config, &sc.jobs[0].layer, 1, &bytes),
                   RKV_ERROR_ARGUMENT);
+    expect_rule(&sc, "config.budget");
+    expect_int("bytes", 0, (int64_t)bytes, 77);
+    expect_scene_unchanged("all buffers", &sc);
     scene_free(&sc);
 }
 
@@ -373,15 +485,22 @@ static void test_stage_outputs(const rkv_backend *backend)
     case_begin("%s: buffers that a stage requires", backend->name);
     alone.jobs[1].layer.scores = NULL;
     refuse("rkv_score without scores", rkv_score, backend, &alone, RKV_ERROR_ARGUMENT);
+    expect_rule(&alone, "layer.scores: is NULL");
     refuse("rkv_select without scores", rkv_select, backend, &alone, RKV_ERROR_ARGUMENT);
+    expect_rule(&alone, "layer.scores: is NULL");
     shared.jobs[1].layer.shared_scores = NULL;
     refuse("rkv_score without shared_scores", rkv_score, backend, &shared, RKV_ERROR_ARGUMENT);
+    expect_rule(&shared, "layer.shared_scores: is NULL");
     refuse("rkv_select without shared_scores", rkv_select, backend, &shared, RKV_ERROR_ARGUMENT);
+    expect_rule(&shared, "layer.shared_scores: is NULL");
     shared.jobs[1].layer = shared.jobs[1].remembered;
     shared.jobs[1].layer.shared_scores = (float *)(void *)shared.jobs[1].shared.data;
     shared.jobs[1].layer.kept = NULL;
     refuse("rkv_select without kept", rkv_select, backend, &shared, RKV_ERROR_ARGUMENT);
+    expect_rule(&shared, "layer.kept: is NULL");
+    shared.jobs[0].layer.n_kept = shared.jobs[1].layer.n_kept = BUDGET;
     refuse("rkv_compact without kept", rkv_compact, backend, &shared, RKV_ERROR_ARGUMENT);
+    expect_rule(&shared, "layer.kept: is NULL");
     scene_free(&alone);
     scene_free(&shared);
 }
@@ -398,9 +517,9 @@ static void test_given_scores(const rkv_backend *backend)
     scores[TOKENS - WINDOW - 1] = NAN;
     block_remember(&sc.jobs[0].scores);
     block_remember(&sc.jobs[1].scores);
-    sc.config.fault = &sc.fault;
     refuse("rkv_select", rkv_select, backend, &sc, RKV_ERROR_NONFINITE);
-    expect_fault(&sc.fault, RKV_ERROR_NONFINITE, 1, 1, TOKENS - WINDOW - 1);
+    expect_rule(&sc, "layer.scores");
+    expect_place(&sc, 1, 1, TOKENS - WINDOW - 1);
     scores[TOKENS - WINDOW - 1] = -INFINITY;
     scores[2] = INFINITY;
     expect_status("infinities", call_stage(rkv_select, backend, &sc.config, sc.jobs, N_LAYERS),
@@ -449,11 +568,13 @@ static void test_unshared_scores(const rkv_backend *backend)
 /* clang-format off */
 static const char *spoil_sequence(int which, rkv_layer *l, rkv_layer *first)
 {
+    static uint8_t pins[TOKENS + 4];
     switch (which) {
     case 0: l->n_tokens--; return "n_tokens: not the same in a sequence";
     case 1: l->kept = first->kept + BUDGET; return "kept in a follower";
     case 2: l->positions = first->positions; return "positions in a follower";
     case 3: l->shared_scores = l->scores; return "shared_scores in a follower";
+    case 4: l->pins = pins; return "pins in a follower";
     default: return NULL;
     }
 }
@@ -469,7 +590,7 @@ static void test_sequences(const rkv_backend *backend)
         if (what) {
             case_begin("%s refuses %s", backend->name, what);
             copy_word(word, what);
-            refuse_argument(backend, &sc, word, 1);
+            refuse_argument(backend, &sc, word, 1, 1);
         }
         scene_free(&sc);
         if (!what) break;
@@ -481,7 +602,7 @@ static void test_sequences(const rkv_backend *backend)
 static const char *spoil_kept(int which, int32_t *kept, rkv_config *c, rkv_layer *l, int *entry)
 {
     int32_t swapped = kept[1];
-    *entry = -1; /* the one that the fault names */
+    *entry = -1; /* the one that the record names, or a row */
     switch (which) {
     case 0: kept[5] = kept[6]; *entry = 6; return "a row twice";
     case 1: kept[0] = -1; *entry = 0; return "a negative row";
@@ -489,15 +610,19 @@ static const char *spoil_kept(int which, int32_t *kept, rkv_config *c, rkv_layer
     case 3: kept[1] = kept[2]; kept[2] = swapped; *entry = 2; return "rows not ascending";
     case 4: c->pinned = 2; kept[1] = 2; kept[2] = 3; kept[3] = 4; *entry = 1;
             return "a pinned row dropped";
-    case 5: c->pinned = 2; c->order = RKV_BY_SCORE; kept[0] = 1; kept[1] = 0; *entry = 0;
-            return "a pinned row out of its place";
-    case 6: c->order = RKV_BY_SCORE; kept[9] = kept[3]; *entry = 9;
-            return "a row twice, by score";
+    case 5: c->pinned = 2; kept[0] = 1; kept[1] = 2; kept[2] = 3; kept[3] = 4; *entry = 0;
+            return "the first row dropped, which is pinned";
+    case 6: kept[9] = kept[3]; *entry = 9; return "a row twice, far apart";
     case 7: kept[BUDGET - 1] = INT32_MAX; *entry = BUDGET - 1; return "a row far away";
     case 8: l->n_kept = -1; return "n_kept negative";
     case 9: l->n_kept = BUDGET + 1; return "n_kept above the budget";
     case 10: l->n_kept = 0; return "n_kept 0: a list that nobody chose";
     case 11: c->pinned = 3; l->n_kept = 2; return "n_kept below pinned";
+    case 12: kept[0] = INT32_MIN; *entry = 0; return "the most negative row";
+    case 13: l->pins[TOKENS + 4 + 17] = 1; *entry = 17; return "a row of layer.pins left out";
+    case 14: l->pins[TOKENS + 4 + 4] = 255; *entry = 4; return "a gap's first row, in layer.pins";
+    case 15: l->n_kept = BUDGET - 1; l->pins[TOKENS + 4 + TOKENS - 1] = 1; *entry = TOKENS - 1;
+             return "the last row, in layer.pins, of a shorter list";
     default: return NULL;
     }
 }
@@ -508,7 +633,10 @@ static void test_kept_lists(const rkv_backend *backend)
     int which, i, entry = -1;
     for (which = -1;; which++) {
         scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
+        uint8_t pins[HEADS * (TOKENS + 4)] = { 0 };
         const char *what = NULL;
+        sc.jobs[1].layer.pins = pins;
+        for (i = 0; i < 4; i++) pins[i] = pins[TOKENS + 4 + i] = 1; /* all lists have these */
         for (i = 0; i < N_LAYERS; i++) {
             int k;
             for (k = 0; k < HEADS * BUDGET; k++) {
@@ -516,20 +644,20 @@ static void test_kept_lists(const rkv_backend *backend)
                 sc.jobs[i].layer.kept[k] = row < 4 ? row : TOKENS - BUDGET + row;
             }
             sc.jobs[i].layer.n_kept = BUDGET;
-            sc.jobs[i].layer.n_evicted = TOKENS - BUDGET;
         }
         if (which >= 0)
             what = spoil_kept(which, sc.jobs[1].layer.kept + BUDGET, &sc.config, &sc.jobs[1].layer,
                               &entry);
         for (i = 0; i < N_LAYERS; i++) block_remember(&sc.jobs[i].kept);
         case_begin("%s, rkv_compact of %s", backend->name, what ? what : "a list in order");
-        sc.fault.status = -7;
-        sc.config.fault = &sc.fault;
-        if (what) refuse(what, rkv_compact, backend, &sc, RKV_ERROR_ARGUMENT);
-        if (entry >= 0)
-            expect_fault(&sc.fault, RKV_ERROR_ARGUMENT, 1, 1, entry);
-        else
-            expect_int("no fault", 0, sc.fault.status, -7);
+        if (what) {
+            uint8_t pins_before[sizeof pins];
+            memcpy(pins_before, pins, sizeof pins);
+            refuse(what, rkv_compact, backend, &sc, RKV_ERROR_ARGUMENT);
+            expect_bytes("pins", pins, pins_before, sizeof pins);
+            expect_place(&sc, 1, entry >= 0 ? 1 : -1, entry);
+            expect_rule(&sc, entry >= 0 ? "layer.kept" : "layer.n_kept");
+        }
         if (which < 0)
             expect_status("in order",
                           call_with(rkv_compact, backend, &sc.config, sc.jobs, N_LAYERS,
@@ -550,12 +678,13 @@ static void test_sequence_order(void)
     static float rows[4][TOKENS * DIM], queries[WINDOW * DIM];
     rkv_config config = rkv_config_default(BUDGET);
     size_t i;
-    int l, at;
+    int l;
     case_begin("sequence numbers in order and out of it");
     config.scope = RKV_PER_SEQUENCE;
     for (i = 0; i < sizeof list / sizeof *list; i++) {
         rkv_layer layers[4];
-        const char *why = NULL;
+        rkv_error error;
+        size_t bytes;
         for (l = 0; l < 4; l++) {
             rkv_layer layer = RKV_INIT;
             layer.keys = rkv_tensor_make(rows[l], RKV_F32, 1, TOKENS, DIM);
@@ -564,10 +693,13 @@ static void test_sequence_order(void)
             layer.sequence = list[i].sequence[l];
             layers[l] = layer;
         }
-        expect_status("rkv_check", rkv_check(&config, layers, 4, &why, &at),
+        memset(&error, 0x55, sizeof error);
+        config.error = &error;
+        expect_status("rkv_workspace_size", rkv_workspace_size(NULL, &config, layers, 4, &bytes),
                       list[i].bad < 0 ? RKV_OK : RKV_ERROR_ARGUMENT);
-        expect_int("layer", (int)i, at, list[i].bad);
-        expect_true("a word on it", list[i].bad < 0 || (why && strstr(why, "sequence")));
+        expect_int("layer", (int)i, error.layer, list[i].bad);
+        expect_true("a word on it", list[i].bad < 0 ? error.rule == NULL
+                                                    : error.rule && strstr(error.rule, "sequence"));
     }
 }
 
@@ -610,13 +742,17 @@ static void test_workspace(const rkv_backend *backend)
         }
         sc.jobs[0].remembered = sc.jobs[0].layer;
         sc.jobs[1].remembered = sc.jobs[1].layer;
+        sc.config.error = &sc.error;
         expect_status("too small",
                       call_with(calls[i], backend, &sc.config, sc.jobs, N_LAYERS, sc.workspace.data,
                                 bytes - 1),
                       RKV_ERROR_WORKSPACE);
+        expect_rule(&sc, "workspace: smaller");
+        expect_place(&sc, -1, -1, -1);
         expect_status("NULL",
                       call_with(calls[i], backend, &sc.config, sc.jobs, N_LAYERS, NULL, bytes),
                       RKV_ERROR_WORKSPACE);
+        expect_rule(&sc, "workspace: is NULL");
         expect_scene_unchanged("all buffers", &sc);
     }
     scene_free(&sc);
@@ -628,28 +764,32 @@ static void test_workspace_overlap(const rkv_backend *backend)
     int buffer, end;
     for (buffer = 0; buffer < BUFFERS; buffer++)
         for (end = 0; end < 2; end++) {
-            scene sc = scene_make(RKV_PER_LAYER, RKV_F32);
+            scene sc = scene_make_pinned(RKV_PER_LAYER, RKV_F32, 10);
             rkv_layer *l = &sc.jobs[1].layer;
             const int rows = DIM * (TOKENS + 4);
             const struct {
                 void *data;
-                int n;
+                int bytes;
             } list[BUFFERS] = {
-                { l->keys.data, HEADS * rows },
-                { l->values.data, HEADS * rows },
-                { l->kept, BUDGET },
-                { l->positions, TOKENS + 4 },
-                { l->scores, HEADS * (TOKENS - WINDOW) },
-                { l->shared_scores, TOKENS - WINDOW },
-                { l->queries.data, HEADS * GROUP * WINDOW * DIM },
+                { l->keys.data, 4 * HEADS * rows },
+                { l->values.data, 4 * HEADS * rows },
+                { l->kept, 4 * BUDGET },
+                { l->positions, 4 * (TOKENS + 4) },
+                { l->scores, 4 * HEADS * (TOKENS - WINDOW) },
+                { l->shared_scores, 4 * (TOKENS - WINDOW) },
+                { l->pins, TOKENS + 4 },
+                { l->queries.data, 4 * HEADS * GROUP * WINDOW * DIM },
             };
-            char *at = (char *)list[buffer].data + (end ? 4 * (list[buffer].n - 1) : 0);
+            char *at = (char *)list[buffer].data + (end ? list[buffer].bytes - 1 : 0);
             case_begin("%s: workspace in buffer %d, at its %s", backend->name, buffer,
                        end ? "end" : "start");
             expect_true("there is such a buffer", list[buffer].data != NULL);
+            sc.config.error = &sc.error;
             expect_status("rkv_compress",
                           call_with(rkv_compress, backend, &sc.config, sc.jobs, N_LAYERS, at, 4),
                           RKV_ERROR_ARGUMENT);
+            expect_rule(&sc, "workspace: overlaps");
+            expect_place(&sc, 1, -1, -1);
             expect_scene_unchanged("all buffers", &sc);
             scene_free(&sc);
         }
@@ -689,6 +829,8 @@ static rkv_layer layer_at(char *arena, const int at[BUFFERS], int heads)
     l.positions = (int32_t *)(void *)(arena + at[3]);
     l.scores = (float *)(void *)(arena + at[4]);
     l.shared_scores = (float *)(void *)(arena + at[5]);
+    l.pins = (uint8_t *)(arena + at[6]);
+    l.row_stride = 8;
     l.queries = rkv_tensor_make(arena + at[BUFFER_QUERIES], RKV_F32, 2 * heads, 2, 2);
     return l;
 }
@@ -708,8 +850,9 @@ static void test_many_layers(void)
         static rkv_layer layers[MANY];
         static placing p;
         int heads = 1 + rng_below(&r, 2), a, b, ka, kb, shared;
-        const int bytes[BUFFERS] = { heads * 48, heads * 36, heads * 16, heads * 24,
-                                     heads * 16, 16,         heads * 32 };
+        const int bytes[BUFFERS] = { heads * 48, heads * 36, heads * 16, heads * 32,
+                                     heads * 16, 16,         heads * 8,  heads * 32 };
+        rkv_error error;
         p.n = 2 + rng_below(&r, MANY - 1);
         memcpy(p.bytes, bytes, sizeof bytes);
         for (i = 0; i < ARENA; i++) slots[i] = trial % 3 == 1 ? ARENA - 1 - i : i;
@@ -732,11 +875,15 @@ static void test_many_layers(void)
         for (l = 0; l < p.n; l++) layers[l] = layer_at(arena, p.at[l], heads);
         shared = shares_a_byte(&p);
         found[shared]++;
-        if (!expect_status("rkv_check", rkv_check(&config, layers, p.n, NULL, NULL),
-                           shared ? RKV_ERROR_ARGUMENT : RKV_OK)) {
+        if (!expect_int("refused", trial, is_refused(&config, layers, p.n, &error), shared) ||
+            (shared && !expect_true("for that", strstr(error.rule, "overlap") != NULL))) {
             case_fail("trial %d: buffer %d of layer %d and %d of %d", trial, ka, a, kb, b);
             break;
         }
+        if (!shared) continue;
+        expect_int("the later layer", trial, error.layer, a > b ? a : b);
+        expect_true("an earlier layer, or itself",
+                    (strstr(error.rule, "earlier") != NULL) == (a != b));
     }
     if (trial == 1000) expect_true("both kinds came up", found[0] > 150 && found[1] > 150);
 }
@@ -785,8 +932,8 @@ static void test_interleaved(void)
         for (off = -200; off <= 200; off++) {
             unsigned char map[ROOM] = { 0 };
             rkv_layer l = RKV_INIT;
-            rkv_status status;
-            int shared;
+            rkv_error error;
+            int shared, refused;
             l.n_tokens = 10;
             l.keys = rkv_tensor_make(memory + AT, RKV_F32, 2, 10, 4);
             l.keys.head_stride = list[i].head;
@@ -798,9 +945,9 @@ static void test_interleaved(void)
             mark_floats(map, AT, list[i].head, list[i].token);
             shared = mark_floats(map, AT + off, list[i].value_head, list[i].value_token) > 0;
             found[shared]++;
-            status = rkv_check(&config, &l, 1, NULL, NULL);
+            refused = is_refused(&config, &l, 1, &error);
             if (!shared && list[i].token != list[i].value_token) continue;
-            if (!expect_status("rkv_check", status, shared ? RKV_ERROR_ARGUMENT : RKV_OK))
+            if (!expect_int("refused", off, refused, shared))
                 case_fail("values %d floats behind the keys", off);
         }
     }
@@ -823,13 +970,9 @@ static void test_poison(const rkv_backend *backend, const poison *p, rkv_dtype d
     case_begin("%s: %s, dtype %d, scope %d", backend->name, p->name, (int)dtype, (int)scope);
     view_store_one(v, p->head, p->token, p->i, (float)p->value);
     block_remember(&v->memory);
-    sc.fault.status = -7;
-    sc.config.fault = &sc.fault;
     refuse("call", call, backend, &sc, RKV_ERROR_NONFINITE);
-    expect_fault(&sc.fault, RKV_ERROR_NONFINITE, p->layer, p->head, p->token);
-    expect_int("fault.query", 0, sc.fault.query, p->query);
-    sc.config.fault = NULL;
-    refuse("call without fault", call, backend, &sc, RKV_ERROR_NONFINITE);
+    expect_place(&sc, p->layer, p->head, p->token);
+    expect_rule(&sc, p->query ? "layer.queries: a query is" : "layer.keys: a key is");
     scene_free(&sc);
 }
 
@@ -865,15 +1008,31 @@ static void test_nonfinite(const rkv_backend *backend)
     }
 }
 
-static void test_fault_after_success(const rkv_backend *backend)
+/* A call that finds nothing wrong says so: the record of the call before does not stay. */
+static void test_record_after_success(const rkv_backend *backend)
 {
+    static const stage_function calls[] = { rkv_score, rkv_select, rkv_compact, rkv_compress };
     scene sc = scene_make(RKV_PER_HEAD, RKV_F32);
-    case_begin("%s: the fault of a call without one", backend->name);
-    sc.fault.status = RKV_ERROR_NONFINITE;
-    sc.config.fault = &sc.fault;
-    expect_status("rkv_compress", call_stage(rkv_compress, backend, &sc.config, sc.jobs, N_LAYERS),
-                  RKV_OK);
-    expect_int("fault.status", 0, sc.fault.status, RKV_OK);
+    rkv_layer layers[N_LAYERS];
+    size_t bytes, i;
+    case_begin("%s: the record of a call that succeeds", backend->name);
+    sc.config.error = &sc.error;
+    for (i = 0; i < 5; i++) {
+        memset(&sc.error, 0x55, sizeof sc.error);
+        layers[0] = sc.jobs[0].layer;
+        layers[1] = sc.jobs[1].layer;
+        if (i < 4)
+            expect_status("call",
+                          call_with(calls[i], backend, &sc.config, sc.jobs, N_LAYERS,
+                                    sc.workspace.data, sc.workspace.bytes),
+                          RKV_OK);
+        else
+            expect_status("size", rkv_workspace_size(backend, &sc.config, layers, N_LAYERS, &bytes),
+                          RKV_OK);
+        expect_int("error.status", (int)i, sc.error.status, RKV_OK);
+        expect_true("no rule", sc.error.rule == NULL);
+        expect_place(&sc, -1, -1, -1);
+    }
     scene_free(&sc);
 }
 
@@ -912,9 +1071,10 @@ int main(void)
         test_idle_threads(backends[i]);
         test_workspace_overlap(backends[i]);
         test_nonfinite(backends[i]);
-        test_fault_after_success(backends[i]);
+        test_record_after_success(backends[i]);
         test_longest(backends[i]);
         test_query_blocks(backends[i]);
+        test_value_blocks(backends[i]);
         test_unread_queries(backends[i]);
     }
     test_sequence_order();

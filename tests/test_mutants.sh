@@ -11,7 +11,7 @@ dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 trap 'exit 130' HUP INT TERM
 passed=0 failed=0 skipped=0 known=
-programs='test_random test_properties test_errors test_golden test_api'
+programs='test_random test_properties test_errors test_golden test_api test_cache'
 export RKV_TEST_CASES="${RKV_TEST_CASES:-400}"
 
 # Builds the test programs around the header in $1; returns whether that worked.
@@ -20,7 +20,8 @@ link_tests() {
     $cc -I"$1" $flags -c tests/rkv_impl.c -o "$dir/impl.o" || return 1
     for program in $programs; do
         # shellcheck disable=SC2086
-        $cc $flags "$dir/$program.o" "$dir/harness.o" "$dir/oracle.o" "$dir/impl.o" \
+        $cc $flags "$dir/$program.o" "$dir/harness.o" "$dir/oracle.o" \
+            "$dir/golden_file.o" "$dir/impl.o" \
             -o "$dir/$program" -lm -pthread || return 1
     done
 }
@@ -72,7 +73,7 @@ fault() { # name, code path, sed expression...
 wanted=$*
 mkdir "$dir/mutant" "$dir/original"
 cp rkv.h "$dir/original/rkv.h"
-for source in harness oracle $programs; do
+for source in harness oracle golden_file $programs; do
     # shellcheck disable=SC2086
     $cc $flags -c "tests/$source.c" -o "$dir/$source.o" || exit 1
 done
@@ -113,24 +114,25 @@ fault dot-tail any '/^static void rkvi_load_key/,/^}/s/size_t dim = token < 0 ? 
 # ---- importance ------------------------------------------------------------------------------------
 fault pool-left any '/^static int rkvi_pool_before/,/^}/s/config->pool \/ 2/(config->pool - 1) \/ 2/'
 fault pool-right any '/^static int rkvi_pool_after/,/^}/s/(config->pool - 1) \/ 2/config->pool \/ 2/'
-fault pool-order any 's/pool_first = h->config->pooling == RKV_POOL_BEFORE_MEAN/pool_first = 0/'
-fault group-mean any '/^static void rkvi_chunk_logits/,/^}/s/mean ? 1.0f \/ (float)h->group : 1.0f/1.0f/'
+fault pool-order any 's/pool_first = h->config->variant == RKV_PAPER/pool_first = 0/'
 fault group-folded any \
     '/^static void rkvi_chunk_logits/,/^}/s/fold_group(s->tile, tile_stride, h->group/fold_group(s->tile, tile_stride, 1/'
 fault softcap-ratio any 's/h->scale \/ h->softcap, h->softcap/h->scale, h->softcap/'
 fault softmax-maximum any 's/exp_sum(x, padded, max) :/exp_sum(x, padded, 0.0f) :/'
 
 # ---- redundancy ------------------------------------------------------------------------------------
-fault span any 's/h.n_span = job->config->span == RKV_SPAN_ALL/h.n_span = job->config->span != RKV_SPAN_ALL/'
+fault span any 's/h.n_span = job->config->variant == RKV_PUBLISHED/h.n_span = job->config->variant == RKV_PAPER/'
 fault norm-epsilon any 's/^#define RKVI_NORM_EPSILON .*/#define RKVI_NORM_EPSILON 1e-30f/'
-fault column0-dropped any 's/return config->redundancy == RKV_REDUNDANCY_ROW \&\&/return 0 \&\&/'
-fault column0-some-found any 's/s->missing\[i\] == recent) \/\* found none/s->missing[i] > 0) \/* found none/'
+fault column0-dropped any '/^static void rkvi_redundancy/,/^}/s/if (h->config->variant == RKV_PUBLISHED)/if (0)/'
+fault column0-in-the-paper any '/^static void rkvi_redundancy/,/^}/s/if (h->config->variant == RKV_PUBLISHED)/if (1)/'
+fault column0-some-found any 's/s->wanted\[i\] == recent) \/\* found none/s->wanted[i] > 0) \/* found none/'
 fault diagonal any 's/(double)s->column\[i\] - (double)s->self\[i\] - exempt/(double)s->column[i] - exempt/'
-fault diagonal-exempt any '/^static void rkvi_found/,/^}/s/if (i == j) return;//' \
-    '/^static void rkvi_found/,/^}/s/ || (i == j && h->config->threshold >= 0)//'
-fault recent-ignored any '/^static void rkvi_found/,/^}/s/s->missing\[i\]--;/s->missing[i] = 0;/'
-fault recent-uncounted any '/^static void rkvi_found/,/^}/s/s->missing\[i\] <= 0 || //'
-fault own-form any 's/== RKV_REDUNDANCY_OWN ? i : j/== RKV_REDUNDANCY_OWN ? j : j/'
+fault diagonal-exempt any '/^static void rkvi_record_match/,/^}/s/if (i == j) return;//' \
+    '/^static void rkvi_record_match/,/^}/s/ || (i == j && h->config->threshold >= 0)//'
+fault recent-ignored any '/^static void rkvi_record_match/,/^}/s/s->wanted\[i\]--;/s->wanted[i] = 0;/'
+fault recent-uncounted any '/^static void rkvi_record_match/,/^}/s/s->wanted\[i\] <= 0 || //' \
+    '/^static void rkvi_search_tile/,/^}/s/left \&\& s->wanted\[token\] > 0;/left;/'
+fault own-means any 's/== RKV_PAPER ? i : j/== RKV_PAPER ? j : j/'
 fault oldest-first any \
     '/^static void rkvi_search_tile/,/^}/s/v = rkvi_top_bit(left);/v = rkvi_top_bit(left \& (~left + 1));/'
 fault pairs-one-sided any \
@@ -146,18 +148,25 @@ fault waiting-lost any \
     '/^static void rkvi_search_all/,/^}/s/if (end > 0) rkvi_wait(.*//'
 fault second-newest any \
     '/^static void rkvi_search_newest/,/^}/s/span - 2, cosines\[2\]/span - 2, cosines[1]/'
-fault decided-anyway any '/^static float rkvi_undecided/,/^}/s/return 2.0f/return 0.0f/'
+fault decided-anyway any '/^static float rkvi_rounding_band/,/^}/s/return 2.0f/return 0.0f/'
 
 # ---- selection, compaction, sharing --------------------------------------------------------------------
 fault tie-to-the-older any \
     '/^static void rkvi_choose/,/^}/s/for (i = end - 1; at > first; i--)/for (i = at = first; at < first + n_keep; i++)/' \
     '/^static void rkvi_choose/,/^}/s/kept\[at - 1\] = i;/kept[at] = i;/' \
     '/^static void rkvi_choose/,/^}/s/at -= s->ranks/at += s->ranks/'
-fault tie-by-score any '/^static int rkvi_is_better/,/^}/s/: a > b/: a < b/'
+fault protect-ignored any '/^static int rkvi_tail_of/,/^}/s/return c->protect > window ? c->protect : window/return window/'
+fault protect-unscored any 's/h.n_candidates = plan->n_tokens - job->config->window/h.n_candidates = plan->n_tokens - job->config->protect/'
+fault pins-ignored any '/^static void rkvi_choose/,/^}/s/pins \&\& pins\[i\] ? RKVI_PINNED_RANK : //'
+fault pins-as-zero any 's/^#define RKVI_PINNED_RANK .*/#define RKVI_PINNED_RANK 0x80000000u/'
+fault pins-unmoved any '/^static void rkvi_compact_item/,/^}/s/if (layer->pins)/if (0)/'
+fault pins-of-one-set any '/^static const uint8_t \*rkvi_pins_of/,/^}/s/(size_t)set \*/0 */'
 fault pinned-unpinned any '/^static void rkvi_choose/,/^}/s/first = config->pinned, end/first = 0 * config->pinned, end/'
 fault run-length any '/^static int rkvi_run_length/,/^}/s/kept\[from + n\] == kept\[from\] + n/kept[from + n] <= kept[from] + n + 1/'
-fault cycles any '/^static void rkvi_follow/,/^}/s/rkvi_copy_row(view, to, view->dim_stride, aside, view->element);//'
-fault transposed any '/^static void rkvi_move_down/,/^}/s/piece < pieces.n/piece < 1/'
+fault compact-adjacent any '/^static void rkvi_move_rows/,/^}/s/(size_t)n \* pieces.bytes/pieces.bytes/'
+fault compact-apart any '/^static void rkvi_move_rows/,/^}/s/kept\[dst + i\]/kept[dst]/'
+fault compact-pinned any '/^static void rkvi_move_rows/,/^}/s/dst = pinned; dst/dst = pinned + 1; dst/'
+fault transposed any '/^static void rkvi_move_rows/,/^}/s/piece < pieces.n/piece < 1/'
 fault positions-of-one-head any 's/index >= plan->sets) return;/index >= 1) return;/'
 fault shared-mean any 's/const float share = 1.0f \/ (float)from->kv_heads/const float share = 1.0f/'
 fault shared-one-layer any 's/job->plans\[member\].owner == l; member++/member == l; member++/'
@@ -165,14 +174,21 @@ fault shared-one-layer any 's/job->plans\[member\].owner == l; member++/member =
 # ---- checks ----------------------------------------------------------------------------------------
 fault nonfinite-keys any '/^static rkv_status rkvi_chunk_norms/,/^}/s/if (!(square\[r\] <= RKVI_MAX_SQUARE))/if (0)/'
 fault nonfinite-queries any '/^static rkv_status rkvi_pack_queries/,/^}/s/if (!(square <= RKVI_MAX_SQUARE))/if (0)/'
-fault list-twice any '/^static int rkvi_bad_entry/,/^}/s/ || seen\[kept\[i\]\]//'
+fault list-twice any '/^static const char \*rkvi_list_rule/,/^}/s/kept\[i\] <= kept\[i - 1\]/kept[i] < kept[i - 1]/'
+fault list-without-pins any '/^static const char \*rkvi_list_rule/,/^}/s/else if (pins\[row\])/else if (0)/'
+fault pins-unchecked any '/^static rkv_status rkvi_check_pins/,/^}/s/if (n_pins > n_keep)/if (0)/'
+fault pins-miscounted any '/^static rkv_status rkvi_check_pins/,/^}/s/if (n_pins > n_keep)/if (n_pins >= n_keep)/'
+fault record-uncleared any '/^static void rkvi_clear_error/,/^}/s/if (config->error)/if (0)/'
+fault record-token any '/^static rkv_status rkvi_chunk_norms/,/^}/s/h->index, first + r)/h->index, r)/'
+fault record-of-a-later-layer any '/^static rkv_status rkvi_first_error/,/^}/s/error.layer < first->error.layer/error.layer > first->error.layer/'
+fault stuck-image any '/^static const char \*rkvi_image_counts_rule/,/^}/s/if (rows + (window - n_queries) > capacity \&\& rows > 0)/if (0)/'
 fault block-twice any '/^static int rkvi_bad_block/,/^}/s/if (set\[slot\] == block) return row;//'
 fault hull-one-way any '/^static void rkvi_widen/,/^}/s/ || by->begin < begin//'
-fault grids-one-sided any 's/if (rkvi_grids_meet(a, b)) return 1;/(void)0;/'
+fault grids-one-sided any 's/if (rkvi_grids_overlap(a, b)) return 1;/(void)0;/'
 fault neighbours any 's/^#define RKVI_NEIGHBOURS 64/#define RKVI_NEIGHBOURS 63/'
 fault workspace-short any 's/\*bytes = arena.used + RKVI_ALIGN;/*bytes = arena.used - 2 * RKVI_ALIGN;/' \
-    's/if (!workspace || bytes < needed) return/if (!workspace) return/'
-fault workspace-unchecked any 's/if (!workspace || bytes < needed) return/if (!workspace) return/'
+    's/if (call->bytes < needed)/if (0)/'
+fault workspace-unchecked any 's/if (call->bytes < needed)/if (0)/'
 
 for name in $wanted; do
     case "$known " in *" $name "*) continue ;; esac

@@ -1,4 +1,5 @@
-/* What must hold whatever the numbers: invariances, ties, pinned rows, rounds, layouts, threads.
+/* What must hold whatever the numbers: invariances, ties, pinned and protected rows, rounds,
+ * layouts, threads, error records.
  *     make test        or: build/tests/test_properties */
 #define _POSIX_C_SOURCE 200809L
 #include "harness.h"
@@ -87,11 +88,13 @@ static void test_attention_only(const rkv_backend *backend)
     other.lambda = 1;
     other.threshold = -0.5f;
     other.recent = 4;
-    other.redundancy = RKV_REDUNDANCY_OWN;
-    other.span = RKV_SPAN_CANDIDATES;
     run(rkv_score, backend, &config, &a, 1);
     run(rkv_score, backend, &other, &b, 1);
     expect_same_scores("scores", &a, &b);
+    config.variant = other.variant = RKV_PAPER; /* the pooling differs, nothing else counts */
+    run(rkv_score, backend, &config, &a, 1);
+    run(rkv_score, backend, &other, &b, 1);
+    expect_same_scores("scores, paper", &a, &b);
     job_free(&a);
     job_free(&b);
 }
@@ -248,7 +251,7 @@ static int pair_is_exempt(const rkv_backend *backend, rkv_config config, const f
     return is;
 }
 
-/* Two keys are look-alikes or not, wherever they lie: in the newest columns, which the second pass
+/* Two keys are similar or not, wherever they lie: in the newest columns, which the second pass
  * over K meets, and further back, among keys that resemble none, even where their cosine is the
  * threshold up to rounding. */
 static void test_place_of_a_pair(const rkv_backend *backend)
@@ -270,7 +273,7 @@ static void test_place_of_a_pair(const rkv_backend *backend)
             double dot = 0, square[2] = { 0, 0 };
             int i, first = -1;
             config.lambda = 0;
-            config.span = RKV_SPAN_CANDIDATES;
+            config.variant = RKV_PAPER;
             make_keys(&r, KEYS_HALF, 0, pair, 1, 2, dim);
             make_keys(&r, KEYS_ISOTROPIC, 0, keys, 1, N, dim);
             for (i = 0; i < dim; i++) {
@@ -295,13 +298,45 @@ static void test_place_of_a_pair(const rkv_backend *backend)
     expect_true("both came up", seen[0] > 10 && seen[1] > 10);
 }
 
+/* Few tokens, many of them similar by a threshold below 0: the search meets columns that are no
+ * whole register, whose unused lanes hold zeros, and no zero is a similar key. */
+static void test_small_spans(const rkv_backend *backend, rkv_variant variant)
+{
+    enum { W = 4, D = 24, MOST = 70 };
+    rng r = rng_seed(34);
+    int n, recent, k;
+    case_begin("%s: few tokens, a negative threshold, variant %d", backend->name, (int)variant);
+    for (n = W + 2; n <= MOST; n++)
+        for (recent = 1; recent <= 9; recent += 4) {
+            rkv_config config = rkv_config_default(W + 1);
+            shape s = plain_shape(1, 1, D, n);
+            oracle_head want;
+            job j;
+            config.window = W;
+            config.variant = variant;
+            config.threshold = -0.15f;
+            config.recent = recent;
+            config.lambda = 0;
+            s.kind = KEYS_ISOTROPIC;
+            job_make(&j, &r, &config, &s);
+            run(rkv_score, backend, &config, &j, 1);
+            oracle_score(&want, &config, j.keys_f32, j.queries_f32, n, D, 1, 0, 0);
+            for (k = 0; k < n - W && want.margin > 5e-6; k++)
+                expect_near("score", n * 100 + k, (double)job_scores(&j)[k], want.score[k],
+                            oracle_tolerance(&want, &config));
+            oracle_free(&want);
+            job_free(&j);
+        }
+}
+
 /* ---- ties and no-ops ---- */
-/* All scores equal: the pinned rows and the newest stay. */
+/* All scores equal: the pinned rows, those with a pin of their own and the newest stay. */
 static void test_ties(const rkv_backend *backend, float lambda, rkv_scope scope, int pinned)
 {
+    enum { N = 70, BUDGET = 30, PINS = 6 };
     rng r = rng_seed(16);
-    rkv_config config = rkv_config_default(30);
-    shape s = plain_shape(2, 2, 20, 70);
+    rkv_config config = rkv_config_default(BUDGET);
+    shape s = plain_shape(2, 2, 20, N);
     job j;
     int set, k;
     case_begin("%s: all scores equal, lambda %.0f, scope %d, pinned %d", backend->name,
@@ -310,11 +345,24 @@ static void test_ties(const rkv_backend *backend, float lambda, rkv_scope scope,
     config.scope = scope;
     config.pinned = pinned;
     s.kind = KEYS_ZERO;
+    s.pins = 1;
     job_make(&j, &r, &config, &s);
+    memset(j.pins.data, 0, j.pins.bytes);
     run(rkv_compress, backend, &config, &j, 1);
     for (set = 0; set < j.sets; set++)
-        for (k = 0; k < 30; k++)
-            expect_int("kept", k, job_kept(&j)[set * 30 + k], k < pinned ? k : 70 - 30 + k);
+        for (k = 0; k < BUDGET; k++)
+            expect_int("kept", k, job_kept(&j)[set * BUDGET + k], k < pinned ? k : N - BUDGET + k);
+    job_restore(&j);
+    memset(j.pins.data, 0, j.pins.bytes);
+    for (set = 0; set < j.sets; set++)
+        for (k = 0; k < PINS; k++) j.pins.data[set * N + 10 + 3 * k] = (uint8_t)(1 << k);
+    run(rkv_compress, backend, &config, &j, 1);
+    for (set = 0; set < j.sets; set++)
+        for (k = 0; k < BUDGET; k++)
+            expect_int("kept, with pins", k, job_kept(&j)[set * BUDGET + k],
+                       k < pinned          ? k
+                       : k < pinned + PINS ? 10 + 3 * (k - pinned)
+                                           : N - BUDGET + k);
     job_free(&j);
 }
 
@@ -333,7 +381,6 @@ static void test_no_op(const rkv_backend *backend, int n_tokens)
     block_unchanged("scores", &j.scores);
     expect_int("n_tokens", 0, j.layer.n_tokens, n_tokens);
     expect_int("n_kept", 0, j.layer.n_kept, n_tokens);
-    expect_int("n_evicted", 0, j.layer.n_evicted, 0);
     for (k = 0; k < n_tokens; k++) {
         expect_int("kept, head 0", k, job_kept(&j)[k], k);
         expect_int("kept, head 1", k, job_kept(&j)[50 + k], k);
@@ -361,6 +408,151 @@ static void test_unused_rows(const rkv_backend *backend)
     job_free(&j);
 }
 
+/* ---- protected and pinned rows ---- */
+/* The newest `protect` rows are kept and the scores stay what they are; up to the window nothing
+ * changes at all. */
+static void test_protect(const rkv_backend *backend, int protect)
+{
+    enum { N = 120, W = 8, BUDGET = 50 };
+    rng r = rng_seed(31);
+    rkv_config config = rkv_config_default(BUDGET), protects = config;
+    shape s = plain_shape(2, 2, 64, N);
+    double *exact = (double *)alloc_checked(N * sizeof *exact), gap;
+    int32_t want[BUDGET];
+    job a, b;
+    int h, k;
+    case_begin("%s: %d newest rows protected", backend->name, protect);
+    protects.protect = protect;
+    job_make(&a, &r, &config, &s);
+    job_make_from(&b, &r, &protects, &s, a.keys_f32, a.queries_f32);
+    run(rkv_compress, backend, &config, &a, 1);
+    run(rkv_compress, backend, &protects, &b, 1);
+    if (protect < BUDGET) expect_same_scores("scores", &a, &b); /* else nothing is chosen */
+    if (protect <= W) expect_bytes("kept", a.kept.data, b.kept.data, a.kept.bytes);
+    for (h = 0; h < 2; h++) {
+        const int32_t *kept = job_kept(&b) + h * BUDGET;
+        for (k = 0; k < N - W; k++) exact[k] = (double)job_scores(&b)[h * (N - W) + k];
+        expect_int("rows", h, oracle_select(&protects, exact, NULL, N, want, &gap), BUDGET);
+        expect_bytes("kept, given the scores", kept, want, sizeof want);
+        for (k = 1; k <= protect; k++) expect_int("protected", k, kept[BUDGET - k], N - k);
+    }
+    job_compacted("compaction", &b, job_kept(&b), BUDGET, BUDGET);
+    job_free(&a);
+    job_free(&b);
+    free(exact);
+}
+
+static int by_rising_score(const void *a, const void *b)
+{
+    const float *x = *(const float *const *)a, *y = *(const float *const *)b;
+    return (*x > *y) - (*x < *y);
+}
+
+/* The `n_pins` worst candidates of one head are pinned: they stay, and the best of the others; one
+ * pin more than there are places for is an error that names the set. */
+static void test_worst_are_pinned(const rkv_backend *backend, int n_pins)
+{
+    enum { N = 120, W = 8, BUDGET = 50, PLACES = BUDGET - W, PLAIN = 0, WORST = 1 };
+    rng r = rng_seed(32);
+    rkv_error error;
+    rkv_config config = rkv_config_default(BUDGET);
+    shape s = plain_shape(2, 2, 64, N);
+    const float *rising[N - W];
+    job j;
+    int k, at = 0;
+    case_begin("%s: the %d worst candidates are pinned", backend->name, n_pins);
+    config.error = &error;
+    s.pins = 1;
+    job_make(&j, &r, &config, &s);
+    memset(j.pins.data, 0, j.pins.bytes);
+    run(rkv_score, backend, &config, &j, 1);
+    for (k = 0; k < N - W; k++) rising[k] = job_scores(&j) + WORST * (N - W) + k;
+    qsort(rising, N - W, sizeof *rising, by_rising_score);
+    for (k = 0; k < n_pins; k++) {
+        ptrdiff_t row = rising[k] - job_scores(&j) - WORST * (N - W);
+        j.pins.data[WORST * N + row] = 200;
+    }
+    block_remember(&j.pins);
+    if (n_pins > PLACES) {
+        int before = job_kept(&j)[0];
+        expect_status("too many", call_stage(rkv_select, backend, &config, &j, 1),
+                      RKV_ERROR_ARGUMENT);
+        expect_int("layer", 0, error.layer, 0);
+        expect_int("set", 0, error.head, WORST);
+        expect_int("token", 0, error.token, -1);
+        expect_int("kept, unchanged", 0, job_kept(&j)[0], before);
+        expect_status("too many, in one call", call_stage(rkv_compress, backend, &config, &j, 1),
+                      RKV_ERROR_ARGUMENT);
+        job_inputs_unchanged("inputs", &j);
+        job_free(&j);
+        return;
+    }
+    run(rkv_compress, backend, &config, &j, 1);
+    for (k = 0; k < N - W; k++) { /* kept: the n_pins lowest and the PLACES - n_pins highest */
+        float score = job_scores(&j)[WORST * (N - W) + k];
+        int is_low = n_pins > 0 && score <= *rising[n_pins - 1];
+        int is_high = n_pins < PLACES && score >= *rising[N - W - (PLACES - n_pins)];
+        int is_kept = job_kept(&j)[WORST * BUDGET + at] == k;
+        expect_int("kept", k, is_kept, is_low || is_high);
+        at += is_kept;
+    }
+    job_compacted("compaction", &j, job_kept(&j), BUDGET, BUDGET);
+    job_free(&j);
+}
+
+/* ---- error records ---- */
+static void expect_clean(const char *at, const rkv_error *error)
+{
+    expect_true(at, error->rule == NULL && error->status == RKV_OK);
+    expect_true(at, error->layer == -1 && error->head == -1 && error->token == -1);
+}
+
+/* Each call clears what an earlier one left, by itself; a fault of the data is named, and named
+ * again, and forgotten once it is mended. */
+static void test_records(const rkv_backend *backend)
+{
+    static const stage_function calls[] = { rkv_score, rkv_select, rkv_compact, rkv_compress };
+    rng r = rng_seed(33);
+    rkv_error error;
+    rkv_config config = rkv_config_default(30);
+    shape s = plain_shape(2, 2, 24, 60);
+    size_t bytes = 0;
+    char text[256];
+    void *workspace;
+    rkv_layer layers[2];
+    job j[2];
+    int i;
+    case_begin("%s: the error record after each call", backend->name);
+    config.error = &error;
+    for (i = 0; i < 2; i++) job_make(&j[i], &r, &config, &s);
+    for (i = 0; i < 2; i++) layers[i] = j[i].layer;
+    memset(&error, 77, sizeof error);
+    expect_status("size", rkv_workspace_size(backend, &config, layers, 2, &bytes), RKV_OK);
+    expect_clean("record, size", &error);
+    workspace = alloc_checked(bytes);
+    for (i = 0; i < 4; i++) {
+        memset(&error, 77, sizeof error);
+        expect_status("call", call_with(calls[i], backend, &config, j, 2, workspace, bytes),
+                      RKV_OK);
+        expect_clean("record, call", &error);
+    }
+    for (i = 0; i < 2; i++) job_restore(&j[i]);
+    view_store_one(&j[1].keys, 1, 17, 5, NAN);
+    for (i = 0; i < 2; i++) {
+        expect_status("a NaN", call_with(rkv_compress, backend, &config, j, 2, workspace, bytes),
+                      RKV_ERROR_NONFINITE);
+        expect_int("status in the record", i, error.status, RKV_ERROR_NONFINITE);
+        rkv_explain(&error, text, sizeof text);
+        expect_true(text, strcmp(text, "layer 1, head 1, token 17: " RKVI_RULE_KEY) == 0);
+    }
+    job_restore(&j[1]);
+    expect_status("mended", call_with(rkv_compress, backend, &config, j, 2, workspace, bytes),
+                  RKV_OK);
+    expect_clean("record, mended", &error);
+    for (i = 0; i < 2; i++) job_free(&j[i]);
+    free(workspace);
+}
+
 /* ---- presets ---- */
 /* The kept sets of a preset are the oracle's with the options that the method is known by. */
 static void test_preset(const rkv_backend *backend, const char *name, rkv_config preset,
@@ -384,7 +576,7 @@ static void test_preset(const rkv_backend *backend, const char *name, rkv_config
             oracle_add_layer(sum, heads, 2);
         else
             memcpy(sum, heads[h].score, (size_t)(200 - j.window) * sizeof *sum);
-        n = oracle_select(&known, sum, 200, want, &gap);
+        n = oracle_select(&known, sum, NULL, 200, want, &gap);
         expect_true("the cut is clear", gap > 2 * oracle_tolerance(&heads[h], &known));
         for (k = 0; k < n; k++) expect_int("kept", k, job_kept(&j)[h * 64 + k], want[k]);
     }
@@ -403,17 +595,12 @@ static void test_presets(const rkv_backend *backend)
     known.threshold = 0.5f;
     test_preset(backend, "default", rkv_config_default(64), known);
     known.scope = RKV_PER_LAYER;
-    known.pooling = RKV_POOL_BEFORE_MEAN;
-    known.redundancy = RKV_REDUNDANCY_OWN;
-    known.span = RKV_SPAN_CANDIDATES;
+    known.variant = RKV_PAPER;
     test_preset(backend, "paper", rkv_config_paper(64), known);
     known.scope = RKV_PER_HEAD;
-    known.pooling = RKV_POOL_AFTER_MEAN;
+    known.variant = RKV_PUBLISHED;
     known.lambda = 1;
     test_preset(backend, "snapkv", rkv_config_snapkv(64), known);
-    known.window = 1;
-    known.pool = 1;
-    test_preset(backend, "h2o", rkv_config_h2o(64), known);
 }
 
 /* First 4 and newest budget - 4, from keys alone, without a query or a score; the newest alone
@@ -441,7 +628,7 @@ static void test_streaming(const rkv_backend *backend, int budget)
 /* ---- pinned rows, on pages that cannot be written ---- */
 /* [token][head][dim] rows of one page each; the pinned ones read-only. A write would end the
  * program, which run.sh reports. */
-static void test_pinned_pages(const rkv_backend *backend, rkv_order order)
+static void test_pinned_pages(const rkv_backend *backend)
 {
     enum { N = 24, PINNED = 4, HEADS = 2, BUDGET = 14 };
     size_t page = (size_t)sysconf(_SC_PAGESIZE), i;
@@ -452,9 +639,8 @@ static void test_pinned_pages(const rkv_backend *backend, rkv_order order)
     void *memory[2] = { NULL, NULL };
     job j;
     int v;
-    case_begin("%s: pinned rows on read-only pages, order %d", backend->name, (int)order);
+    case_begin("%s: pinned rows on read-only pages", backend->name);
     config.pinned = PINNED;
-    config.order = order;
     s.keys = s.values = LAYOUT_TOKEN_MAJOR;
     job_make(&j, &r, &config, &s);
     for (v = 0; v < 2; v++) {
@@ -487,44 +673,69 @@ static void test_pinned_pages(const rkv_backend *backend, rkv_order order)
 }
 
 /* ---- many rounds ---- */
-/* Decodes 600 tokens; each value row carries its token's position, and so must `positions`. */
-static void test_rounds(const rkv_backend *backend, rkv_scope scope, int pinned)
+/* Which tokens of a long run are pinned: one in fifty, each with a byte of its own. */
+static uint8_t pin_of(int position)
 {
-    enum { BUDGET = 40, BUFFER = 24, ROWS = BUDGET + BUFFER, D = 32, HEADS = 2, TOKENS = 600 };
+    return (uint8_t)(position % 50 == 7 ? 1 + position / 50 : 0);
+}
+
+enum { ROUNDS_HEADS = 2, ROUNDS_ROWS = 64 };
+
+/* After a round: rows carry their positions and pins, ascending; what must be kept has been. */
+static void expect_rows(const job *j, const rkv_config *config, int n, int position)
+{
+    int h, row, protect = config_protect(config);
+    for (h = 0; h < ROUNDS_HEADS; h++) {
+        const int32_t *list = j->layer.positions + (h % j->sets) * ROUNDS_ROWS;
+        const uint8_t *pins = j->layer.pins + (h % j->sets) * ROUNDS_ROWS;
+        int n_pins = 0;
+        for (row = 0; row < n; row++) {
+            int32_t carried;
+            memcpy(&carried, view_at(&j->values, h, row, 0), sizeof carried);
+            expect_int("position of the row", row, list[row], carried);
+            expect_int("pin of the row", row, pins[row], pin_of(carried));
+            if (row) expect_true("ascending", list[row] > list[row - 1]);
+            if (row < config->pinned) expect_int("pinned", row, list[row], row);
+            if (row >= n - protect) expect_int("protected", row, list[row], position - n + row);
+            n_pins += pins[row] != 0;
+        }
+        expect_int("rows with a pin", h, n_pins, (position + 42) / 50);
+    }
+}
+
+/* Decodes 600 tokens; each value row carries its token's position, and so must `positions`. */
+static void test_rounds(const rkv_backend *backend, rkv_scope scope, int pinned, int protect)
+{
+    enum { BUDGET = 40, BUFFER = ROUNDS_ROWS - BUDGET, D = 32, TOKENS = 600 };
     rng r = rng_seed(22);
     rkv_config config = rkv_config_default(BUDGET);
-    shape s = plain_shape(HEADS, 2, D, ROWS);
-    int n = 0, position, h, i, row, rounds = 0, sets = scope == RKV_PER_HEAD ? HEADS : 1;
+    shape s = plain_shape(ROUNDS_HEADS, 2, D, ROUNDS_ROWS);
+    int n = 0, position, h, i, rounds = 0;
     job j;
-    case_begin("%s: %d tokens, scope %d, pinned %d", backend->name, TOKENS, (int)scope, pinned);
+    case_begin("%s: %d tokens, scope %d, pinned %d, protect %d", backend->name, TOKENS, (int)scope,
+               pinned, protect);
     config.scope = scope;
     config.pinned = pinned;
+    config.protect = protect;
     s.value_dim = 1;
     s.value_bytes = 4;
+    s.pins = 1;
     job_make(&j, &r, &config, &s);
     j.layer.kept = NULL;
     j.layer.scores = j.layer.shared_scores = NULL;
     for (position = 0; position < TOKENS; position++, n++) {
-        if (n == ROWS) {
+        if (n == ROUNDS_ROWS) {
             j.layer.n_tokens = n;
             if (!run(rkv_compress, backend, &config, &j, 1)) break;
             expect_int("rows left", rounds, n = j.layer.n_tokens, BUDGET);
-            expect_int("rows evicted", rounds++, j.layer.n_evicted, BUFFER);
-            for (h = 0; h < HEADS; h++)
-                for (row = 0; row < n; row++) {
-                    const int32_t *list = j.layer.positions + (h % sets) * ROWS;
-                    int32_t carried;
-                    memcpy(&carried, view_at(&j.values, h, row, 0), sizeof carried);
-                    expect_int("position of the row", row, list[row], carried);
-                    if (row) expect_true("ascending", list[row] > list[row - 1]);
-                    if (row < pinned) expect_int("pinned", row, list[row], row);
-                    if (row >= n - 8) expect_int("window", row, list[row], position - n + row);
-                }
+            expect_int("rows kept", rounds++, j.layer.n_kept, BUDGET);
+            expect_rows(&j, &config, n, position);
         }
-        for (h = 0; h < HEADS; h++) {
+        for (h = 0; h < ROUNDS_HEADS; h++) {
             for (i = 0; i < D; i++) view_store_one(&j.keys, h, n, i, (float)rng_normal(&r));
             memcpy(view_at(&j.values, h, n, 0), &position, 4);
-            j.layer.positions[(h % sets) * ROWS + n] = position;
+            j.layer.positions[(h % j.sets) * ROUNDS_ROWS + n] = position;
+            j.layer.pins[(h % j.sets) * ROUNDS_ROWS + n] = pin_of(position);
         }
     }
     expect_int("rounds", 0, rounds, (TOKENS - BUDGET - 1) / BUFFER);
@@ -698,26 +909,39 @@ static void test_all(const rkv_backend *backend)
     test_query_order(backend);
     test_independence(backend);
     test_place_of_a_pair(backend);
+    test_small_spans(backend, RKV_PUBLISHED);
+    test_small_spans(backend, RKV_PAPER);
     test_half_codes(backend, RKV_F16);
     test_half_codes(backend, RKV_BF16);
     for (pinned = 0; pinned <= 5; pinned += 5) {
         test_ties(backend, 0, RKV_PER_HEAD, pinned);
         test_ties(backend, 1, RKV_PER_HEAD, pinned);
         test_ties(backend, 0, RKV_PER_LAYER, pinned);
-        test_rounds(backend, RKV_PER_HEAD, pinned);
-        test_rounds(backend, RKV_PER_LAYER, pinned);
+        test_rounds(backend, RKV_PER_HEAD, pinned, 0);
+        test_rounds(backend, RKV_PER_LAYER, pinned, 0);
+        test_rounds(backend, RKV_PER_HEAD, pinned, 20);
     }
     test_no_op(backend, 1);
     test_no_op(backend, 8);
     test_no_op(backend, 50);
     test_unused_rows(backend);
+    test_protect(backend, 3);
+    test_protect(backend, 8);
+    test_protect(backend, 9);
+    test_protect(backend, 49);
+    test_protect(backend, 50);
+    test_worst_are_pinned(backend, 0);
+    test_worst_are_pinned(backend, 1);
+    test_worst_are_pinned(backend, 41);
+    test_worst_are_pinned(backend, 42);
+    test_worst_are_pinned(backend, 43);
+    test_records(backend);
     test_presets(backend);
     test_streaming(backend, 24);
     test_streaming(backend, 5);
     test_streaming(backend, 4);
     test_streaming(backend, 1);
-    test_pinned_pages(backend, RKV_BY_POSITION);
-    test_pinned_pages(backend, RKV_BY_SCORE);
+    test_pinned_pages(backend);
     test_fused_pool(backend, 0);
     test_fused_pool(backend, 1);
     test_tensor_parallel(backend);

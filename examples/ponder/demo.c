@@ -23,7 +23,7 @@ enum { N_METHODS = sizeof methods / sizeof *methods, N_RUNS = 1 + N_METHODS * N_
 static const double budgets[N_BUDGETS] = { 16, 25, 34 }; /* percent of a whole chain of thought */
 
 typedef struct options {
-    const char *model, *html, *prompt;
+    const char *model, *html, *svg, *prompt;
     const task *task;
     double budget, seconds, temperature;
     int buffer, n_problems, n_threads;
@@ -86,11 +86,13 @@ static void think(const model *m, const options *o, const problem *p, const poli
 {
     const model_shape *s = model_get_shape(m);
     managed_cache c;
+    char why[256];
     int positions[TASK_MAX_TOKENS], column = 0, n_evicted, n_new = p->n_prompt;
     prng random = { o->seed };
     model_scratch *scratch = model_scratch_create(m, p->n_prompt);
     rkv_status status = managed_cache_create(&c, s, rule, p->n_prompt);
-    if (!scratch || status != RKV_OK) die("cannot set the cache up: %s", rkv_status_string(status));
+    if (status != RKV_OK) die("no cache: %s", rkv_explain(&c.error, why, sizeof why));
+    if (!scratch) die("out of memory");
     t->policy = *rule;
     t->n_sets = s->n_layers * s->n_kv_heads;
     t->n_prompt = t->n_tokens = p->n_prompt;
@@ -99,8 +101,8 @@ static void think(const model *m, const options *o, const problem *p, const poli
     for (;;) { /* the prompt, then token by token: the last n_new tokens are new to the cache */
         float *logits = model_forward(m, scratch, n_new, t->tokens + t->n_tokens - n_new, positions,
                                       managed_cache_attend, &c);
-        status = rkv_cache_step(c.rows, &n_evicted);
-        if (status != RKV_OK) die("compression failed: %s", rkv_status_string(status));
+        status = managed_cache_step(&c, &n_evicted);
+        if (status != RKV_OK) die("%s", rkv_explain(&c.error, why, sizeof why));
         if (n_evicted > 0) note_round(t, &c);
         const int next = model_choose(logits + (ptrdiff_t)(n_new - 1) * s->vocabulary,
                                       s->vocabulary, (float)o->temperature, &random);
@@ -238,12 +240,13 @@ static const char usage[] =
     "usage: demo [--model FILE.gguf] [--task ponder|brief]\n"
     "            [--prompt \"A c 4 ; start a 5 ; C d #a ; D e 2 ; F b #d ? E f #c ; think\"]\n"
     "            [--budget PERCENT] [--buffer TOKENS] [--temperature X] [--seed N]\n"
-    "            [--problems N] [--seconds N] [--threads N] [--html FILE]";
+    "            [--problems N] [--seconds N] [--threads N] [--html FILE] [--svg FILE]";
 
 static options parse(int argc, char **argv)
 {
     options o = { "examples/ponder/models/ponder.gguf",
                   "build/demo.html",
+                  NULL,
                   NULL,
                   task_find("ponder"),
                   25,
@@ -264,6 +267,8 @@ static options parse(int argc, char **argv)
             o.model = value;
         else if (strcmp(name, "--html") == 0)
             o.html = value;
+        else if (strcmp(name, "--svg") == 0)
+            o.svg = value;
         else if (strcmp(name, "--prompt") == 0)
             o.prompt = value;
         else if (strcmp(name, "--task") == 0)
@@ -306,6 +311,14 @@ static void read_prompt(const char *text, int room, problem *p)
     p->n_tokens = p->n_prompt;
 }
 
+static void write_svg(const options *o, const model_shape *s, const trace *t)
+{
+    FILE *f = fopen(o->svg, "w");
+    if (f) page_plot_sizes(f, t, (double)cache_bytes(s, 1) / 1024.0);
+    if (!f || fclose(f) != 0) die("cannot write %s", o->svg);
+    printf("wrote %s\n", o->svg);
+}
+
 int main(int argc, char **argv)
 {
     const options o = parse(argc, argv);
@@ -316,6 +329,7 @@ int main(int argc, char **argv)
     model *m;
     prng random = { o.seed };
     check_writable(o.html);
+    if (o.svg) check_writable(o.svg);
     if (!model_load(&m, o.model, &error)) die("%s: %s", o.model, error.text);
     if (!solve_fits(m)) die("%s: not a model of these problems", o.model);
     const model_shape *s = model_get_shape(m);
@@ -336,6 +350,7 @@ int main(int argc, char **argv)
                     series, 1 + N_METHODS))
         die("cannot write %s", o.html);
     printf("\nwrote %s: open it in a browser\n", o.html);
+    if (o.svg) write_svg(&o, s, &traces[0]);
     free(traces);
     model_free(m);
     return 0;

@@ -55,6 +55,7 @@ own_cache *own_cache_create(const model_shape *s, const policy *p, int max_token
     const int full = p->kind == POLICY_FULL, bounded = p->config.budget + p->buffer;
     c->shape = *s;
     c->policy = *p;
+    c->policy.config.error = &c->error;
     c->backend = rkv_backend_find(NULL);
     c->capacity = full || max_tokens > bounded ? max_tokens : bounded;
     c->window = p->config.window > 0 ? p->config.window : 8;
@@ -64,10 +65,10 @@ own_cache *own_cache_create(const model_shape *s, const policy *p, int max_token
         c->layers[l].n_tokens = c->capacity;
     }
     if (ok && !full) {
-        ok = rkv_check(&c->policy.config, c->layers, s->n_layers, why, NULL) == RKV_OK &&
-             rkv_workspace_size(c->backend, &c->policy.config, c->layers, s->n_layers,
-                                &c->workspace_bytes) == RKV_OK &&
-             (c->workspace = malloc(c->workspace_bytes)) != NULL;
+        ok = rkv_workspace_size(c->backend, &c->policy.config, c->layers, s->n_layers,
+                                &c->workspace_bytes) == RKV_OK;
+        if (!ok) *why = c->error.rule; /* static text */
+        ok = ok && (c->workspace = malloc(c->workspace_bytes)) != NULL;
     }
     if (ok) {
         own_cache_reset(c, 0);
@@ -134,7 +135,7 @@ static void compact_sums(own_cache *c)
     for (int set = 0; set < c->shape.n_layers * c->shape.n_kv_heads; set++) {
         float *sums = c->sums + (ptrdiff_t)set * c->capacity;
         const int32_t *kept = c->kept + (ptrdiff_t)set * c->policy.config.budget;
-        for (int i = 0; i < c->policy.config.budget; i++) sums[i] = sums[kept[i]];
+        rkv_apply_kept(sums, sizeof *sums, kept, c->layers[0].n_kept);
     }
 }
 

@@ -24,6 +24,7 @@ typedef struct own_cache {
     int32_t *kept;        /* [layers][kv heads][budget]                                   */
     float *weights;       /* [capacity]                                                   */
     rkv_layer *layers;
+    rkv_error error; /* what the last call found wrong                                       */
     void *workspace;
     size_t workspace_bytes;
     prng random;

@@ -1,6 +1,8 @@
 /* page.c - see page.h. Build: part of `make demo`, which writes build/demo.html. */
 #include "page.h"
 
+#include <string.h>
+
 static const char head[] =
     "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
     "<meta name='viewport' content='width=device-width,initial-scale=1'>\n"
@@ -171,6 +173,34 @@ static void put_table(FILE *f, const page_row *rows, int n_rows)
         fprintf(f, "</td></tr>\n");
     }
     fprintf(f, "</table></div>\n");
+}
+
+static void add_size(plot_sizes *line, int tokens, double kib)
+{
+    if (line->n_points == PLOT_MAX_SIZES) return;
+    line->points[line->n_points].tokens = tokens;
+    line->points[line->n_points++].kib = kib;
+}
+
+void page_plot_sizes(FILE *f, const trace *t, double kib)
+{
+    static plot_sizes lines[2];
+    int n_tokens = 0, n_rows = 0;
+    memset(lines, 0, sizeof lines);
+    lines[0].name = "full";
+    lines[0].label = "every token kept";
+    lines[1].name = "rkv";
+    lines[1].label = "R-KV";
+    for (int i = 0; i < 2; i++) add_size(&lines[i], 0, 0.0);
+    for (int r = 0; r < t->n_rounds; r++) { /* up to the round, then down to what it keeps */
+        n_rows += t->rounds[r].n_tokens - n_tokens;
+        n_tokens = t->rounds[r].n_tokens;
+        add_size(&lines[1], n_tokens, kib * n_rows);
+        n_rows = t->rounds[r].n_rows;
+        add_size(&lines[1], n_tokens, kib * n_rows);
+    }
+    add_size(&lines[0], n_tokens, kib * n_tokens);
+    plot_cache_sizes(f, "KV cache of one chain of thought", lines, 2);
 }
 
 int page_write(const char *path, const char *model_name, const model *m, const trace *traces,

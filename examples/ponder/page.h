@@ -33,4 +33,7 @@ int page_write(const char *path, const char *model_name, const model *m, const t
                int n_traces, int answer, const page_row *rows, int n_rows,
                const plot_series *series, int n_series);
 
+/* The cache's size over time with every token kept, and in this trace. kib: of one token. */
+void page_plot_sizes(FILE *f, const trace *t, double kib);
+
 #endif

@@ -14,7 +14,6 @@ static const struct {
                { "rkv-paper-pool1", "#a78bda" },
                { "snapkv", "#d55e00" },
                { "h2o", "#009e73" },
-               { "h2o-last", "#86c06c" },
                { "streaming", "#cc79a7" },
                { "random", "#999999" } };
 
@@ -54,9 +53,8 @@ static range budgets(const plot_series *series, int n_series)
     return r;
 }
 
-static void draw_axes(FILE *f, const char *title, const plot_series *series, int n_series, range r)
+static void draw_axes(FILE *f, const plot_series *series, int n_series, range r)
 {
-    fprintf(f, "<text x='%d' y='24' font-weight='600' font-size='15'>%s</text>\n", LEFT, title);
     for (int i = 0; i <= 5; i++)
         fprintf(f,
                 "<line x1='%d' y1='%.1f' x2='%d' y2='%.1f' stroke='#dddddd'/>"
@@ -133,15 +131,68 @@ static void draw_names(FILE *f, const plot_series *series, int n_series)
                 WIDTH - RIGHT + 12, y[i], color_of(ranked[i]->name), ranked[i]->name);
 }
 
-void plot_accuracy(FILE *f, const char *title, const plot_series *series, int n_series)
+static void begin(FILE *f, const char *title)
 {
-    const range r = budgets(series, n_series);
     fprintf(f,
             "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 %d %d' role='img' "
             "aria-label='%s' font-family='system-ui,sans-serif' font-size='12' fill='#222222' "
-            "style='max-width:%dpx;width:100%%'>\n<rect width='%d' height='%d' fill='#ffffff'/>\n",
-            WIDTH, HEIGHT, title, WIDTH, WIDTH, HEIGHT);
-    draw_axes(f, title, series, n_series, r);
+            "style='max-width:%dpx;width:100%%'>\n<rect width='%d' height='%d' fill='#ffffff'/>\n"
+            "<text x='%d' y='24' font-weight='600' font-size='15'>%s</text>\n",
+            WIDTH, HEIGHT, title, WIDTH, WIDTH, HEIGHT, LEFT, title);
+}
+
+/* The step between lines of a grid: 1, 2 or 5 times a power of ten, about five of them. */
+static double grid_step(double most)
+{
+    double step = 1.0;
+    while (step * 10.0 < most) step *= 10.0;
+    while (step * 2.5 > most) step /= 2.0;
+    return step;
+}
+
+void plot_cache_sizes(FILE *f, const char *title, const plot_sizes *lines, int n_lines)
+{
+    const double width = WIDTH - LEFT - RIGHT, height = HEIGHT - TOP - BOTTOM;
+    struct plot_size most = { 1.0, 1.0 };
+    for (int i = 0; i < n_lines; i++)
+        for (int k = 0; k < lines[i].n_points; k++) {
+            const struct plot_size *p = &lines[i].points[k];
+            if (p->tokens > most.tokens) most.tokens = p->tokens;
+            if (p->kib > most.kib) most.kib = p->kib;
+        }
+    begin(f, title);
+    for (double kib = 0.0; kib <= most.kib; kib += grid_step(most.kib)) {
+        const double y = TOP + (1.0 - kib / most.kib) * height;
+        fprintf(f,
+                "<line x1='%d' y1='%.1f' x2='%d' y2='%.1f' stroke='#dddddd'/>"
+                "<text x='%d' y='%.1f' text-anchor='end'>%g</text>\n",
+                LEFT, y, WIDTH - RIGHT, y, LEFT - 8, y + 4, kib);
+    }
+    for (double tokens = 0.0; tokens <= most.tokens; tokens += grid_step(most.tokens))
+        fprintf(f, "<text x='%.1f' y='%d' text-anchor='middle'>%g</text>\n",
+                LEFT + tokens / most.tokens * width, HEIGHT - BOTTOM + 20, tokens);
+    fprintf(f, "<text x='%d' y='%d' text-anchor='middle'>tokens</text>\n",
+            (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12);
+    fprintf(f, "<text x='%d' y='%d' text-anchor='end'>KiB</text>\n", LEFT - 8, TOP - 14);
+    for (int i = 0; i < n_lines; i++) {
+        const char *color = color_of(lines[i].name);
+        double y = TOP;
+        fprintf(f, "<polyline fill='none' stroke='%s' stroke-width='2.2' points='", color);
+        for (int k = 0; k < lines[i].n_points; k++) {
+            y = TOP + (1.0 - lines[i].points[k].kib / most.kib) * height;
+            fprintf(f, "%.1f,%.1f ", LEFT + lines[i].points[k].tokens / most.tokens * width, y);
+        }
+        fprintf(f, "'/>\n<text x='%d' y='%.1f' fill='%s' font-weight='600'>%s</text>\n",
+                WIDTH - RIGHT + 12, y + 4, color, lines[i].label);
+    }
+    fprintf(f, "</svg>\n");
+}
+
+void plot_accuracy(FILE *f, const char *title, const plot_series *series, int n_series)
+{
+    const range r = budgets(series, n_series);
+    begin(f, title);
+    draw_axes(f, series, n_series, r);
     for (int i = 0; i < n_series; i++)
         if (series[i].n_points > 1)
             draw_series(f, &series[i], r);

@@ -20,7 +20,8 @@ static rkv_config paper_unpooled(int budget)
 /* Half of the budget for the tokens most attended to so far, half for the newest, as in H2O. */
 static rkv_config half_recent(int budget)
 {
-    rkv_config c = rkv_config_h2o(budget);
+    rkv_config c = rkv_config_snapkv(budget);
+    c.pool = 1;
     c.window = budget / 2 > 0 ? budget / 2 : 1;
     return c;
 }
@@ -39,8 +40,6 @@ static const struct {
       0 },
     { "snapkv", "SnapKV, rkv_config_snapkv", POLICY_CONFIG, rkv_config_snapkv, 0 },
     { "h2o", "H2O: summed attention, half of the budget for the newest", POLICY_SUMS, half_recent,
-      0 },
-    { "h2o-last", "rkv_config_h2o: attention of the newest token", POLICY_CONFIG, rkv_config_h2o,
       0 },
     { "streaming", "StreamingLLM, rkv_config_streaming", POLICY_CONFIG, rkv_config_streaming, 0 },
     { "random", "random tokens and the window", POLICY_RANDOM, rkv_config_default, 0 },

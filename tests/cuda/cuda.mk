@@ -1,6 +1,7 @@
 # CUDA, included by the Makefile. make test runs rkv_cuda.cu on the host, over tests/cuda/shim.h,
 # and where there is nvcc compiles it for every architecture; make test-cuda-ptx runs its PTX on the
-# host; make test-cuda and make bench-cuda need a GPU. What is missing is said and skipped.
+# host; make test-cuda and make bench-cuda need a GPU. A target whose tools are not installed says
+# so and is skipped.
 
 NVCC       ?= nvcc
 CUDA_ARCH  ?= native
@@ -17,11 +18,14 @@ CUDA_ARCHS := $(shell $(NVCC) --list-gpu-arch 2>/dev/null | sed -n 's/^compute_/
 # ---- Without a GPU ------------------------------------------------------------------------------
 
 ifneq ($(shell command -v $(CXX) 2>/dev/null),)
-EXTRA_TESTS += $(BUILD)/tests/test_cuda
+EXTRA_TESTS += $(patsubst %,$(BUILD)/tests/%,test_cuda cuda_from_c cuda_one_unit \
+                 cuda_one_unit_static)
+EXTRA_CHECKS += $(CUDA_DIR)/shim/static_alone.refused
 else
 EXTRA_CHECKS += cuda-no-cxx
 endif
-EXTRA_CHECKS += $(if $(CUDA_ARCHS),$(CUDA_ARCHS:%=$(CUDA_DIR)/sm_%.o),cuda-no-nvcc)
+EXTRA_CHECKS += $(if $(CUDA_ARCHS),$(CUDA_ARCHS:%=$(CUDA_DIR)/sm_%.o) \
+                  $(CUDA_DIR)/one_unit.o $(CUDA_DIR)/one_unit_static.o,cuda-no-nvcc)
 
 .PHONY: cuda-no-cxx cuda-no-nvcc
 cuda-no-cxx:
@@ -39,14 +43,34 @@ $(BUILD)/tests/test_cuda: $(CUDA_DIR)/shim/test.o $(CUDA_DIR)/shim/kernels.o $(T
 	@mkdir -p $(@D)
 	$(CXX) $^ -o $@ $(LIBS)
 
+# A program in C; all in one translation unit, from g++ and from nvcc; RKV_STATIC with the
+# implementation elsewhere, which must be refused in words.
+ONE_UNIT = tests/cuda/one_unit.cc tests/cuda/consumer.c rkv_cuda.cu rkv.h tests/cuda/cuda.mk
+$(BUILD)/tests/cuda_from_c: $(BUILD)/obj/tests/cuda/consumer.o $(CUDA_DIR)/shim/kernels.o \
+        $(BUILD)/obj/tests/rkv_impl.o
+	@mkdir -p $(@D)
+	$(CXX) $^ -o $@ $(LIBS)
+$(BUILD)/tests/cuda_one_unit $(BUILD)/tests/cuda_one_unit_static: $(ONE_UNIT) tests/cuda/shim.h
+	@mkdir -p $(@D)
+	$(CXX) $(SHIM_FLAGS) $(if $(findstring static,$@),-DRKV_STATIC) -include tests/cuda/shim.h \
+	    -x c++ $< -o $@ $(LIBS)
+$(CUDA_DIR)/one_unit.o $(CUDA_DIR)/one_unit_static.o: $(ONE_UNIT)
+	@mkdir -p $(@D)
+	$(NVCC) $(CUDA_FLAGS) $(if $(findstring static,$@),-DRKV_STATIC) -x cu \
+	    -arch=compute_$(firstword $(CUDA_ARCHS)) -c $< -o $@
+$(CUDA_DIR)/shim/static_alone.refused: rkv_cuda.cu rkv.h tests/cuda/shim.h tests/cuda/cuda.mk
+	@mkdir -p $(@D)
+	@! $(CXX) $(SHIM_FLAGS) -DRKV_STATIC -include tests/cuda/shim.h -x c++ -c $< -o $@.o 2>$@.out
+	@grep -q 'error.*RKV_STATIC' $@.out && mv $@.out $@
+
 $(CUDA_DIR)/sm_%.o: rkv_cuda.cu rkv.h tests/cuda/cuda.mk
 	@mkdir -p $(@D)
 	$(NVCC) $(CUDA_FLAGS) -gencode arch=compute_$*,code=sm_$* -c $< -o $@
 
 # ---- PTX ----------------------------------------------------------------------------------------
 
-# What nvcc made of the kernels runs on the host: of every architecture, or of PTX_ARCHS. The shim
-# finds a kernel by its name, and so static ones need names in the program.
+# The PTX of every architecture, or of PTX_ARCHS, runs on the host. The shim finds a kernel by its
+# symbol, so static kernels need global symbols.
 PTX_DIR   = $(CUDA_DIR)/ptx
 PTX_FLAGS = $(SHIM_FLAGS) -DRKV_CUDA_PTX -include tests/cuda/shim.h
 PTX_ARCH  = 90
@@ -80,7 +104,7 @@ $(BUILD)/tests/test_cuda_ptx: $(PTX_DIR)/test.o $(PTX_DIR)/kernels.o $(PTX_DIR)/
 	@mkdir -p $(@D)
 	$(CXX) -rdynamic $^ -o $@ $(LIBS) -ldl
 
-# What each kernel executes, counted, for one layer of each shape of bench-cuda.
+# Counts what each kernel executes, for one layer of each shape of bench-cuda.
 PTX_COUNT = RKV_PTX_COUNTS=1 $(PTX_DIR)/count_cuda
 .PHONY: count-cuda
 count-cuda:
@@ -100,10 +124,10 @@ $(PTX_DIR)/count_cuda: $(PTX_DIR)/count_cuda.o $(PTX_DIR)/kernels.o $(PTX_DIR)/p
 
 # ---- Races --------------------------------------------------------------------------------------
 
-# The kernels tell tests/cuda/race.cc about every access; no libtsan is linked. Without -pie code
-# lies below 4 GB, as that file wants it; -g names the lines. The cases are those of
-# test-cuda-sanitize and more. MUTANTS="NAME..." takes barriers out instead, as
-# tests/cuda/race_mutants.sh says.
+# The kernels report every access to tests/cuda/race.cc; no libtsan is linked. Without -pie the code
+# is below 4 GB, which that file needs; -g gives line numbers. The cases are those of
+# test-cuda-sanitize and more. MUTANTS="NAME..." removes barriers instead: see
+# tests/cuda/race_mutants.sh.
 RACE_SOURCE = rkv_cuda.cu
 RACE_DIR    = $(CUDA_DIR)/race
 RACE_FLAGS  = $(SHIM_FLAGS) -g -fno-pie -fno-threadsafe-statics -DRKV_CUDA_RACE \
@@ -145,7 +169,7 @@ $(CUDA_DIR)/test_cuda: tests/cuda/test_cuda.cc $(CUDA_DIR)/rkv_cuda.o $(TEST_SHA
 $(CUDA_DIR)/bench_cuda: bench/bench_cuda.cu $(CUDA_DIR)/rkv_cuda.o $(BUILD)/obj/tests/rkv_impl.o
 	$(NVCC) $(GPU_FLAGS) $^ -o $@ -lm -lpthread
 
-# The sanitizers are slow: they get a choice of cases that runs every kernel.
+# The sanitizers are slow: they run a few cases that use every kernel.
 test-cuda:
 	@if $(HAVE_GPU); then \
 	    $(MAKE) --no-print-directory $(CUDA_DIR)/test_cuda && $(CUDA_DIR)/test_cuda && \

@@ -1,19 +1,15 @@
 /* Runs the PTX that nvcc makes of rkv_cuda.cu, on the host: make test-cuda-ptx (every architecture;
- * PTX_ARCHS=90: one).
- *
- * tests/cuda/shim.h shows that the source is right as C++; here is what the compiler made of it:
- * inline assembly, fragments and vector accesses included. With RKV_CUDA_PTX defined the shim hands
- * every launch over. Warps run one after the other from barrier to barrier, the 32 lanes of one
- * together: lanes that went separate ways meet again at the lowest instruction. The program ends
- * with a message where a GPU would fault or do something undefined: an access outside of what was
- * allocated, or not aligned to its size; a warp-wide instruction or a barrier that not all lanes
- * reach; a copy to shared memory that its thread does not await. An instruction that is not known
- * here ends it too. What it cannot show is what the assembler and the GPU make of the PTX, and
- * threads that run at the same time (tests/cuda/race.cc).
- *
- * What instructions do is from chapter 9.7 of NVIDIA's PTX ISA. Environment: RKV_PTX, another file,
- * compiled with the shim's RKV_CUDA_PARAMETER_BYTES; RKV_PTX_COUNTS=1: what each kernel executed,
- * at the end. */
+ * PTX_ARCHS=90: one).  tests/cuda/shim.h tests the source as C++; this tests the compiler's output,
+ * with inline assembly, fragments and vector accesses. If RKV_CUDA_PTX is defined the shim passes
+ * every launch to it. Warps run one after the other from barrier to barrier, the 32 lanes of a warp
+ * together; lanes that diverged reconverge at the lowest instruction. The program ends with a
+ * message where a GPU would fault or behave undefined: an access outside of an allocation or not
+ * aligned to its size; a warp-wide instruction or a barrier that not all lanes reach; a copy to
+ * shared memory that its thread does not wait for. An unknown instruction ends it too. It does not
+ * show what the assembler and the GPU make of the PTX, nor threads that run at the same time
+ * (tests/cuda/race.cc).  The semantics are those of chapter 9.7 of NVIDIA's PTX ISA. Environment:
+ * RKV_PTX names another file, compiled with the shim's RKV_CUDA_PARAMETER_BYTES; RKV_PTX_COUNTS=1
+ * prints at the end what each kernel executed. */
 #include <ctype.h>
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -45,7 +41,7 @@ enum space { SPACE_GENERIC, SPACE_GLOBAL, SPACE_SHARED, SPACE_PARAM };
 struct instruction {
     action run;
     flow kind;
-    int guard, unless; /* register or -1; lanes go along where it is set, or where it is not */
+    int guard, unless; /* register or -1; lanes take part where it is set, or where it is not */
     int to[4], from[MAX_OPERANDS]; /* registers */
     int bytes[4];                  /* of the registers in `to`, or of those stored */
     int address_bytes;             /* of the register with an address, 4 or 8 */
@@ -100,14 +96,16 @@ struct machine {
 };
 machine the;
 
-/* "rkvi_attend<rkvi_bf16>" of its mangled name. */
+/* "rkvi_attend<rkvi_bf16>" from its mangled name. */
 std::string plain_name(const std::string &mangled)
 {
     int status = 0;
     char *plain = abi::__cxa_demangle(mangled.c_str(), NULL, NULL, &status);
     std::string out = plain ? plain : mangled;
     free(plain);
+    const std::string scope = "rkvi_cuda::";
     if (out.compare(0, 5, "void ") == 0) out.erase(0, 5);
+    for (size_t at; (at = out.find(scope)) != std::string::npos;) out.erase(at, scope.size());
     return out.substr(0, out.find('('));
 }
 void die(const std::string &why, int lane)
@@ -193,7 +191,7 @@ template <typename F> void logic(warp &w, const instruction &i, uint32_t active)
     set_predicate(w, i.to[0], active, F::of(predicate(w, i.from[0]), predicate(w, i.from[1])));
 }
 
-/* A float is neither added to nor multiplied with more digits than it has: -ffp-contract=off. */
+/* Each operation rounds on its own: -ffp-contract=off. */
 #define BINARY(name, expression)                    \
     struct name {                                   \
         template <typename T> static T of(T a, T b) \
@@ -264,7 +262,7 @@ struct op_reverse {
         return out;
     }
 };
-/* To an integer, toward zero, and as far as it goes. */
+/* To an integer, rounded toward zero, saturated. */
 struct op_truncate {
     template <typename D, typename S> static D of(S a)
     {
@@ -399,7 +397,7 @@ uint64_t address_of(warp &w, const instruction &i, int lane)
     return values<uint64_t>(w, i.from[0])[lane] + static_cast<uint64_t>(i.offset);
 }
 
-/* What a warp's access costs: sectors of 32 bytes of global memory; turns of the 32 banks of
+/* The cost of a warp's access: sectors of 32 bytes of global memory; turns of the 32 banks of
  * shared memory, in halves and quarters of a warp for 8 and 16 bytes a lane. */
 void count_global(const uint64_t *addresses, uint32_t active, int bytes, int kind)
 {
@@ -491,7 +489,7 @@ template <typename T> void atomic_cas(warp &w, const instruction &i, uint32_t ac
         values<T>(w, i.to[0])[l] = old;
     }
 }
-/* cp.async: from = { to, from, bytes that are there }. Whoever reads too early reads NaNs. */
+/* cp.async: from = { to, from, bytes that exist }. Reading before the wait gives NaNs. */
 void start_copy(warp &w, const instruction &i, uint32_t active)
 {
     uint64_t to[LANES] = { 0 }, from[LANES] = { 0 };
@@ -720,7 +718,7 @@ action comparison(const std::string &how, const std::string &type)
 #undef FLOATS
     return NULL;
 }
-/* What is converted may lie in a larger register. */
+/* The source of a conversion may be in a larger register. */
 template <typename N> struct op_narrow {
     template <typename D, typename S> static D of(S a)
     {
@@ -738,7 +736,7 @@ template <typename D> action convert_to(const std::string &from, int register_by
                                      : one<D, uint16_t, narrow>;
     });
 }
-/* cvt, with what stands between: roundings to the nearest and toward zero alone. */
+/* cvt with its modifiers; of the roundings only to nearest and toward zero. */
 action conversion(const words &op, int register_bytes)
 {
     const std::string to = op[op.size() - 2], from = op.back();
@@ -930,7 +928,7 @@ struct parser {
         if (text == "%tid.x") return special(&k.thread);
         if (text == "%ctaid.x") return special(&k.block);
         if (text == "%nctaid.x") return special(&k.grid);
-        if (text == "rkvi_shared_bytes") return constant_slot(0, bytes);
+        if (text.find("rkvi_shared_bytes") != std::string::npos) return constant_slot(0, bytes);
         if (text == k.name + "_param_0") return special(&k.parameters);
         if (text[0] == '%') {
             const named it = find(text);
@@ -1104,7 +1102,7 @@ struct parser {
         if (name == "bfi") return type == "b32" ? insert_bits<uint32_t> : insert_bits<uint64_t>;
         return NULL;
     }
-    /* How wide the operands of an arithmetic instruction are: mostly as its type says. */
+    /* The widths of the operands of an arithmetic instruction: mostly that of its type. */
     static int operand_bytes(const words &op, size_t index)
     {
         const int bytes = bytes_of(op.back());
@@ -1295,7 +1293,7 @@ void fill(warp *w, int slot, int bytes, uint64_t value)
     for (int l = 0; l < LANES; l++)
         memcpy(values<unsigned char>(*w, slot) + l * bytes, &value, static_cast<size_t>(bytes));
 }
-/* The lanes of `active` stand at `at`. */
+/* The lanes of `active` are at instruction `at`. */
 void stand(warp *w, uint32_t active, size_t at)
 {
     for (int l = 0; l < LANES; l++)
@@ -1347,7 +1345,7 @@ void run_warp(warp &w)
                     if (w.waiting >> l & 1 && w.at[l] == at) active |= 1u << l;
                 w.waiting |= active;
                 stand(&w, active, at);
-                if (active != w.alive) break; /* until the others come */
+                if (active != w.alive) break; /* wait for the other lanes */
                 if (active != everyone)
                     die("a warp-wide instruction that a lane has left behind", 0);
                 w.waiting = 0;
@@ -1380,7 +1378,8 @@ void ptx_launch(const void *function, int threads, size_t shared_bytes, const vo
     the.running = NULL;
     if (!dladdr(function, &info) || !info.dli_sname) die("a kernel without a name", 0);
     std::string name = info.dli_sname;
-    if (name.compare(0, 3, "_ZL") == 0) name.erase(2, 1); /* as nvcc writes a static function */
+    const std::string scope = "_ZN9rkvi_cudaL"; /* nvcc writes a static function without the L */
+    if (name.compare(0, scope.size(), scope) == 0) name.erase(scope.size() - 1, 1);
     if (!the.kernels.count(name)) die(name + ": not in the file", 0);
     kernel &k = the.kernels[name];
     std::vector<warp> &warps = k.warps;

@@ -1,20 +1,16 @@
-/* A race detector for rkv_cuda.cu over tests/cuda/shim.h: make test-cuda-race
- *
- * The kernels are compiled with -fsanitize=thread and linked with this file instead of libtsan: the
- * compiler calls it before every access to memory. For each byte of device and shared memory it
- * remembers who accessed it last, in which way, and after which barriers, and reports
- *
- *  - two accesses, one of them no read and not both atomic, that no barrier puts in order: between
- *    blocks there is none within a launch; between warps __syncthreads; within a warp __syncwarp
- *    (shuffles and votes exchange registers, they order no memory);
- *  - reads of bytes that nobody has written; accesses to anything but the caller's buffers, shared
- *    memory as the launch has asked for, parameters, and the thread's own stack;
- *  - __ldg of memory that the same launch writes: that cache does not hear of it.
- *
- * It judges what the inputs make the kernels do, in whatever order the fibers take turns. Launches
- * come one after the other; several streams at a time are not looked at. One race is meant, and the
- * cases of `test_cuda kernels` leave it out: after a NaN, rkvi_refused reads the fault while other
- * blocks may lower it, and no value that it can find there makes a difference. */
+/* A race detector for rkv_cuda.cu over tests/cuda/shim.h: make test-cuda-race  The kernels are
+ * compiled with -fsanitize=thread and linked with this file instead of libtsan, so the compiler
+ * calls it before every memory access. For each byte of device and shared memory it records the
+ * last accesses, their kind, and the barriers before them. It reports  - two accesses, not both
+ * reads and not both atomic, that no barrier orders. Blocks of one launch are never ordered;
+ * __syncthreads orders warps; __syncwarp orders the lanes of a warp (shuffles and votes exchange
+ * registers and order no memory); - reads of bytes that were never written, and accesses outside of
+ * the caller's buffers, the shared memory that the launch asked for, parameters, and the thread's
+ * own stack; - __ldg of memory that the same launch writes: its cache is not coherent.  It checks
+ * what the kernels do with these inputs, for any order of the fibers. Launches run one after the
+ * other; concurrent streams are not checked. One race is intended, and the cases of `test_cuda
+ * kernels` avoid it: after a NaN, rkvi_is_unusable reads the fault while other blocks may lower it,
+ * and every value that it can read gives the same answer. */
 #include "shim.h"
 extern "C" {
 #include "harness.h"

@@ -1,5 +1,5 @@
-/* What tests/cuda/shim.h tells the race detector, tests/cuda/race.cc: who runs, between which
- * barriers, on which memory. Without RKV_CUDA_RACE all of it is empty. */
+/* The events that tests/cuda/shim.h reports to the race detector, tests/cuda/race.cc: threads,
+ * barriers, memory. Without RKV_CUDA_RACE all of these functions are empty. */
 #ifndef RKV_TESTS_CUDA_RACE_H
 #define RKV_TESTS_CUDA_RACE_H
 #include <stddef.h>
@@ -7,7 +7,7 @@
 enum race_kind { RACE_READ, RACE_WRITE, RACE_ATOMIC, RACE_LDG, RACE_KINDS };
 
 #ifdef RKV_CUDA_RACE
-void race_memory(void *base, size_t bytes); /* allocated: nothing in it has been written */
+void race_memory(void *base, size_t bytes); /* allocated, not yet written */
 void race_forget(void *base);
 void race_copy_in(const void *dst, size_t bytes); /* by the host, between launches */
 void race_copy_out(const void *src, size_t bytes);
@@ -15,9 +15,9 @@ void race_launch(size_t shared_bytes, const void *parameters, size_t parameter_b
 void race_block(); /* begins */
 void race_block_end();
 void race_block_barrier();
-void race_warp_barrier(); /* of this thread: each of a warp says it */
+void race_warp_barrier(); /* once for each thread of the warp */
 
-/* As long as it lives, every access is of this kind. */
+/* While it exists every access is of this kind. */
 struct race_as {
     explicit race_as(race_kind kind);
     ~race_as();

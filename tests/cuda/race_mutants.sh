@@ -1,9 +1,9 @@
 #!/bin/sh
-# Takes the barriers out of a copy of rkv_cuda.cu, one at a time, and shows that the race detector
+# Removes the barriers from a copy of rkv_cuda.cu, one at a time, and shows that the race detector
 # notices each: make test-cuda-race MUTANTS=all      (some 4 minutes)
 #     sh tests/cuda/race_mutants.sh [NAME...]        (from the top; CXX; without a name: all)
-# A barrier is FUNCTION.N: the Nth __syncthreads or __syncwarp of a function. A few other faults show
-# the rest of what tests/cuda/race.cc looks for.
+# FUNCTION.N is the Nth __syncthreads or __syncwarp of a function. A few other faults show that the
+# detector's other checks work.
 set -u
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
@@ -16,7 +16,7 @@ build() {
         ${CXX:+CXX="$CXX"} "$dir/test_cuda" >"$dir/out" 2>&1
 }
 run() {
-    timeout 120 "$dir/test_cuda" kernels >"$dir/out" 2>&1
+    timeout 300 "$dir/test_cuda" kernels >"$dir/out" 2>&1
 }
 
 # LINE FUNCTION.N of every barrier that is a statement.

@@ -1,13 +1,12 @@
-/* A host machine for the kernels of rkv_cuda.cu, so that their logic is tested without a GPU:
+/* Runs the kernels of rkv_cuda.cu on the host, so that their logic can be tested without a GPU:
  *     g++ -include tests/cuda/shim.h -x c++ -c rkv_cuda.cu         (make test does it)
  *
- * Blocks run one after the other, the threads of a block as cooperating fibers: each runs until it
- * comes to a barrier, and every warp intrinsic is one, so shared memory, shuffles, votes and
- * atomics mean what they mean on a GPU. Three orders of blocks, warps and lanes (shim().order)
- * bring a missing barrier to light; shared memory starts as NaN in every block; a barrier that not
- * all threads reach ends the program. A missing barrier that no order brings to light is one for
- * tests/cuda/race.cc, which listens where RKV_CUDA_RACE is defined. What neither can show: threads
- * that really run at the same time, speed, limits of registers. */
+ * Blocks run one after the other. The threads of a block are fibers: each runs until it reaches a
+ * barrier, and every warp intrinsic counts as one. So shared memory, shuffles, votes and atomics
+ * behave as on a GPU. Three orders of blocks, warps and lanes (shim().order) expose the lack of a
+ * barrier; shared memory starts as NaN in every block; a barrier that not all threads reach ends
+ * the program. tests/cuda/race.cc finds races that no order exposes, if RKV_CUDA_RACE is defined.
+ * Neither shows threads that really run at the same time, speed, or limits of registers. */
 #ifndef RKV_TESTS_CUDA_SHIM_H
 #define RKV_TESTS_CUDA_SHIM_H
 #define RKV_CUDA_SHIM 1
@@ -53,16 +52,27 @@ enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorNoDevice = 100,
     cudaErrorNoKernelImageForDevice = 209
 };
+inline const char *cudaGetErrorString(cudaError_t error)
+{
+    return error == cudaSuccess ? "no error" : "invalid argument";
+}
 struct cudaFuncAttributes {
     int binaryVersion;
 };
 enum cudaFuncAttribute { cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum cudaMemcpyKind {
+    cudaMemcpyHostToDevice = 1,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
+};
 
-/* Every call that fails leaves its error behind, until somebody asks. fail_next: so does the next
- * call that looks here, whatever it is. */
+/* Every call that fails stores its error until somebody asks for it. fail_next: the next call that
+ * checks this fails. */
 struct shim_errors {
     cudaError_t last;
     bool fail_next;
@@ -86,8 +96,8 @@ inline cudaError_t cudaGetLastError()
     return last;
 }
 
-/* A graph holds launches with their parameters, copied at the time of capture. Whatever else is
- * called between begin and end of a capture is an error. */
+/* A graph holds launches and copies of their parameters. Any other call during a capture is an
+ * error. */
 struct shim_graph {
     std::vector<std::function<void()>> launches;
 };
@@ -146,14 +156,14 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t)
     return cudaSuccess;
 }
 
-/* Device memory is host memory out of the host's reach: a fault, unless a kernel or a copy is at
- * work. Like the device's it comes aligned to 256 bytes, full of junk. */
-inline std::map<void *, size_t> &shim_memory() /* where, and how many bytes */
+/* Device memory is host memory that only kernels and copies can access; the host gets a fault. Like
+ * the device's it is aligned to 256 bytes and holds arbitrary bytes at first. */
+inline std::map<void *, size_t> &shim_memory() /* address, bytes */
 {
     static std::map<void *, size_t> memory;
     return memory;
 }
-inline size_t shim_pages(size_t bytes) /* one more byte than asked for */
+inline size_t shim_pages(size_t bytes) /* room for a byte more than asked for */
 {
     const size_t page = 4096;
     return (bytes / page + 1) * page;
@@ -199,12 +209,20 @@ inline cudaError_t cudaFree(void *memory)
     shim_memory().erase(memory);
     return cudaSuccess;
 }
+inline bool shim_is_device(const void *at)
+{
+    std::map<void *, size_t>::iterator next = shim_memory().upper_bound(const_cast<void *>(at));
+    if (next == shim_memory().begin()) return false;
+    --next;
+    return static_cast<const char *>(at) < static_cast<char *>(next->first) + next->second;
+}
 inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind,
                                    cudaStream_t)
 {
     shim_not_in_capture("a copy in a capture");
-    if (kind != cudaMemcpyHostToDevice) race_copy_out(src, bytes);
-    if (kind != cudaMemcpyDeviceToHost) race_copy_in(dst, bytes);
+    const bool knows = kind == cudaMemcpyDefault;
+    if (knows ? shim_is_device(src) : kind != cudaMemcpyHostToDevice) race_copy_out(src, bytes);
+    if (knows ? shim_is_device(dst) : kind != cudaMemcpyDeviceToHost) race_copy_in(dst, bytes);
     const shim_on_device device;
     memcpy(dst, src, bytes);
     return shim_result(cudaSuccess);
@@ -220,8 +238,9 @@ inline cudaError_t cudaGetDeviceCount(int *count)
     return shim_result(cudaSuccess);
 }
 
-/* Kernels must be loaded, by asking about them, before they are launched: a real runtime would do
- * it in the launch, which may be part of a capture. `is_missing`: no code for this device. */
+/* A kernel must be loaded, by asking for its attributes, before it is launched: a real runtime
+ * would load it in the launch, which may be in a capture. is_missing: there is no code for this
+ * device. */
 struct shim_code {
     std::set<const void *> loaded;
     bool is_missing;
@@ -253,13 +272,13 @@ struct shim_index {
     unsigned x;
 };
 struct shim_fiber {
-    ucontext_t first; /* until it has run once; then: */
+    ucontext_t first; /* for the first run; later runs use `again` */
     jmp_buf again;
     char *stack;
     int started, state;
     unsigned collectives; /* warp intrinsics so far: which half of the mailbox is in use */
 };
-/* cp.async: nothing has been read or written before the thread that asked for it waits. */
+/* cp.async: reads and writes nothing until the thread that started it waits. */
 struct shim_copy {
     void (*run)(char *, const char *);
     char *to;
@@ -274,10 +293,11 @@ struct shim_machine {
     void (*kernel)(const void *); /* with its parameters bound */
     const void *bound;
     int current, n_threads, order;
-    int max_blocks; /* a smaller grid than asked for: kernels must walk over their items; 0: none */
+    int max_blocks; /* limits the grid, so that kernels must loop over their items; 0: no limit */
     int or_now, or_result;
     shim_index thread, block, grid;
     long launches;
+    int fail_launch; /* the launch that fails, counted from now; 0: none */
     alignas(16) char shared[SHIM_SHARED_BYTES + 64];
 };
 inline shim_machine &shim()
@@ -301,7 +321,7 @@ inline void shim_die(const char *why)
     _Exit(1);
 }
 
-/* Back to the scheduler until this fiber is released. */
+/* Returns to the scheduler until this fiber is released. */
 __attribute__((noinline)) inline void shim_wait(int state)
 {
     shim_machine &m = shim();
@@ -312,7 +332,7 @@ __attribute__((noinline)) inline void shim_wait(int state)
 
 inline void shim_fiber_main()
 {
-    for (;;) { /* a fiber serves block after block */
+    for (;;) { /* a fiber runs block after block */
         shim().kernel(shim().bound);
         if (shim().n_copies[shim().current] > 0) shim_die("a copy that its thread did not await");
         shim_wait(SHIM_DONE);
@@ -344,7 +364,7 @@ inline void shim_make_fiber(shim_fiber *fiber)
     makecontext(first, shim_fiber_main, 0);
 }
 
-/* Releases the threads [begin, end) if all that live wait at this barrier. */
+/* Releases the threads [begin, end) if all that are not done wait at this barrier. */
 inline bool shim_release(int begin, int end, int barrier)
 {
     shim_machine &m = shim();
@@ -409,7 +429,7 @@ template <typename P> struct shim_bound {
     }
 };
 
-#ifdef RKV_CUDA_PTX /* tests/cuda/ptx.cc: what nvcc made of the kernel, in its place */
+#ifdef RKV_CUDA_PTX /* tests/cuda/ptx.cc runs the kernel's PTX instead */
 void ptx_launch(const void *kernel, int threads, size_t shared_bytes, const void *parameters,
                 size_t parameter_bytes);
 void ptx_run_block();
@@ -452,6 +472,10 @@ cudaError_t shim_launch(void (*kernel)(P), int blocks, int threads, size_t share
         shim_die("a launch that a GPU would refuse");
     if (!shim_kernels().loaded.count(reinterpret_cast<const void *>(kernel)))
         shim_die("a kernel that was not loaded at registration");
+    if (m.fail_launch > 0 && --m.fail_launch == 0) {
+        shim_error().last = cudaErrorInvalidValue;
+        return cudaErrorInvalidValue;
+    }
     if (m.max_blocks > 0 && blocks > m.max_blocks) blocks = m.max_blocks;
     m.launches++;
     if (shim_capture())
@@ -479,8 +503,8 @@ inline void __syncwarp()
     race_warp_barrier();
 }
 
-/* Puts words into this thread's mailbox and waits for the warp; the two halves take turns, so that
- * nobody overwrites what a neighbour has yet to read. Returns the half. */
+/* Puts words into this thread's mailbox and waits for the warp. The two halves alternate, so that
+ * no thread overwrites what another has still to read. Returns the half. */
 inline unsigned shim_post(const uint64_t *words, int n)
 {
     shim_machine &m = shim();
@@ -536,15 +560,16 @@ inline int __any_sync(unsigned mask, int predicate)
     return __ballot_sync(mask, predicate) != 0;
 }
 
-/* acc + the products, as the tensor cores of the cards with bf16 add, and not better: all are
- * aligned to the largest and cut off one bit below its last; so is the sum, at its own last. */
+/* acc + the products with the precision of tensor cores (cards with bf16), no better: all are
+ * aligned to the largest and truncated one bit below its last; the sum is truncated at its own last
+ * bit. */
 enum { SHIM_MMA_TERMS = 8, SHIM_MMA_BITS = 24 };
 inline float shim_mma_sum(float acc, const double *products)
 {
     double largest = fabs(static_cast<double>(acc)), sum, unit;
     int exponent;
     for (int i = 0; i < SHIM_MMA_TERMS; i++) largest = fmax(largest, fabs(products[i]));
-    if (largest == 0.0 || !(largest <= 3e38)) { /* NaN and infinity as they come */
+    if (largest == 0.0 || !(largest <= 3e38)) { /* NaN and infinity propagate */
         sum = static_cast<double>(acc);
         for (int i = 0; i < SHIM_MMA_TERMS; i++) sum += products[i];
         return static_cast<float>(sum);
@@ -557,7 +582,7 @@ inline float shim_mma_sum(float acc, const double *products)
     const float out = static_cast<float>(sum);
     return fabs(static_cast<double>(out)) > fabs(sum) ? nextafterf(out, 0.0f) : out;
 }
-/* ldmatrix.x4: each lane has the address of a row of 16 bytes, and gets a word of four of them. */
+/* ldmatrix.x4: each lane gives the address of a row of 16 bytes and gets a word of four rows. */
 inline void shim_load_matrices(uint32_t *out, const char *row)
 {
     const uint64_t address = reinterpret_cast<uintptr_t>(row);
@@ -619,7 +644,7 @@ template <typename T> T __ldg(const T *at)
 template <typename V> void shim_run_copy(char *to, const char *from)
 {
     const V value = from ? __ldg(reinterpret_cast<const V *>(from)) : V{};
-    *reinterpret_cast<V *>(to) = value; /* not in place of the result: a write of its own */
+    *reinterpret_cast<V *>(to) = value; /* a separate access, not an __ldg */
 }
 template <typename V> void shim_start_copy(char *to, const char *from, bool is_there)
 {

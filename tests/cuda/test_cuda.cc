@@ -1,17 +1,15 @@
-/* rkv_cuda.cu against the CPU: on a GPU, or without one as C++ over tests/cuda/shim.h.
+/* Compares rkv_cuda.cu with the CPU: on a GPU, or without one as C++ over tests/cuda/shim.h.
  *     make test (shim)    make test-cuda-ptx (PTX, over tests/cuda/ptx.cc)    make test-cuda (GPU)
- * Generated cases alone: test_cuda FIRST COUNT.
- * test_cuda kernels [COUNT] runs every kernel in little time, for the sanitizers: chosen cases and
- * the first COUNT generated ones. */
+ * test_cuda FIRST COUNT runs generated cases only. test_cuda kernels [COUNT] runs every kernel in
+ * little time, for the sanitizers: chosen cases and the first COUNT generated ones. */
 #ifndef RKV_CUDA_SHIM
 #include <cuda_runtime.h>
 #endif
+#define RKV_CUDA
 extern "C" {
 #include "golden_names.h"
 #include "harness.h"
 #include "oracle.h"
-rkv_status rkv_cuda_register(void *stream);
-rkv_status rkv_cuda_backend(rkv_backend *out, void *stream);
 }
 #include <math.h>
 #include <stdio.h>
@@ -31,9 +29,9 @@ static double worst_score; /* largest difference from the CPU, as a share of the
 static long sets_equal, sets_differ_in_ties;
 
 /* ---- A backend that works on host memory by way of the device -------------------------------
- * So that the harness, which knows host memory only, can judge: each stage copies everything
- * over, byte for byte at the same alignment, runs the CUDA stage, and copies it back. A fault
- * found by the device becomes the status. */
+ * The harness knows host memory only. So each stage copies everything to the device, byte for byte
+ * at the same alignment, runs the CUDA stage, and copies it back. A fault that the device has found
+ * becomes the status. config.device_error may be host memory here. */
 static void must(const char *what, bool holds)
 {
     if (holds) return;
@@ -125,13 +123,14 @@ static rkv_layer mirror_layer(mirror *m, const rkv_config *config, const rkv_lay
         config->scope == RKV_PER_HEAD ? static_cast<size_t>(host.keys.heads) : leads;
     const size_t candidates =
         host.n_tokens > config->window ? static_cast<size_t>(host.n_tokens - config->window) : 0;
-    const size_t stride = or_else(host.position_stride, static_cast<size_t>(host.keys.tokens));
+    const size_t stride = or_else(host.row_stride, static_cast<size_t>(host.keys.tokens));
+    const size_t last = sets == 0 ? 0 : (sets - 1) * stride + static_cast<size_t>(host.n_tokens);
     layer.keys = mirror_tensor(m, host.keys, host.n_tokens, true);
     layer.values = mirror_tensor(m, host.values, host.n_tokens, true);
     layer.queries = mirror_tensor(m, host.queries, config->window, false);
     layer.kept = m->add(host.kept, sets * static_cast<size_t>(config->budget) * 4, true);
-    layer.positions = m->add(host.positions,
-                             ((sets - 1) * stride + static_cast<size_t>(host.n_tokens)) * 4, true);
+    layer.positions = m->add(host.positions, last * 4, true);
+    layer.pins = m->add(host.pins, last, true);
     layer.scores = m->add(host.scores, static_cast<size_t>(host.keys.heads) * candidates * 4, true);
     layer.shared_scores = m->add(host.shared_scores, candidates * 4, true);
     return layer;
@@ -141,36 +140,38 @@ static const rkv_backend *cuda()
 {
     return rkv_backend_find("cuda");
 }
-static rkv_status run_mirrored(rkv_stage stage, const rkv_config *config, rkv_layer *layers,
-                               int n_layers, size_t bytes)
+static const stage_function stages[] = { rkv_score, rkv_select, rkv_compact, rkv_compress };
+
+static rkv_status run_mirrored(const rkv_backend *, const rkv_call *call)
 {
     const size_t guard_bytes = 64;
+    const rkv_config *config = call->config;
     std::vector<unsigned char> guard(guard_bytes, 0x5a);
     std::vector<rkv_layer> on_device;
-    rkv_fault fault = { RKV_OK, -7, -7, -7, -7 };
+    rkv_error found = { NULL, RKV_OK, -7, -7, -7 };
+    rkv_error *const record = config->device_error ? config->device_error : &found;
     rkv_config device_config = *config;
     mirror m;
-    for (int l = 0; l < n_layers; l++) {
+    for (int l = 0; l < call->n_layers; l++) {
+        const rkv_layer *layers = call->layers;
         const bool leads = config->scope != RKV_PER_SEQUENCE || l == 0 ||
                            layers[l].sequence != layers[l - 1].sequence;
         on_device.push_back(mirror_layer(&m, config, layers[l], leads));
     }
-    device_config.fault = m.add(config->fault ? config->fault : &fault, sizeof fault, true);
-    unsigned char *device_workspace = m.reserve(guard.data() + 1, bytes + guard_bytes, false);
-    to_device(device_workspace + bytes, guard.data(), guard_bytes);
-    rkv_status status =
-        stage(cuda(), &device_config, on_device.data(), n_layers, device_workspace, bytes);
+    device_config.device_error = m.add(record, sizeof *record, true);
+    unsigned char *workspace = m.reserve(guard.data() + 1, call->bytes + guard_bytes, false);
+    to_device(workspace + call->bytes, guard.data(), guard_bytes);
+    rkv_status status = stages[call->stage](cuda(), &device_config, on_device.data(),
+                                            call->n_layers, workspace, call->bytes);
     if (cuda()->synchronize(cuda()) != RKV_OK) return RKV_ERROR_DEVICE;
     m.copy_back();
-    if (config->fault) fault = *config->fault;
-    to_host(guard.data(), device_workspace + bytes, guard_bytes);
+    to_host(guard.data(), workspace + call->bytes, guard_bytes);
     for (size_t i = 0; i < guard_bytes; i++)
         if (!expect_int("behind the workspace", static_cast<int>(i), guard[i], 0x5a)) break;
-    if (status == RKV_OK && fault.status != RKV_OK) return static_cast<rkv_status>(fault.status);
-    for (int l = 0; l < n_layers && status == RKV_OK; l++) {
-        layers[l].n_tokens = on_device[static_cast<size_t>(l)].n_tokens;
-        layers[l].n_kept = on_device[static_cast<size_t>(l)].n_kept;
-        layers[l].n_evicted = on_device[static_cast<size_t>(l)].n_evicted;
+    if (status == RKV_OK) status = static_cast<rkv_status>(record->status);
+    for (int l = 0; l < call->n_layers && status == RKV_OK; l++) {
+        call->layers[l].n_tokens = on_device[static_cast<size_t>(l)].n_tokens;
+        call->layers[l].n_kept = on_device[static_cast<size_t>(l)].n_kept;
     }
     return status;
 }
@@ -179,25 +180,11 @@ static rkv_status mirrored_size(const rkv_backend *, const rkv_config *config,
 {
     return cuda()->workspace_size(cuda(), config, layers, n_layers, bytes);
 }
-#define MIRRORED(stage)                                                                       \
-    static rkv_status mirrored_##stage(const rkv_backend *, const rkv_config *config,         \
-                                       rkv_layer *layers, int n_layers, void *, size_t bytes) \
-    {                                                                                         \
-        return run_mirrored(cuda()->stage, config, layers, n_layers, bytes);                  \
-    }
-MIRRORED(score)
-MIRRORED(select)
-MIRRORED(compact)
-MIRRORED(compress)
 
 static const rkv_backend mirrored = { "cuda by way of host memory",
                                       NULL,
                                       mirrored_size,
-                                      mirrored_score,
-                                      mirrored_select,
-                                      mirrored_compact,
-                                      mirrored_compress,
-                                      NULL,
+                                      run_mirrored,
                                       NULL,
                                       NULL,
                                       NULL,
@@ -205,7 +192,7 @@ static const rkv_backend mirrored = { "cuda by way of host memory",
                                       NULL,
                                       NULL };
 
-/* Orders of blocks and threads; every other one on few blocks. */
+/* Sets the order of blocks and threads; every other order runs on few blocks. */
 static void shim_order_is(int order)
 {
 #ifdef RKV_CUDA_SHIM
@@ -228,11 +215,11 @@ struct trial {
 static bool is_scored(const trial &t, int i)
 {
     const rkv_config &c = t.config;
-    return t.cpu[i].shape.n_tokens > c.budget && c.budget > config_window(&c) + c.pinned;
+    return t.cpu[i].shape.n_tokens > c.budget && c.budget > config_protect(&c) + c.pinned;
 }
 
-/* Scores of one head, or of a set, are the CPU's within 1e-5 of the largest, or of the largest of
- * the two terms, where these cancel: a softmax over n has a value of 1 / n or more. Returns that
+/* The scores of a head or a set must equal the CPU's within 1e-5 of the largest, or of the largest
+ * of the two terms where these cancel: a softmax over n has a value of at least 1 / n. Returns that
  * bound. */
 static double judge_scores(const char *at, const rkv_config *config, const float *got,
                            const float *want, int n)
@@ -250,7 +237,8 @@ static double judge_scores(const char *at, const rkv_config *config, const float
     return 1e-5 * largest;
 }
 
-/* The set is exactly what the GPU's own scores ask for, and the CPU's but for near ties. */
+/* The kept set must follow exactly from the GPU's own scores, and equal the CPU's except for near
+ * ties. */
 static void judge_set(const trial &t, int i, int set, const float *got, const float *want,
                       double tolerance)
 {
@@ -261,14 +249,16 @@ static void judge_set(const trial &t, int i, int set, const float *got, const fl
     std::vector<int32_t> chosen(static_cast<size_t>(n));
     std::vector<char> differs(static_cast<size_t>(n), 0);
     double gap, cut = INFINITY;
-    const int n_kept = oracle_select(&t.config, exact.data(), n, chosen.data(), &gap);
+    const uint8_t *pins = job_pins(&gpu, set);
+    const int n_kept = oracle_select(&t.config, exact.data(), pins, n, chosen.data(), &gap);
     for (int k = 0; k < n_kept; k++)
         if (!expect_int("kept, given the scores", k, kept[k], chosen[static_cast<size_t>(k)]))
             return;
     for (int k = 0; k < n_kept; k++) {
         differs[static_cast<size_t>(kept[k])] ^= 1;
         differs[static_cast<size_t>(other[k])] ^= 1;
-        if (other[k] >= t.config.pinned && other[k] < candidates)
+        if (other[k] >= t.config.pinned && other[k] < n - config_protect(&t.config) &&
+            !(pins && pins[other[k]]))
             cut = fmin(cut, static_cast<double>(want[other[k]]));
     }
     bool equal = true;
@@ -309,7 +299,6 @@ static void judge(const trial &t)
         job_compacted("compacted", &gpu, job_kept(&t.gpu[leader]), t.config.budget, n_kept);
         expect_int("n_tokens", i, gpu.layer.n_tokens, n_kept);
         expect_int("n_kept", i, gpu.layer.n_kept, n_kept);
-        expect_int("n_evicted", i, gpu.layer.n_evicted, n - n_kept);
     }
 }
 
@@ -348,6 +337,7 @@ static void free_trial(trial *t)
 /* ---- Generated cases ------------------------------------------------------------------------ */
 static rkv_config any_config(rng *r, int n)
 {
+    static const int protects[] = { 0, 0, 0, 1, 12, 40 };
     static const int windows[] = { 0, 0, 1, 2, 8, 17, 33 }, pools[] = { 0, 0, 1, 2, 5, 64 };
     static const int recents[] = { 0, 0, 0, 2, 3, 17, 100 }, pins[] = { 0, 0, 1, 4 };
     static const int thresholds[] = { -20, 0, 50, 50, 50, 70, 99 },
@@ -356,23 +346,20 @@ static rkv_config any_config(rng *r, int n)
     c.window = RNG_PICK(r, windows);
     if (config_window(&c) >= n) c.window = 1;
     c.pinned = RNG_PICK(r, pins);
-    const int least = config_window(&c) + c.pinned;
+    c.protect = RNG_PICK(r, protects);
+    if (config_protect(&c) >= n) c.protect = 0;
+    const int least = config_protect(&c) + c.pinned;
     c.budget = least + (n > least ? rng_below(r, n - least + 1) : 0);
     c.pool = RNG_PICK(r, pools);
     c.recent = RNG_PICK(r, recents);
     c.threshold = static_cast<float>(RNG_PICK(r, thresholds)) / 100.0f;
     c.lambda = static_cast<float>(RNG_PICK(r, lambdas)) / 100.0f;
     c.scope = static_cast<rkv_scope>(rng_below(r, 3));
-    c.pooling = static_cast<rkv_pooling>(rng_below(r, 2));
-    c.grouping = static_cast<rkv_grouping>(rng_below(r, 3) == 0);
-    c.redundancy = static_cast<rkv_redundancy>(rng_below(r, 3) == 0);
-    c.span = static_cast<rkv_span>(rng_below(r, 3) == 0);
-    c.column0 = static_cast<rkv_column0>(rng_below(r, 4) == 0);
-    c.order = static_cast<rkv_order>(rng_below(r, 5) == 0);
+    c.variant = static_cast<rkv_variant>(rng_below(r, 3) == 0);
     return c;
 }
-/* Lengths around the 64 rows of a tile, and the scan's steps: 16, 80, 144 and 208 columns, to which
- * the window may come on top. */
+/* Lengths around the 64 rows of a tile and around the steps of the scan: 16, 80, 144 and 208
+ * columns, with or without the window. */
 static int any_length(rng *r)
 {
     static const int edges[] = { 15, 16, 17, 24, 63, 64, 65, 79, 81, 88, 127, 128, 129, 145, 152 };
@@ -384,7 +371,7 @@ static shape any_shape(rng *r, int n, int window)
 {
     static const int dims[] = { 1, 7, 16, 20, 64, 64, 67, 96, 128, 128, 136, 192, 256, 576 };
     static const int groups[] = { 1, 2, 4, 4, 7, 8, 71 }, sizes[] = { 0, 0, 0, 1, 3, 8, 16, 34 };
-    static const int exponents[] = { 0, 0, 0, 0, -6, 5 };
+    static const int exponents[] = { 0, 0, 0, 0, -6, 5 }, percents[] = { 2, 20, 100 };
     shape s;
     memset(&s, 0, sizeof s);
     s.kv_heads = 1 + rng_below(r, 3);
@@ -406,7 +393,8 @@ static shape any_shape(rng *r, int n, int window)
     s.sharpness = 0.5 + rng_unit(r);
     if (s.kind != KEYS_TINY) s.key_exponent = RNG_PICK(r, exponents);
     s.misalign = rng_below(r, 3) ? 0 : 4 * static_cast<size_t>(rng_below(r, 4));
-    if (rng_below(r, 2)) s.position_stride = s.capacity + rng_below(r, 3);
+    if (rng_below(r, 2)) s.row_stride = s.capacity + rng_below(r, 3);
+    if (rng_below(r, 3) == 0) s.pins = RNG_PICK(r, percents);
     return s;
 }
 
@@ -431,12 +419,14 @@ static void test_generated(uint64_t seed)
     }
     const shape &s = t.cpu[0].shape;
     const rkv_config &c = t.config;
-    case_begin("build/tests/test_cuda %lu 1: H%d G%d d%d n%d type %d %s keys, %s, budget %d window "
-               "%d recent %d lambda %.2f T %.2f options %d%d%d%d%d%d%d, %d layers",
-               static_cast<unsigned long>(seed), s.kv_heads, s.group, s.head_dim, s.n_tokens,
-               s.dtype, key_kind_name(s.kind), layout_name(s.keys), c.budget, c.window, c.recent,
-               static_cast<double>(c.lambda), static_cast<double>(c.threshold), c.scope, c.pooling,
-               c.grouping, c.redundancy, c.span, c.column0, c.order, t.n_jobs);
+    case_begin(
+        "build/tests/test_cuda %lu 1: H%d G%d d%d n%d type %d %s keys, %s, budget %d window "
+        "%d protect %d pinned %d pins %d recent %d lambda %.2f T %.2f scope %d variant %d, %d "
+        "layers",
+        static_cast<unsigned long>(seed), s.kv_heads, s.group, s.head_dim, s.n_tokens, s.dtype,
+        key_kind_name(s.kind), layout_name(s.keys), c.budget, c.window, c.protect, c.pinned, s.pins,
+        c.recent, static_cast<double>(c.lambda), static_cast<double>(c.threshold), c.scope,
+        c.variant, t.n_jobs);
     shim_order_is(static_cast<int>(seed / 2 % 6));
     run_trial(&t);
     case_end();
@@ -468,7 +458,8 @@ static void run_one(const rkv_config &config, const shape &s, uint64_t seed)
     free_trial(&t);
 }
 
-/* Rows without look-alikes are what the second scan is for; a few with, in the same head. */
+/* The second scan is for rows that have no similar key among the newest; here with a few that
+ * have, in the same head. */
 static void test_far_scan()
 {
     static const int lengths[] = { 257, 400, 640 };
@@ -478,7 +469,7 @@ static void test_far_scan()
                 rkv_config config = rkv_config_default(200);
                 shape s = plain_shape(1, 2, 32, lengths[i], static_cast<rkv_dtype>(type));
                 config.recent = recent;
-                config.redundancy = recent == 1 ? RKV_REDUNDANCY_ROW : RKV_REDUNDANCY_OWN;
+                config.variant = recent == 1 ? RKV_PUBLISHED : RKV_PAPER;
                 s.kind = type == RKV_F32 ? KEYS_ISOTROPIC : KEYS_REPEATS;
                 case_begin("far scan, n %d, recent %d, type %d", lengths[i], recent, type);
                 run_one(config, s, 11 + static_cast<uint64_t>(i));
@@ -486,7 +477,7 @@ static void test_far_scan()
             }
 }
 
-/* A layer of these keys and queries, on both. */
+/* Runs a layer of these keys and queries on both. */
 static void run_given(const rkv_config &config, const shape &s, const std::vector<float> &keys,
                       const std::vector<float> &queries)
 {
@@ -503,7 +494,7 @@ static void run_given(const rkv_config &config, const shape &s, const std::vecto
     free_trial(&t);
 }
 
-/* Cosines that equal the threshold exactly: not above it, so no look-alikes. */
+/* Cosines that equal the threshold exactly: not above it, so not similar. */
 static void test_at_threshold()
 {
     for (int type = RKV_F32; type <= RKV_BF16; type++)
@@ -522,7 +513,7 @@ static void test_at_threshold()
         }
 }
 
-/* Cosines so near to the threshold that their rounding decides: both must round in the same way. */
+/* Cosines so close to the threshold that rounding decides: both must round in the same way. */
 static void test_near_threshold()
 {
     static const int dims[] = { 48, 64, 100, 160 };
@@ -538,8 +529,8 @@ static void test_near_threshold()
         }
 }
 
-/* The same for keys that every type can hold: rows differ by a power of two and by the signs of one
- * element in eight, where all have the same sizes, so that the order of additions decides. */
+/* The same with keys that every type can represent: rows differ by a power of two and by the sign
+ * of one element in eight, all of equal size, so that the order of additions decides. */
 static void test_near_threshold_signs()
 {
     static const int dims[] = { 48, 128, 144 };
@@ -566,8 +557,8 @@ static void test_near_threshold_signs()
         }
 }
 
-/* All rows exempt the same token: whatever its cosines are off by adds up in its score. */
-static void test_common_look_alike()
+/* All rows exempt the same token, so the errors of its cosines add up in its score. */
+static void test_common_similar_key()
 {
     static const int dims[] = { 128, 256, 272 };
     for (int i = 0; i < 3; i++)
@@ -578,14 +569,14 @@ static void test_common_look_alike()
                 s.kind = alike ? KEYS_IDENTICAL : KEYS_SHARED;
                 s.strength = 0.9;
                 config.lambda = 0.0f;
-                case_begin("a look-alike of all, %s, d%d, type %d", key_kind_name(s.kind), dims[i],
+                case_begin("a key similar to all, %s, d%d, type %d", key_kind_name(s.kind), dims[i],
                            type);
                 run_one(config, s, 81 + static_cast<uint64_t>(i));
                 case_end();
             }
 }
 
-/* Many layers, of many shapes, some with nothing to do: several uploads. And few launches. */
+/* Many layers of many shapes, some with nothing to do: several uploads. Then: few launches. */
 static void test_many_layers()
 {
     static const int lengths[] = { 100, 70, 40, 129, 64 };
@@ -651,7 +642,7 @@ static void test_mixed_lengths()
     }
 }
 
-/* The same bits five times over, in whatever order blocks and threads run. */
+/* Five runs give the same bits, in whatever order blocks and threads run. */
 static void test_determinism()
 {
     for (int type = RKV_F32; type <= RKV_BF16; type++) {
@@ -683,7 +674,7 @@ static void test_determinism()
 }
 
 /* ---- Golden vectors ------------------------------------------------------------------------- */
-/* tests/golden/README.md has the formats. Numbers are taken as this little-endian host has them. */
+/* tests/golden/README.md has the formats. Numbers are read as on a little-endian host. */
 struct golden {
     std::vector<unsigned char> bytes;
     size_t at;
@@ -785,8 +776,8 @@ static void golden_single(golden *g, const char *name)
     golden_round(*g, name, g->n, keys, queries, score, kept, slot);
 }
 
-/* Each round is fed from the file: the rows that the round before kept, in either order, then the
- * new ones. */
+/* Each round gets its input from the file: the rows that the round before kept, in either order,
+ * then the new ones. */
 static void golden_multi(golden *g, const char *name)
 {
     std::vector<float> all[64]; /* per head, every key so far */
@@ -850,27 +841,52 @@ static void test_golden()
 }
 
 /* ---- Errors --------------------------------------------------------------------------------- */
-/* The CPU and the device refuse the same job with the same fault and leave everything as it was. */
+/* The text and the place of a record. */
+static void expect_record(const char *at, const rkv_error *got, const rkv_error *want)
+{
+    char a[256], b[256];
+    expect_int("error.status", 0, got->status, want->status);
+    if (strcmp(rkv_explain(got, a, sizeof a), rkv_explain(want, b, sizeof b)) != 0)
+        case_fail("%s: got \"%s\", want \"%s\"", at, a, b);
+}
+
+/* A call that the host refuses: this record, and nothing changes. */
+static void expect_host_refusal(const rkv_config &given, job *jobs, int n_jobs, stage_function call,
+                                rkv_status status, const char *explanation)
+{
+    rkv_config config = given;
+    rkv_error error;
+    char text[256];
+    memset(&error, 0, sizeof error);
+    config.error = &error;
+    for (int i = 0; i < n_jobs; i++) block_remember(&jobs[i].kept);
+    expect_status(explanation, call_stage(call, &mirrored, &config, jobs, n_jobs), status);
+    expect_int("error.status", 0, error.status, status);
+    if (strcmp(rkv_explain(&error, text, sizeof text), explanation) != 0)
+        case_fail("got \"%s\", want \"%s\"", text, explanation);
+    for (int i = 0; i < n_jobs; i++) job_unchanged(explanation, &jobs[i]);
+}
+
+/* The CPU and the device find the same fault in the same data, and leave everything as it was. */
 static void expect_refused(const rkv_config &given, job *jobs, int n_jobs, stage_function call,
                            rkv_status want)
 {
     rkv_config config = given;
-    rkv_fault fault[2];
+    rkv_error on_host, on_device, on_cpu = { NULL, RKV_OK, -1, -1, -1 };
     for (int device = 0; device < 2; device++) {
-        memset(&fault[device], 0, sizeof fault[device]);
-        config.fault = &fault[device];
+        memset(&on_host, 0, sizeof on_host);
+        memset(&on_device, 0, sizeof on_device);
+        config.error = device ? NULL : &on_host;
+        config.device_error = device ? &on_device : NULL;
         for (int i = 0; i < n_jobs; i++) block_remember(&jobs[i].kept);
         expect_status(
             device ? "CUDA" : "CPU",
             call_stage(call, device ? &mirrored : rkv_backend_find(NULL), &config, jobs, n_jobs),
             want);
         for (int i = 0; i < n_jobs; i++) job_unchanged(device ? "CUDA" : "CPU", &jobs[i]);
+        if (!device) on_cpu = on_host;
     }
-    expect_int("fault.status", 0, fault[1].status, fault[0].status);
-    expect_int("fault.layer", 0, fault[1].layer, fault[0].layer);
-    expect_int("fault.head", 0, fault[1].head, fault[0].head);
-    expect_int("fault.token", 0, fault[1].token, fault[0].token);
-    expect_int("fault.query", 0, fault[1].query, fault[0].query);
+    expect_record("the device's record", &on_device, &on_cpu);
 }
 
 static void test_faults()
@@ -909,7 +925,7 @@ static void test_faults()
     }
 }
 
-/* A fault that one stage finds, of whatever kind, stops those that were queued behind it. */
+/* A fault of any kind that one stage finds stops the stages queued behind it. */
 static void test_queued_stages()
 {
     static const struct {
@@ -921,18 +937,19 @@ static void test_queued_stages()
         { "a NaN among the keys", 0, RKV_ERROR_NONFINITE, 3 },
         { "a query table with an entry twice", 0, RKV_ERROR_ARGUMENT, 5 },
         { "a NaN among the caller's scores", 1, RKV_ERROR_NONFINITE, 7 },
+        { "more pins than places", 1, RKV_ERROR_ARGUMENT, -1 },
     };
-    static const stage_function stages[] = { rkv_score, rkv_select, rkv_compact };
-    for (int c = 0; c < 3; c++) {
+    for (int c = 0; c < 4; c++) {
         rkv_config config = rkv_config_default(50);
-        rkv_fault fault;
+        rkv_error error;
         job j;
         rng r = rng_seed(3);
         shape s = plain_shape(2, 4, 32, 100, RKV_F32);
         case_begin("stages queued behind %s", cases[c].name);
-        memset(&fault, 0, sizeof fault);
-        config.fault = &fault;
+        memset(&error, 0, sizeof error);
+        config.device_error = &error;
         if (c == 1) s.queries = LAYOUT_ROW_LIST;
+        if (c == 3) s.pins = 1;
         job_make(&j, &r, &config, &s);
         int32_t *kept = reinterpret_cast<int32_t *>(j.kept.data);
         for (int i = 0; i < 100; i++) kept[i] = i % 50 * 2;
@@ -943,6 +960,12 @@ static void test_queued_stages()
             block_remember(&j.queries.table);
         }
         if (c == 2) reinterpret_cast<float *>(j.scores.data)[7] = NAN;
+        if (c == 3) {
+            memset(j.pins.data, 1, 43); /* of 92 candidates 42 can be kept */
+            memset(j.pins.data + 43, 0, 57);
+            block_remember(&j.pins);
+            for (int i = 0; i < 184; i++) reinterpret_cast<float *>(j.scores.data)[i] = 0;
+        }
         block_remember(&j.keys.memory);
         block_remember(&j.scores);
         block_remember(&j.kept);
@@ -952,46 +975,214 @@ static void test_queued_stages()
             expect_status("stage", call_stage(stages[i], &mirrored, &config, &j, 1),
                           cases[c].status);
             job_unchanged("stage", &j);
-            expect_int("the fault stays", i, fault.token, cases[c].token);
+            expect_int("the fault stays", i, error.status, cases[c].status);
+            expect_int("in its place", i, error.token, cases[c].token);
         }
         case_end();
         job_free(&j);
     }
 }
 
+/* Kept lists that rkv_compact must refuse. */
 static void test_bad_lists()
 {
     static const struct {
         const char *name;
-        int at, value;
-        rkv_order order;
+        int at, value, pin;
     } cases[] = {
-        { "a kept row twice", 20, 19, RKV_BY_POSITION },
-        { "a kept row out of range", 49, 100, RKV_BY_POSITION },
-        { "a negative kept row", 30, -1, RKV_BY_POSITION },
-        { "a pinned row elsewhere", 1, 2, RKV_BY_POSITION },
-        { "descending rows", 30, 90, RKV_BY_POSITION },
-        { "a row twice, by score", 20, 40, RKV_BY_SCORE },
-        { "out of range, by score", 20, 1 << 20, RKV_BY_SCORE },
+        { "a kept row twice", 20, 19, -1 },
+        { "a kept row out of range", 49, 100, -1 },
+        { "a negative kept row", 30, -1, -1 },
+        { "a pinned row elsewhere", 1, 2, -1 },
+        { "descending rows", 30, 90, -1 },
+        { "a row with a pin that is not listed", 49, 60, 55 },
+        { "a bad row and a row with a pin that is not listed", 49, 100, 0 },
+        { "a row out of range, and then rows that descend", 30, 200, -1 },
     };
-    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
-        rkv_config config = rkv_config_default(50);
-        job j;
-        rng r = rng_seed(c);
-        const shape s = plain_shape(2, 1, 32, 100, RKV_BF16);
-        case_begin("%s", cases[c].name);
-        config.pinned = 3;
-        config.order = cases[c].order;
-        job_make(&j, &r, &config, &s);
-        int32_t *kept = reinterpret_cast<int32_t *>(j.kept.data);
-        for (int i = 0; i < 100; i++) kept[i] = i % 50;
-        kept[50 + cases[c].at] = cases[c].value;
-        j.layer.n_kept = 50;
-        j.remembered = j.layer;
-        expect_refused(config, &j, 1, rkv_compact, RKV_ERROR_ARGUMENT);
-        case_end();
-        job_free(&j);
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++)
+        for (int scope = RKV_PER_HEAD; scope <= RKV_PER_LAYER; scope++) {
+            rkv_config config = rkv_config_default(50);
+            job j;
+            rng r = rng_seed(c);
+            shape s = plain_shape(2, 1, 32, 100, RKV_BF16);
+            case_begin("%s, scope %d", cases[c].name, scope);
+            config.pinned = 3;
+            config.scope = static_cast<rkv_scope>(scope);
+            s.pins = 1;
+            job_make(&j, &r, &config, &s);
+            const int set = j.sets - 1;
+            int32_t *kept = reinterpret_cast<int32_t *>(j.kept.data);
+            memset(j.pins.data, 0, j.pins.bytes);
+            for (int i = 0; i < 50 * j.sets; i++) kept[i] = i % 50;
+            kept[50 * set + cases[c].at] = cases[c].value;
+            if (cases[c].pin >= 0) {
+                j.pins.data[100 * set + cases[c].pin] = 1;
+                j.pins.data[100 * set + 70] = 1;
+            }
+            block_remember(&j.pins);
+            j.layer.n_kept = 50;
+            j.remembered = j.layer;
+            shim_order_is(static_cast<int>(c));
+            expect_refused(config, &j, 1, rkv_compact, RKV_ERROR_ARGUMENT);
+            shim_order_is(0);
+            case_end();
+            job_free(&j);
+        }
+}
+
+/* One to four faults at random places of three layers. */
+static void put_fault(rng *r, job *j)
+{
+    view *const views[] = { &j->keys, &j->values, &j->queries };
+    const int n = j->shape.n_tokens, kind = rng_below(r, 9);
+    if (kind < 2) { /* a key, a query */
+        view *v = kind == 0 ? &j->keys : &j->queries;
+        view_store_one(v, rng_below(r, v->tensor.heads), rng_below(r, kind == 0 ? n : j->window),
+                       rng_below(r, j->shape.head_dim), rng_below(r, 2) ? NAN : INFINITY);
+        block_remember(&v->memory);
+    } else if (kind < 5) { /* a block table */
+        view *v = views[kind - 2];
+        int32_t *table = reinterpret_cast<int32_t *>(v->table.data);
+        const int entries = ((kind == 4 ? j->window : n) - 1) / v->tensor.block_tokens + 1;
+        const int at = rng_below(r, entries);
+        table[at] = rng_below(r, 2) ? -1 : table[rng_below(r, entries)];
+        block_remember(&v->table);
+    } else if (kind == 5 && j->layer.pins) { /* more pins than places, or just a row */
+        const size_t row = static_cast<size_t>(rng_below(r, static_cast<int>(j->pins.bytes)));
+        memset(j->pins.data + row, 1, rng_below(r, 2) ? 1 : j->pins.bytes - row);
+        block_remember(&j->pins);
+    } else if (kind == 6) {
+        block *b = j->shared.bytes >= 4 && rng_below(r, 2) ? &j->shared : &j->scores;
+        reinterpret_cast<float *>(b->data)[rng_below(r, static_cast<int>(b->bytes / 4))] = NAN;
+        block_remember(b);
+    } else if (kind > 6 && j->kept.bytes > 0) {
+        const int entries = static_cast<int>(j->kept.bytes / 4);
+        reinterpret_cast<int32_t *>(j->kept.data)[rng_below(r, entries)] = rng_below(r, n + 4) - 2;
     }
+}
+
+/* Of several faults in one call both report the same, whatever the order of threads and blocks. */
+static void test_many_faults(uint64_t seed)
+{
+    enum { LAYERS = 3, BUDGET = 40 };
+    rng r = rng_seed(seed);
+    rkv_config config = rkv_config_default(BUDGET);
+    rkv_error on_cpu, on_device = { NULL, RKV_OK, -1, -1, -1 };
+    job jobs[LAYERS];
+    const int stage = static_cast<int>(seed % 4), n = 100 + rng_below(&r, 60);
+    config.scope = static_cast<rkv_scope>(rng_below(&r, 3));
+    config.variant = static_cast<rkv_variant>(rng_below(&r, 2));
+    config.pinned = 2;
+    config.protect = rng_below(&r, 4) ? 10 : BUDGET - config.pinned;
+    case_begin("faults, seed %lu, stage %d, scope %d", static_cast<unsigned long>(seed), stage,
+               config.scope);
+    for (int l = 0; l < LAYERS; l++) {
+        const bool joins = config.scope == RKV_PER_SEQUENCE && l > 0;
+        shape s = plain_shape(1 + rng_below(&r, 2), 2, 16, joins ? n : n + l, RKV_F32);
+        s.keys = rng_below(&r, 2) ? LAYOUT_ROW_LIST : LAYOUT_PAGED_NHD;
+        s.values = rng_below(&r, 2) ? LAYOUT_ROW_LIST : LAYOUT_PAGED_HND;
+        s.queries = LAYOUT_ROW_LIST;
+        s.sequence = 1;
+        s.follower = joins;
+        s.pins = joins ? 0 : 3;
+        job *j = &jobs[l];
+        job_make(j, &r, &config, &s);
+        memset(j->scores.data, 0, j->scores.bytes);
+        memset(j->shared.data, 0, j->shared.bytes);
+        for (size_t i = 0; i < j->kept.bytes / 4; i++)
+            reinterpret_cast<int32_t *>(j->kept.data)[i] = static_cast<int32_t>(i % BUDGET);
+        j->layer.n_kept = BUDGET;
+        j->remembered = j->layer;
+        block_remember(&j->scores);
+        block_remember(&j->shared);
+    }
+    for (int i = 1 + rng_below(&r, 4); i > 0; i--) put_fault(&r, &jobs[rng_below(&r, LAYERS)]);
+    for (int l = 0; l < LAYERS; l++) block_remember(&jobs[l].kept);
+    config.error = &on_cpu;
+    const rkv_status want =
+        call_stage(stages[stage], rkv_backend_find(NULL), &config, jobs, LAYERS);
+    for (int l = 0; l < LAYERS && want == RKV_OK; l++) job_restore(&jobs[l]);
+    config.error = NULL;
+    config.device_error = &on_device;
+    shim_order_is(static_cast<int>(seed / 4 % 6));
+    expect_status("CUDA", call_stage(stages[stage], &mirrored, &config, jobs, LAYERS), want);
+    shim_order_is(0);
+    expect_record("the device's record", &on_device, &on_cpu);
+    for (int l = 0; l < LAYERS; l++) {
+        if (want != RKV_OK) job_unchanged("a refused call", &jobs[l]);
+        job_free(&jobs[l]);
+    }
+    case_end();
+}
+
+/* Pins: as many as there are places are all kept; one more is refused, in whatever stage. */
+static void test_pins()
+{
+    for (int scope = RKV_PER_HEAD; scope <= RKV_PER_SEQUENCE; scope++)
+        for (int extra = 0; extra < 2; extra++)
+            for (int stage = 0; stage < 2; stage++) {
+                const int places = 50 - 20 - 3;
+                rkv_config config = rkv_config_default(50);
+                rng r = rng_seed(19);
+                shape s = plain_shape(2, 2, 32, 300, RKV_F16);
+                trial t;
+                case_begin("pins in %d of %d places, scope %d, stage %d", places + extra, places,
+                           scope, stage);
+                memset(&t, 0, sizeof t);
+                config.pinned = 3;
+                config.protect = 20;
+                config.scope = static_cast<rkv_scope>(scope);
+                t.config = config;
+                t.staged = stage == 0;
+                s.pins = 1;
+                add_job(&t, &r, s, 0, 0);
+                for (int device = 0; device < 2; device++) {
+                    job *j = device ? &t.gpu[0] : &t.cpu[0];
+                    const int set = j->sets - 1;
+                    memset(j->pins.data, 0, j->pins.bytes);
+                    for (int i = 0; i < places + extra; i++)
+                        j->pins.data[300 * set + 3 + 10 * i] = static_cast<uint8_t>(1 + 9 * i);
+                    j->pins.data[300 * set] = 1;        /* pinned anyway */
+                    j->pins.data[300 * set + 290] = 20; /* protected anyway */
+                    block_remember(&j->pins);
+                }
+                if (extra) {
+                    float *scores = reinterpret_cast<float *>(t.cpu[0].scores.data);
+                    float *shared = reinterpret_cast<float *>(t.cpu[0].shared.data);
+                    for (int i = 0; i < 2 * 292; i++) scores[i] = NAN; /* found only after pins */
+                    if (scope != RKV_PER_HEAD)
+                        for (int i = 0; i < 292; i++) shared[i] = NAN;
+                    block_remember(&t.cpu[0].scores);
+                    block_remember(&t.cpu[0].shared);
+                    view_store_one(&t.cpu[0].keys, 0, 5, 0, NAN);
+                    block_remember(&t.cpu[0].keys.memory);
+                    expect_refused(config, t.cpu, 1, stage ? rkv_compress : rkv_select,
+                                   RKV_ERROR_ARGUMENT);
+                } else
+                    run_trial(&t);
+                case_end();
+                free_trial(&t);
+            }
+}
+
+/* The newest tokens that do not vote are protected all the same; the rest of the budget, if there
+ * is any, goes by score. */
+static void test_protect()
+{
+    static const int protects[] = { 3, 8, 9, 64, 99, 100 };
+    for (size_t i = 0; i < sizeof protects / sizeof *protects; i++)
+        for (int variant = RKV_PUBLISHED; variant <= RKV_PAPER; variant++) {
+            rkv_config config = rkv_config_default(104);
+            shape s = plain_shape(2, 4, 64, 300, RKV_BF16);
+            config.pinned = 4;
+            config.protect = protects[i];
+            config.variant = static_cast<rkv_variant>(variant);
+            case_begin("%d protected tokens, variant %d", protects[i], variant);
+            run_one(config, s, 23);
+            s.pins = 5;
+            run_one(config, s, 24);
+            case_end();
+        }
 }
 
 static void test_bad_tables()
@@ -1011,24 +1202,34 @@ static void test_bad_tables()
         table[3] = c % 2 ? -5 : table[1];
         block_remember(&bad->table);
         expect_refused(config, &j, 1, rkv_compress, RKV_ERROR_ARGUMENT);
+        expect_refused(config, &j, 1, rkv_score, RKV_ERROR_ARGUMENT);
+        for (int i = 0; i < 100; i++) reinterpret_cast<int32_t *>(j.kept.data)[i] = 200;
+        j.layer.n_kept = 50;
+        j.remembered = j.layer;
+        expect_refused(config, &j, 1, rkv_compact, RKV_ERROR_ARGUMENT);
+        j.layer.n_kept = 0;
+        config.protect = 50; /* nothing is scored, but rows would move */
+        j.remembered = j.layer;
+        if (bad != &j.queries) expect_refused(config, &j, 1, rkv_score, RKV_ERROR_ARGUMENT);
+        if (bad != &j.queries) expect_refused(config, &j, 1, rkv_compress, RKV_ERROR_ARGUMENT);
         case_end();
         job_free(&j);
     }
 }
 
-/* Of several entries that are there already the first is told, in whatever order threads come. */
+/* Of several entries that occur twice the first is reported, in whatever order the threads run. */
 static void test_first_bad_entry()
 {
     for (int order = 0; order < 3; order++) {
         rkv_config config = rkv_config_default(50);
-        rkv_fault fault;
+        rkv_error error;
         job j;
         rng r = rng_seed(17);
         shape s = plain_shape(2, 1, 32, 100, RKV_F16);
         s.keys = LAYOUT_ROW_LIST;
         case_begin("the first of three bad entries, order %d", order);
-        memset(&fault, 0, sizeof fault);
-        config.fault = &fault;
+        memset(&error, 0, sizeof error);
+        config.device_error = &error;
         job_make(&j, &r, &config, &s);
         int32_t *table = reinterpret_cast<int32_t *>(j.keys.table.data);
         table[90] = table[40] = table[20] = table[2];
@@ -1037,60 +1238,88 @@ static void test_first_bad_entry()
         expect_status("CUDA", call_stage(rkv_compress, &mirrored, &config, &j, 1),
                       RKV_ERROR_ARGUMENT);
         shim_order_is(0);
-        expect_int("fault.token", order, fault.token, 20);
+        expect_int("error.token", order, error.token, 20);
         case_end();
         job_free(&j);
     }
 }
 
+/* What the host refuses: each with a sentence. */
 static void test_refusals()
 {
     rkv_config config = rkv_config_default(50);
     rng r = rng_seed(9);
     shape s = plain_shape(2, 2, 32, 100, RKV_F16);
     size_t bytes = 0, more = 0;
-    rkv_backend table;
-    job j;
+    rkv_error error;
+    char text[256];
+    job j[2];
     case_begin("refusals");
-    job_make(&j, &r, &config, &s);
-    expect_status("size", rkv_workspace_size(cuda(), &config, &j.layer, 1, &bytes), RKV_OK);
-    expect_status("too small",
-                  call_with(rkv_compress, &mirrored, &config, &j, 1, &table, bytes - 1),
+    for (int i = 0; i < 2; i++) job_make(&j[i], &r, &config, &s);
+    config.error = &error;
+    expect_status("size", rkv_workspace_size(cuda(), &config, &j[0].layer, 1, &bytes), RKV_OK);
+    expect_status("too small", call_with(rkv_compress, &mirrored, &config, j, 1, &s, bytes - 1),
                   RKV_ERROR_WORKSPACE);
-    expect_status("none", rkv_compress(cuda(), &config, &j.layer, 1, NULL, bytes),
+    expect_true("its rule", error.rule && strcmp(error.rule, RKVI_RULE_WORKSPACE_SIZE) == 0);
+    expect_status("none", rkv_compress(cuda(), &config, &j[0].layer, 1, NULL, bytes),
                   RKV_ERROR_WORKSPACE);
-    j.layer.queries.dtype = RKV_BF16;
-    expect_status("mixed types", call_stage(rkv_compress, &mirrored, &config, &j, 1),
-                  RKV_ERROR_UNSUPPORTED);
-    j.layer.queries.dtype = RKV_F16;
-    reinterpret_cast<float *>(j.scores.data)[92 + 5] = NAN;
-    block_remember(&j.scores);
-    expect_refused(config, &j, 1, rkv_select, RKV_ERROR_NONFINITE);
-    job_free(&j);
+    expect_true("its rule", error.rule && strcmp(error.rule, RKVI_RULE_WORKSPACE_NULL) == 0);
+    j[1].layer.queries.dtype = RKV_BF16;
+    j[1].remembered = j[1].layer;
+    expect_host_refusal(config, j, 2, rkv_compress, RKV_ERROR_UNSUPPORTED,
+                        "layer 1: layer.queries.dtype: \"cuda\" needs the dtype of the keys");
+    j[1].layer.queries.dtype = RKV_F16;
+    j[1].remembered = j[1].layer;
+    reinterpret_cast<float *>(j[0].scores.data)[92 + 5] = NAN;
+    block_remember(&j[0].scores);
+    expect_refused(config, j, 1, rkv_select, RKV_ERROR_NONFINITE);
+    for (int i = 0; i < 2; i++) job_free(&j[i]);
     s.misalign = 1;
-    job_make(&j, &r, &config, &s);
-    expect_status("odd address", call_stage(rkv_compress, &mirrored, &config, &j, 1),
+    job_make(&j[0], &r, &config, &s);
+    expect_host_refusal(config, j, 1, rkv_compress, RKV_ERROR_UNSUPPORTED,
+                        "layer 0: layer.keys: \"cuda\" needs data and strides aligned to the "
+                        "element size");
+    job_free(&j[0]);
+    s.misalign = 0;
+    job_make(&j[0], &r, &config, &s);
+    j[0].layer.queries.data = static_cast<char *>(j[0].layer.queries.data) + 1;
+    j[0].remembered = j[0].layer;
+    expect_host_refusal(config, j, 1, rkv_score, RKV_ERROR_UNSUPPORTED,
+                        "layer 0: layer.queries: \"cuda\" needs data and strides aligned to the "
+                        "element size");
+    job_free(&j[0]);
+    rkv_layer wide = RKV_INIT; /* addresses that nobody reads */
+    wide.keys = rkv_tensor_make(reinterpret_cast<void *>(1ull << 20), RKV_F16, 1, 100, 32);
+    wide.queries = rkv_tensor_make(reinterpret_cast<void *>(1ull << 21), RKV_F16, 2, 8, 32);
+    wide.values = rkv_tensor_make(reinterpret_cast<void *>(1ull << 40), RKV_F16, 1, 100, 1 << 30);
+    wide.n_tokens = 100;
+    void *const nowhere = reinterpret_cast<void *>(1ull << 30);
+    size_t needed = 0;
+    expect_status("size", rkv_workspace_size(cuda(), &config, &wide, 1, &needed), RKV_OK);
+    expect_status("wide", rkv_compress(cuda(), &config, &wide, 1, nowhere, needed),
                   RKV_ERROR_UNSUPPORTED);
-    job_unchanged("odd address", &j);
-    job_free(&j);
-    expect_status("no table", rkv_cuda_backend(NULL, NULL), RKV_ERROR_ARGUMENT);
-    expect_status("a table of one's own", rkv_cuda_backend(&table, &s), RKV_OK);
-    expect_true("its stream", table.context == &s);
-#ifdef RKV_CUDA_SHIM
-    shim_kernels().is_missing = true;
-    expect_status("no code for this device", rkv_cuda_backend(&table, NULL), RKV_ERROR_DEVICE);
-    expect_true("the table is as it was", table.context == &s);
-    shim_kernels().is_missing = false;
-    shim_error().fail_next = true;
-    expect_status("no driver", rkv_cuda_backend(&table, NULL), RKV_ERROR_DEVICE);
-    shim_error().fail_next = true;
-    expect_status("a copy", cuda()->copy_in(cuda(), NULL, NULL, 0), RKV_ERROR_DEVICE);
-    void *memory = cuda()->alloc(cuda(), 4);
-    shim_error().fail_next = true;
-    expect_status("a copy", cuda()->copy_in(cuda(), memory, &more, 4), RKV_ERROR_DEVICE);
-    cuda()->free(cuda(), memory);
-    expect_true("no error is left behind", cudaGetLastError() == cudaSuccess);
-#endif
+    expect_true("its text",
+                strcmp(rkv_explain(&error, text, sizeof text),
+                       "layer 0: layer.values.dim: \"cuda\" takes rows below 2 GB") == 0);
+    config.error = NULL; /* may be NULL */
+    expect_status("wide", rkv_compress(cuda(), &config, &wide, 1, nowhere, needed),
+                  RKV_ERROR_UNSUPPORTED);
+    config.error = &error;
+    wide.values = rkv_tensor_make(NULL, RKV_F16, 0, 0, 0);
+    wide.keys.heads = 1 << 26;
+    wide.keys.head_stride = 1;
+    wide.keys.token_stride = 1 << 30;
+    wide.queries.heads = 1 << 26;
+    wide.queries.head_stride = 1;
+    wide.keys.dim = wide.queries.dim = 1;
+    expect_status("many heads", rkv_workspace_size(cuda(), &config, &wide, 1, &needed),
+                  RKV_ERROR_UNSUPPORTED);
+    expect_true("its text",
+                strcmp(rkv_explain(&error, text, sizeof text),
+                       "layer 0: layers: \"cuda\" takes fewer than 2^26 KV heads in a call") == 0);
+    expect_status("no layers", rkv_compress(cuda(), &config, NULL, 0, NULL, 0),
+                  RKV_ERROR_WORKSPACE);
+    bytes = 0;
     for (int n = 60; n < 200; n += 20) { /* never shrinks */
         rkv_layer layer = RKV_INIT;
         layer.keys = rkv_tensor_make(&bytes, RKV_F16, 2, n, 32);
@@ -1100,8 +1329,108 @@ static void test_refusals()
         expect_true("grows", bytes >= more);
         more = bytes;
     }
-    expect_status("no layers", rkv_compress(cuda(), &config, NULL, 0, NULL, 0),
-                  RKV_ERROR_WORKSPACE);
+    case_end();
+}
+
+/* The two functions that make a backend. */
+static void test_register()
+{
+    rkv_error error = { NULL, 7, 7, 7, 7 };
+    rkv_backend table;
+    int other = 0;
+    case_begin("register, and tables of one's own");
+    memset(&table, 0, sizeof table);
+    expect_status("the same stream again", rkv_cuda_register(NULL, &error), RKV_OK);
+    expect_true("nothing to say",
+                error.rule == NULL && error.status == RKV_OK && error.layer == -1);
+    const rkv_backend *before = cuda();
+    expect_status("another stream", rkv_cuda_register(&other, &error), RKV_ERROR_ARGUMENT);
+    expect_true("its rule", error.rule && strstr(error.rule, "another stream") != NULL);
+    expect_int("its status", 0, error.status, RKV_ERROR_ARGUMENT);
+    expect_status("without a record", rkv_cuda_register(&other, NULL), RKV_ERROR_ARGUMENT);
+    expect_true("as it was", cuda() == before && cuda()->context == NULL);
+    expect_status("no table", rkv_cuda_backend(NULL, NULL, &error), RKV_ERROR_NULL);
+    expect_status("no table", rkv_cuda_backend(NULL, NULL, NULL), RKV_ERROR_NULL);
+    expect_status("a table of one's own", rkv_cuda_backend(&table, &other, &error), RKV_OK);
+    expect_true("its stream", table.context == &other && error.rule == NULL);
+#ifdef RKV_CUDA_SHIM
+    shim_kernels().is_missing = true;
+    expect_status("no code for this device", rkv_cuda_backend(&table, NULL, &error),
+                  RKV_ERROR_DEVICE);
+    expect_true("its rule", error.rule && strstr(error.rule, "not compiled for it") != NULL);
+    expect_true("the table is as it was", table.context == &other);
+    shim_kernels().is_missing = false;
+    shim_error().fail_next = true;
+    expect_status("no driver", rkv_cuda_backend(&table, NULL, &error), RKV_ERROR_DEVICE);
+    expect_true("a rule", error.rule != NULL && error.status == RKV_ERROR_DEVICE);
+    shim_error().fail_next = true;
+    expect_status("no driver", rkv_cuda_register(NULL, &error), RKV_ERROR_DEVICE);
+    expect_true("as it was", cuda() == before && cuda()->run != NULL);
+    shim_error().fail_next = true;
+    expect_status("a copy", cuda()->copy(cuda(), NULL, NULL, 0), RKV_ERROR_DEVICE);
+    void *memory = cuda()->alloc(cuda(), 4);
+    shim_error().fail_next = true;
+    expect_status("a copy", cuda()->copy(cuda(), memory, &other, 4), RKV_ERROR_DEVICE);
+    cuda()->free(cuda(), memory);
+    expect_true("no error is left behind", cudaGetLastError() == cudaSuccess);
+#endif
+    case_end();
+}
+
+#ifdef RKV_CUDA_SHIM
+/* A launch that the device refuses, each of a call in turn: a status, a sentence, no count set. */
+static void test_launch_errors()
+{
+    rkv_config config = rkv_config_default(50);
+    rkv_error error;
+    rng r = rng_seed(9);
+    const shape s = plain_shape(2, 2, 32, 300, RKV_F16);
+    job j;
+    case_begin("launches that fail");
+    config.error = &error;
+    for (int n = 0; n < 12; n++) {
+        memset(&error, 0, sizeof error);
+        job_make(&j, &r, &config, &s);
+        shim().fail_launch = n + 1;
+        const rkv_status status = call_stage(rkv_compress, &mirrored, &config, &j, 1);
+        const bool failed = shim().fail_launch == 0;
+        shim().fail_launch = 0;
+        expect_status("the call", status, failed ? RKV_ERROR_DEVICE : RKV_OK);
+        expect_true("a rule where it failed", failed == (error.rule != NULL));
+        expect_int("error.status", n, error.status, status);
+        expect_int("n_tokens", n, j.layer.n_tokens, failed ? 300 : 50);
+        if (failed) job_inputs_unchanged("rows", &j);
+        job_free(&j);
+        if (!failed && n > 3) break;
+        expect_true("one of the launches", n < 11);
+    }
+    expect_true("no error is left behind", cudaGetLastError() == cudaSuccess);
+    case_end();
+}
+#endif
+
+/* copy_rows: rows of negative blocks do not exist; the others are copied. */
+static void test_copy_rows()
+{
+    enum { ROWS = 12, DIM = 8 };
+    static const int32_t source[] = { 2, -1, 0, 1 }, target[] = { 0, 1, -7, 2 };
+    float host[3 * 3 * DIM], got[3 * 3 * DIM];
+    mirror m;
+    case_begin("copy_rows and negative blocks");
+    for (int i = 0; i < 3 * 3 * DIM; i++) host[i] = static_cast<float>(i), got[i] = -1;
+    rkv_tensor from = rkv_tensor_make(m.add(host, sizeof host, false), RKV_F32, 1, ROWS, DIM);
+    rkv_tensor to = rkv_tensor_make(m.add(got, sizeof got, true), RKV_F32, 1, ROWS, DIM);
+    from.block_table = m.add(source, sizeof source, false);
+    to.block_table = m.add(target, sizeof target, false);
+    from.block_tokens = to.block_tokens = 3;
+    expect_status("copy_rows", cuda()->copy_rows(cuda(), &to, 0, &from, 0, ROWS), RKV_OK);
+    expect_status("synchronize", cuda()->synchronize(cuda()), RKV_OK);
+    m.copy_back();
+    for (int i = 0; i < 3 * DIM; i++) {
+        expect_int("block 0 from block 2", i, static_cast<int>(got[i]), 2 * 3 * DIM + i);
+        expect_int("block 1 from nowhere", i, static_cast<int>(got[3 * DIM + i]), -1);
+        expect_int("block 2 from block 1", i, static_cast<int>(got[6 * DIM + i]), 3 * DIM + i);
+    }
     case_end();
 }
 
@@ -1139,17 +1468,20 @@ static void compare_caches(cache_pair pair)
         for (int h = 0; h < CACHE_HEADS; h++) {
             const size_t n = static_cast<size_t>(rows), row_bytes = CACHE_DIM * sizeof(float);
             std::vector<int32_t> positions(n);
-            std::vector<float> values(n * CACHE_DIM);
             to_host(positions.data(), rkv_cache_positions(pair.gpu, layer, h), n * 4);
             expect_bytes("positions", positions.data(), rkv_cache_positions(pair.cpu, layer, h),
                          n * 4);
-            const rkv_tensor a = rkv_cache_values(pair.cpu, layer),
-                             b = rkv_cache_values(pair.gpu, layer);
-            const size_t stride =
-                static_cast<size_t>(a.head_stride) * sizeof(float) * static_cast<size_t>(h);
-            to_host(values.data(), static_cast<char *>(b.data) + stride, n * row_bytes);
-            expect_bytes("values", values.data(), static_cast<char *>(a.data) + stride,
-                         n * row_bytes);
+            for (int values = 0; values < 2; values++) {
+                rkv_tensor (*const view_of)(const rkv_cache *, int) =
+                    values ? rkv_cache_values : rkv_cache_keys;
+                const rkv_tensor a = view_of(pair.cpu, layer), b = view_of(pair.gpu, layer);
+                const size_t stride =
+                    static_cast<size_t>(a.head_stride) * sizeof(float) * static_cast<size_t>(h);
+                std::vector<float> rows_there(n * CACHE_DIM);
+                to_host(rows_there.data(), static_cast<char *>(b.data) + stride, n * row_bytes);
+                expect_bytes(values ? "values" : "keys", rows_there.data(),
+                             static_cast<char *>(a.data) + stride, n * row_bytes);
+            }
         }
     }
 }
@@ -1192,8 +1524,91 @@ static void test_cache()
     }
 }
 
+/* A NaN in a key or a query: the round is refused and changes nothing; without that token the cache goes on as
+ * one that has never seen it. */
+static void append_one(cache_pair pair, rng *r, int layer, float poison, int where)
+{
+    std::vector<float> data[3];
+    rkv_tensor host[3], device[3];
+    mirror m;
+    for (int i = 0; i < 3; i++) {
+        const int heads = i == 2 ? CACHE_HEADS * CACHE_GROUP : CACHE_HEADS;
+        data[i].resize(static_cast<size_t>(heads) * CACHE_DIM);
+        for (size_t k = 0; k < data[i].size(); k++) data[i][k] = static_cast<float>(rng_normal(r));
+        if (i == where && poison != 0 && layer == 1) data[i][CACHE_DIM + 3] = poison; /* head 1 */
+        host[i] = rkv_tensor_make(data[i].data(), RKV_F32, heads, 1, CACHE_DIM);
+        device[i] = mirror_tensor(&m, host[i], 1, false);
+    }
+    if (poison == 0)
+        expect_status("append", rkv_cache_append(pair.cpu, layer, 1, &host[0], &host[1], &host[2]),
+                      RKV_OK);
+    expect_status("append on the device",
+                  rkv_cache_append(pair.gpu, layer, 1, &device[0], &device[1], &device[2]), RKV_OK);
+    expect_status("synchronize", cuda()->synchronize(cuda()), RKV_OK);
+}
+
+static void test_cache_fault()
+{
+    for (int given = 0; given < 2; given++) {
+        cache_pair pair = { NULL, NULL };
+        rkv_cache_config config;
+        rkv_error error;
+        rng r = rng_seed(27);
+        char text[256];
+        memset(&config, 0, sizeof config);
+        memset(&error, 0, sizeof error);
+        config.compress = rkv_config_default(40);
+        config.compress.pinned = 2;
+        config.n_layers = CACHE_LAYERS;
+        config.kv_heads = CACHE_HEADS;
+        config.query_heads = CACHE_HEADS * CACHE_GROUP;
+        config.head_dim = CACHE_DIM;
+        config.buffer = 24;
+        case_begin("a NaN in a managed cache on the device, %s record", given ? "given" : "own");
+        expect_status("create", rkv_cache_create(&pair.cpu, &config), RKV_OK);
+        if (given) config.compress.error = &error;
+        config.backend = cuda();
+        expect_status("create on the device", rkv_cache_create(&pair.gpu, &config), RKV_OK);
+        for (int round = 0; round < 3; round++) {
+            int evicted = -1, rows;
+            while ((rows = rkv_cache_rows(pair.cpu, 0)) < 63)
+                for (int layer = 0; layer < CACHE_LAYERS; layer++) append_both(pair, &r, layer, 1);
+            const int position = rkv_cache_position(pair.gpu, 0);
+            for (int layer = 0; layer < CACHE_LAYERS; layer++)
+                append_one(pair, &r, layer, round == 1 ? INFINITY : NAN, round == 2 ? 2 : 0);
+            expect_status("step on the device", rkv_cache_step(pair.gpu, &evicted),
+                          RKV_ERROR_NONFINITE);
+            const rkv_error *found = rkv_cache_error(pair.gpu);
+            rkv_explain(found, text, sizeof text);
+            const char *want = "layer 1, head 1, token 63: " RKVI_RULE_KEY;
+            if (round == 2) want = "layer 1, head 1, token "; /* a slot of the ring of queries */
+            if (strncmp(text, want, strlen(want)) != 0 ||
+                (round == 2) != (found->rule && strcmp(found->rule, RKVI_RULE_QUERY) == 0))
+                case_fail("got \"%s\"", text);
+            expect_true("whose record", (found == &error) == (given == 1));
+            expect_int("its position", round, rkv_cache_error_position(pair.gpu), position);
+            expect_int("evicted", round, evicted, 0);
+            expect_int("rows", round, rkv_cache_rows(pair.gpu, 0), 64);
+            expect_int("position", round, rkv_cache_position(pair.gpu, 1), position + 1);
+            expect_status("the bad token", rkv_cache_truncate(pair.gpu, position), RKV_OK);
+            compare_caches(pair);
+            for (int layer = 0; layer < CACHE_LAYERS; layer++) append_one(pair, &r, layer, 0, 0);
+            for (int n = 0; n < 9; n++) { /* the queries that the window lacks */
+                expect_status("step", rkv_cache_step(pair.cpu, NULL), RKV_OK);
+                expect_status("step on the device", rkv_cache_step(pair.gpu, &evicted), RKV_OK);
+            }
+            expect_int("evicted", round, evicted, 0);
+            expect_int("rows", round, rkv_cache_rows(pair.gpu, 0), 40);
+            compare_caches(pair);
+        }
+        case_end();
+        rkv_cache_destroy(pair.cpu);
+        rkv_cache_destroy(pair.gpu);
+    }
+}
+
 /* ---- Graphs and streams --------------------------------------------------------------------- */
-/* A call captured in a graph; each replay works on what the buffers then hold. */
+/* A call captured in a graph: each replay works on what the buffers hold then. */
 static void test_graph()
 {
     rkv_config config = rkv_config_default(256);
@@ -1208,7 +1623,7 @@ static void test_graph()
     rng r = rng_seed(31);
     case_begin("a captured graph, replayed on new data");
     must("a stream", cudaStreamCreate(&stream) == cudaSuccess);
-    must("a table", rkv_cuda_backend(&backend, stream) == RKV_OK);
+    must("a table", rkv_cuda_backend(&backend, stream, NULL) == RKV_OK);
     job_make(&j, &r, &config, &s);
     rkv_layer layer = mirror_layer(&m, &config, j.layer, true);
     expect_status("size", rkv_workspace_size(&backend, &config, &layer, 1, &bytes), RKV_OK);
@@ -1234,7 +1649,6 @@ static void test_graph()
                            cudaStreamSynchronize(stream) == cudaSuccess);
         m.copy_back();
         gpu->layer.n_tokens = gpu->layer.n_kept = config.budget;
-        gpu->layer.n_evicted = s.n_tokens - config.budget;
         expect_status("CPU", call_stage(rkv_compress, rkv_backend_find(NULL), &config, cpu, 1),
                       RKV_OK);
         judge(t);
@@ -1263,7 +1677,7 @@ static void test_two_streams()
     for (int i = 0; i < STREAMS; i++) {
         size_t bytes = 0;
         must("a stream", cudaStreamCreate(&stream[i]) == cudaSuccess);
-        must("a table", rkv_cuda_backend(&backend[i], stream[i]) == RKV_OK);
+        must("a table", rkv_cuda_backend(&backend[i], stream[i], NULL) == RKV_OK);
         add_job(&t, &r, s, 0, 0);
         layer[i] = mirror_layer(&m[i], &config, t.gpu[i].layer, true);
         expect_status("size", rkv_workspace_size(&backend[i], &config, &layer[i], 1, &bytes),
@@ -1276,7 +1690,6 @@ static void test_two_streams()
         must("the stream", cudaStreamSynchronize(stream[i]) == cudaSuccess);
         m[i].copy_back();
         t.gpu[i].layer.n_tokens = t.gpu[i].layer.n_kept = layer[i].n_kept;
-        t.gpu[i].layer.n_evicted = layer[i].n_evicted;
         (void)cudaStreamDestroy(stream[i]);
     }
     expect_status("CPU", call_stage(rkv_compress, rkv_backend_find(NULL), &config, t.cpu, STREAMS),
@@ -1318,7 +1731,7 @@ static void test_chosen()
     test_at_threshold();
     test_near_threshold();
     test_near_threshold_signs();
-    test_common_look_alike();
+    test_common_similar_key();
     test_many_layers();
     test_mixed_lengths();
     test_determinism();
@@ -1327,15 +1740,24 @@ static void test_chosen()
     test_bad_lists();
     test_bad_tables();
     test_first_bad_entry();
+    for (uint64_t seed = 1; seed <= 200; seed++) test_many_faults(seed);
+    test_pins();
+    test_protect();
     test_refusals();
+    test_register();
+#ifdef RKV_CUDA_SHIM
+    test_launch_errors();
+#endif
+    test_copy_rows();
     test_cache();
+    test_cache_fault();
     test_graph();
     test_two_streams();
     test_on_gpu();
 }
 
-/* The second scan in every type, the copies of the managed cache, every check, a graph; the first
- * generated cases have the rest. */
+/* The far scan in every type, the copies of the managed cache, every check, a graph; the first
+ * generated cases cover the rest. */
 static void test_kernels(uint64_t count)
 {
     test_far_scan();
@@ -1343,6 +1765,8 @@ static void test_kernels(uint64_t count)
     test_cache();
     test_bad_lists();
     test_bad_tables();
+    test_pins();
+    test_copy_rows();
     test_graph();
     for (uint64_t seed = 1; seed <= count; seed++) test_generated(seed);
 }
@@ -1355,7 +1779,7 @@ int main(int argc, char **argv)
                            : kernels ? 30
                                      : wanted_cases(default_cases);
     int n_devices = 0;
-    if (rkv_cuda_register(NULL) != RKV_OK) {
+    if (rkv_cuda_register(NULL, NULL) != RKV_OK) {
         must("this program has no code for the device",
              cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices < 1);
         skip("rkv_cuda.cu on a GPU: no CUDA device");

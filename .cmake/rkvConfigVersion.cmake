@@ -1,0 +1,22 @@
+# The version is the one that the header states. Before 1.0, releases fit together that differ in
+# the patch number only.
+set(rkv_HEADER "${CMAKE_CURRENT_LIST_DIR}/../../../include/rkv.h")
+file(STRINGS "${rkv_HEADER}" rkv_LINES REGEX "#define RKV_VERSION_(MAJOR|MINOR|PATCH) ")
+string(REGEX REPLACE "[^0-9]+([0-9]+)[^0-9]+([0-9]+)[^0-9]+([0-9]+).*" "\\1.\\2.\\3"
+    PACKAGE_VERSION "${rkv_LINES}")
+string(REGEX MATCH "^[0-9]+[.][0-9]+" rkv_RELEASE "${PACKAGE_VERSION}")
+
+if(PACKAGE_FIND_VERSION_RANGE) # find_package(rkv 0.1...0.3); the end may be excluded, "...<0.3"
+    if(PACKAGE_FIND_VERSION_MIN VERSION_LESS_EQUAL PACKAGE_VERSION AND
+       (PACKAGE_VERSION VERSION_LESS PACKAGE_FIND_VERSION_MAX OR
+        (PACKAGE_FIND_VERSION_RANGE_MAX STREQUAL "INCLUDE" AND
+         PACKAGE_VERSION VERSION_EQUAL PACKAGE_FIND_VERSION_MAX)))
+        set(PACKAGE_VERSION_COMPATIBLE TRUE)
+    endif()
+elseif(PACKAGE_FIND_VERSION VERSION_LESS_EQUAL PACKAGE_VERSION AND
+       rkv_RELEASE STREQUAL "${PACKAGE_FIND_VERSION_MAJOR}.${PACKAGE_FIND_VERSION_MINOR}")
+    set(PACKAGE_VERSION_COMPATIBLE TRUE)
+    if(PACKAGE_FIND_VERSION VERSION_EQUAL PACKAGE_VERSION)
+        set(PACKAGE_VERSION_EXACT TRUE)
+    endif()
+endif()
