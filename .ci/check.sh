@@ -158,6 +158,20 @@ report "version $version: title of rkv.h" \
 report "version $version: CHANGELOG.md" \
     "$(grep -m 1 '^## ' CHANGELOG.md | grep -qF "$version" || grep -m 1 '^## ' CHANGELOG.md)"
 
+# Numbers of the README: the workspace, what hello.c asks for; the accuracies, each in the full
+# tables; at most 200 lines.
+# shellcheck disable=SC2086
+$cc $flags -O2 examples/hello.c -o "$out/hello" -lm && workspace=$("$out/hello" |
+    sed -n 's/.* \([0-9]*\) bytes of workspace.*/\1/p')
+report 'README.md: the workspace is what hello.c asks for' \
+    "$(grep -qF "Memory: $((${workspace:-0} / 1024)) KiB of workspace" README.md ||
+        echo "hello: ${workspace:-?} bytes")"
+report 'README.md: its accuracies stand in bench/results/README.md' \
+    "$(grep -oE '[0-9.]+ \([0-9]+ to [0-9]+\)' README.md | while read -r number; do
+        grep -qF "$number" bench/results/README.md || echo "$number"
+    done)"
+report 'README.md: at most 200 lines' "$(awk 'NR > 200 { print "more"; exit }' README.md)"
+
 # Both licence texts stand at the end of rkv.h, whatever its comment puts around them.
 flat() { tr -cs 'A-Za-z0-9(),."' ' '; }
 body=$(sed -n '/^Alternative A/,$p' LICENSE | flat)
