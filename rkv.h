@@ -36,8 +36,8 @@
  *     if (++rows == capacity) {                        say, capacity = 1024 + 128
  *         for (l = 0; l < n_layers; l++) layers[l].n_tokens = rows;
  *         status = rkv_compress(NULL, &config, layers, n_layers, workspace, bytes);
- *         if (status != RKV_OK) puts(rkv_explain(&error, text, sizeof text));
- *         rows = layers[0].n_tokens;                   1024; on an error as many as before
+ *         if (status != RKV_OK) { puts(rkv_explain(&error, text, sizeof text)); break; }
+ *         rows = layers[0].n_tokens;                   1024; on an error nothing has changed
  *     }
  *
  * Every other layout ([token][head][dim], pages, lists of cells, transposed values) is a matter of
