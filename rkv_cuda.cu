@@ -2156,7 +2156,6 @@ static __device__ void rkvi_write_kept(const BY &by, int begin, int end, unsigne
         n_better += total >> 16;
         n_equal += total & 0xffffu;
     }
-    __syncthreads();
 }
 
 template <typename BY>
