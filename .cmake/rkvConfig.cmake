@@ -1,4 +1,4 @@
-# find_package(rkv 0.1) reads this file where `make install` has put it; add_subdirectory reads it
+# find_package(rkv 0.2) reads this file where `make install` has put it; add_subdirectory reads it
 # here. All paths follow from the place of this file, so the installed tree may be moved.
 #
 #   rkv::rkv         the include directory of rkv.h, and libm where there is one

@@ -6,7 +6,7 @@ string(REGEX REPLACE "[^0-9]+([0-9]+)[^0-9]+([0-9]+)[^0-9]+([0-9]+).*" "\\1.\\2.
     PACKAGE_VERSION "${rkv_LINES}")
 string(REGEX MATCH "^[0-9]+[.][0-9]+" rkv_RELEASE "${PACKAGE_VERSION}")
 
-if(PACKAGE_FIND_VERSION_RANGE) # find_package(rkv 0.1...0.3); the end may be excluded, "...<0.3"
+if(PACKAGE_FIND_VERSION_RANGE) # find_package(rkv 0.2...0.4); the end may be excluded, "...<0.4"
     if(PACKAGE_FIND_VERSION_MIN VERSION_LESS_EQUAL PACKAGE_VERSION AND
        (PACKAGE_VERSION VERSION_LESS PACKAGE_FIND_VERSION_MAX OR
         (PACKAGE_FIND_VERSION_RANGE_MAX STREQUAL "INCLUDE" AND

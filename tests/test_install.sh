@@ -93,7 +93,7 @@ cuda_program() { # without a GPU it says RKV_ERROR_DEVICE, no more
     cat >"$dir/cuda/CMakeLists.txt" <<'END'
 cmake_minimum_required(VERSION 3.18)
 project(cuda C CXX CUDA)
-find_package(rkv 0.1 REQUIRED)
+find_package(rkv 0.2 REQUIRED)
 if(NOT EXISTS "${rkv_CUDA_SOURCE}")
     message(FATAL_ERROR "rkv_CUDA_SOURCE: ${rkv_CUDA_SOURCE}")
 endif()
@@ -102,11 +102,11 @@ target_link_libraries(cuda PRIVATE rkv::cuda)
 END
     cat >"$dir/cuda/main.c" <<'END'
 #define RKV_IMPLEMENTATION
+#define RKV_CUDA
 #include <rkv.h>
-extern rkv_status rkv_cuda_register(void *stream);
 int main(void)
 {
-    const rkv_status status = rkv_cuda_register(NULL);
+    const rkv_status status = rkv_cuda_register(NULL, NULL);
     return status != RKV_OK && status != RKV_ERROR_DEVICE;
 }
 END
@@ -124,10 +124,10 @@ else
     builds package -DCMAKE_PREFIX_PATH="$root"
     builds folder -DRKV_FOLDER="$PWD"
     builds fetch -DRKV_FOLDER="$PWD"
-    for wanted in 0.1 "$version EXACT" 0.1...0.9; do
+    for wanted in 0.2 "$version EXACT" 0.1...0.9; do
         check "cmake: finds $wanted" finds "$wanted"
     done
-    for wanted in 0.0 0.2 0.1.99 1.0 "0.0...<$version" 0.2...0.9; do
+    for wanted in 0.0 0.1 0.3 0.2.99 1.0 "0.0...<$version" 0.3...0.9; do
         check "cmake: does not take $version for $wanted" refused finds "$wanted"
     done
     mv "$root" "$dir/moved"
