@@ -94,8 +94,9 @@
  * RKV_PTHREADS        adds rkv_threads, a small pool of POSIX threads. All files; link -pthread.
  * RKV_CUDA            declares the two functions of rkv_cuda.cu. Files that call them.
  * No compiler flag is needed. The implementing file needs IEEE arithmetic: -ffast-math and
- * -ffinite-math-only are refused. -funsafe-math-optimizations is refused by gcc and has no effect on
- * this file with clang on x86-64; elsewhere clang does not tell, and the flag costs bit-identity.
+ * -ffinite-math-only are refused. -funsafe-math-optimizations is refused by gcc and has no effect
+ * on this file with clang on x86-64; elsewhere clang does not tell, and the flag costs
+ * bit-identity.
  */
 #include <stddef.h>
 #include <stdint.h>

@@ -1524,8 +1524,8 @@ static void test_cache()
     }
 }
 
-/* A NaN in a key or a query: the round is refused and changes nothing; without that token the cache goes on as
- * one that has never seen it. */
+/* A NaN in a key or a query: the round is refused and changes nothing; without that token the
+ * cache goes on as one that has never seen it. */
 static void append_one(cache_pair pair, rng *r, int layer, float poison, int where)
 {
     std::vector<float> data[3];
