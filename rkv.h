@@ -31,7 +31,8 @@
  *
  * For token t = 0, 1, 2, ... each layer stores its key and value in row `rows`, and its query in
  * slot t % 8 of q: the newest 8 queries vote, in any order. Rotary embedding gets position t, not
- * the row number. Attention reads rows 0 to rows; it needs no mask. After the last layer:
+ * the row number. Attention reads rows 0 to `rows`, the new one included; it needs no mask. After
+ * the last layer:
  *
  *     if (++rows == capacity) {                        say, capacity = 1024 + 128
  *         for (l = 0; l < n_layers; l++) layers[l].n_tokens = rows;
@@ -51,19 +52,21 @@
  * Redundancy says how similar its key is to the other keys. The best tokens and the newest
  * `window` stay; their rows move to the front of the cache, in place and in order.
  *
- * Three numbers that are easy to mix up: n_tokens is the number of rows in use. The number of
- * tokens the sequence has had keeps growing; the next rotary position comes from it. `positions`
- * maps rows to true positions.
+ * Do not confuse rows with positions. n_tokens is the number of rows in use; a round lowers it. The
+ * length of the sequence only grows; the next rotary position is that length. `positions` tells the
+ * true position of each row.
  *
  * Memory     Yours. rkv_compress and its stages allocate nothing; only rkv_cache and rkv_threads
  *            do. The library keeps no pointer of yours, except in an rkv_cache.
  * Threads    Calls on distinct data may run at the same time. A call uses only the threads that
- *            rkv_config.parallel_for lends it. Register backends before that.
+ *            rkv_config.parallel_for lends it. Register backends before the first call. An
+ *            rkv_cache is for one thread at a time: rkv_cache_save and rkv_cache_fork write its
+ *            error record, although they take a const pointer.
  * Errors     Every call that can fail returns rkv_status. On an error no buffer has changed except
  *            the workspace and *config.error, where rkv_explain finds a sentence.
  * Precision  Keys and queries are read as f32, f16 or bf16 and computed in f32. Scores and kept
  *            sets are bit-identical on every CPU path, for any number of threads, and from
- *            machine to machine where float is float (FLT_EVAL_METHOD 0: not x87, not s390x).
+ *            machine to machine where FLT_EVAL_METHOD is 0 (not x87, not s390x).
  *            The caller's floating-point environment (rounding mode, flush-to-zero, traps) makes
  *            no difference: each call and each lent task sets its own and restores the caller's,
  *            flags included.
@@ -95,8 +98,8 @@
  * RKV_CUDA            declares the two functions of rkv_cuda.cu. Files that call them.
  * No compiler flag is needed. The implementing file needs IEEE arithmetic: -ffast-math and
  * -ffinite-math-only are refused. -funsafe-math-optimizations is refused by gcc and has no effect
- * on this file with clang on x86-64; elsewhere clang does not tell, and the flag costs
- * bit-identity.
+ * on this file with clang on x86-64. On other CPUs clang hides the flag from this file: do not use
+ * it there, or results differ from path to path.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -126,7 +129,8 @@ extern "C" {
 
 typedef enum rkv_status {
     RKV_OK = 0,
-    RKV_ERROR_NULL,        /* config, cache or a result pointer is NULL: maybe no record to write */
+    RKV_ERROR_NULL,        /* config, cache or a result pointer is NULL. Without a config or a
+                              cache no record is written                                          */
     RKV_ERROR_ARGUMENT,    /* a field is out of range or inconsistent                             */
     RKV_ERROR_WORKSPACE,   /* the workspace is NULL or smaller than rkv_workspace_size asks       */
     RKV_ERROR_NONFINITE,   /* a key, query or score is NaN, infinite or too large                 */
@@ -135,8 +139,9 @@ typedef enum rkv_status {
     RKV_ERROR_DEVICE       /* the device refused a launch or a copy                               */
 } rkv_status;
 
-/* What is wrong, and where. Every call that gets an rkv_config writes *config.error, if that is
- * not NULL: RKV_OK and no rule when nothing is wrong. One record per thread that calls. */
+/* What is wrong, and where. Every call that gets an rkv_config and returns a status writes
+ * *config.error, unless that pointer is NULL. If nothing is wrong it writes RKV_OK and a NULL rule.
+ * Calls that run at the same time need a record each. */
 typedef struct rkv_error {
     const char *rule;  /* static text: the field or place and the rule it breaks; NULL: nothing   */
     int32_t status;    /* the rkv_status that was returned                                        */
@@ -166,7 +171,8 @@ typedef enum rkv_scope {
 typedef enum rkv_variant { RKV_PUBLISHED = 0, RKV_PAPER } rkv_variant;
 
 /* Runs task(arg, i) once for every i in [0, n_tasks), on any threads, in any order, and returns
- * when all are done. */
+ * when all are done. It is called in rkv's floating-point environment: if the calling thread also
+ * runs tasks of your own meanwhile, restore yours for them. */
 typedef void (*rkv_parallel_for)(void *pool, int n_tasks, void (*task)(void *arg, int index),
                                  void *arg);
 
@@ -179,8 +185,8 @@ typedef struct rkv_config {
     int pinned;        /* first tokens: always kept, neither moved nor written                    */
     rkv_error *error;  /* out, optional, host memory: see rkv_error                               */
     rkv_scope scope;
-    int n_threads;     /* the most tasks to give to parallel_for; 0 means 1: none                 */
-    rkv_parallel_for parallel_for; /* your threads; NULL means none                               */
+    int n_threads;     /* the most tasks in one call of parallel_for; 0 and 1: it is not called   */
+    rkv_parallel_for parallel_for; /* your threads; NULL: the calling thread does all             */
     void *pool_handle; /* passed to parallel_for                                                  */
 
     /* Advanced. The presets fill these in; a zero means what its comment says. */
@@ -220,9 +226,10 @@ typedef struct rkv_tensor {
 
     /* Advanced */
     int element_bytes; /* values of another element size (quantised blocks, say); 0 = the dtype's */
-    const int32_t *block_table; /* optional: block of tokens [0, block_tokens), of the next, ...;
-                          each block once. Read up to row n_tokens. Make sure that no other view
-                          names a block that is written (one that is not all pinned)              */
+    const int32_t *block_table; /* optional: the block of tokens [0, block_tokens), of the next
+                          block_tokens, ... Only entries that cover n_tokens are read; each names
+                          another block. A block with a row that is not pinned is written: no other
+                          view may name it, which is not checked                                  */
     int block_tokens;
     int64_t block_stride;
 } rkv_tensor;
@@ -242,7 +249,8 @@ typedef struct rkv_layer {
                              head h * group + g reads KV head h. Not read where nothing is chosen,
                              and with lambda 0                                                    */
     int n_tokens;         /* in/out: rows in use; n_kept after compaction                         */
-    int n_kept;           /* out: rows kept, the same for every set: min(n_tokens, budget)        */
+    int n_kept;           /* out: rows kept, the same for every set: min(n_tokens, budget); in for
+                             rkv_compact: the rows of your list                                   */
     int32_t *positions;   /* in/out, optional [sets][row_stride]: true positions; move with rows  */
 
     /* Advanced */
@@ -252,9 +260,10 @@ typedef struct rkv_layer {
     float scale;          /* of logits; 0 means 1 / sqrt(head_dim)                                */
     float softcap;        /* > 0: logits become softcap * tanh(logit / softcap)                   */
     int sequence;         /* RKV_PER_SEQUENCE: layers with the same number, all adjacent, share   */
-    int32_t *kept;        /* out [sets][budget]: rows kept, ascending; n_kept entries per set are
-                             written. Optional in rkv_compress                                    */
-    float *scores;        /* out [kv_heads][n_tokens - window]; optional in rkv_compress          */
+    int32_t *kept;        /* out, and in for rkv_compact, [sets][budget]: rows kept, ascending;
+                             n_kept entries per set are used. Optional in rkv_compress            */
+    float *scores;        /* out, and in for rkv_select, [kv_heads][n_tokens - window]; optional in
+                             rkv_compress                                                         */
     float *shared_scores; /* other scopes than RKV_PER_HEAD, out of rkv_score and into rkv_select:
                              [n_tokens - window], the set's summed means. Under tensor parallelism
                              all-reduce (sum) it between the two. Optional in rkv_compress        */
@@ -333,7 +342,8 @@ RKV_API rkv_status rkv_compress(const rkv_backend *backend, const rkv_config *co
  *   rkv_select   reads scores or shared_scores, and pins; writes kept (required) and n_kept.
  *   rkv_compact  reads kept (n_kept entries per set); moves rows of keys, values, positions and
  *                pins; sets n_tokens to n_kept. The list may be your own, of 1 to budget rows,
- *                ascending, with every pinned row.
+ *                ascending, with every pinned row. A layer with n_tokens <= budget keeps every
+ *                row, whatever its list says.
  * Each is all or nothing. Errors as rkv_compress. Each checks the whole description, the queries
  * too: an engine with scores of its own sets lambda to 0 and leaves the queries out. */
 RKV_API rkv_status rkv_score(const rkv_backend *backend, const rkv_config *config,
@@ -354,7 +364,8 @@ RKV_API rkv_status rkv_compact(const rkv_backend *backend, const rkv_config *con
  *                     position of each of the n_tokens rows before compaction, ascending and
  *                     below INT32_MAX (else -1); NULL means the row number. A run spans all
  *                     positions between two kept rows.
- * The last two return how many there are and write at most max_moves or max_runs of them. */
+ * The last two return how many there are and write at most max_moves or max_runs of them: NULL and
+ * 0 to count. */
 typedef struct rkv_move {
     int32_t dst, src, count;
 } rkv_move;
@@ -379,9 +390,10 @@ RKV_API void rkv_threads_use(rkv_threads *threads, rkv_config *config);
 #endif
 
 #ifdef RKV_CUDA
-/* In rkv_cuda.cu, whose head is their manual. stream is a cudaStream_t; error may be NULL.
- *   rkv_cuda_register   registers the backend "cuda", which works on this stream. Once: another
- *                       stream later is RKV_ERROR_ARGUMENT.
+/* Defined in rkv_cuda.cu; the comment at its top is their manual. stream is a cudaStream_t; error
+ * may be NULL.
+ *   rkv_cuda_register   registers the backend "cuda", which works on this stream. A later call with
+ *                       another stream returns RKV_ERROR_ARGUMENT.
  *   rkv_cuda_backend    fills in a table of your own, for more streams; registers nothing.
  * RKV_ERROR_DEVICE: no device, or no code for it. */
 extern rkv_status rkv_cuda_register(void *stream, rkv_error *error);
@@ -420,7 +432,8 @@ typedef struct rkv_cache_config {
 /* create takes all memory here, none later. The config is copied; its backend, thread pool and
  * error records must outlive the cache. RKV_ERROR_NULL, _ARGUMENT, _MEMORY or _UNSUPPORTED (a
  * backend without memory functions); *out is then NULL. destroy takes NULL.
- * fork makes an equal, independent cache, with memory of its own from the same allocators.
+ * fork makes an equal, independent cache, with memory of its own from the same allocators. It
+ * shares the threads and the error records of compress, if these were given.
  * error: what the last call on this cache found wrong: *config.compress.error if that was given,
  * else a record of the cache's own. Never NULL. */
 RKV_API rkv_status rkv_cache_create(rkv_cache **out, const rkv_cache_config *config);
@@ -442,21 +455,23 @@ RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
  * rows or more. *n_evicted (may be NULL) gets the rows evicted per KV head, 0 without a round.
  * rkv_cache_compress: the same, due or not, if there are more rows than the budget: call it after
  * a prompt longer than the budget.
- * Layers that have not been appended to equally: RKV_ERROR_ARGUMENT. A round needs the queries of
- * all of the last `window` tokens. After rkv_cache_truncate some are missing until as many tokens
- * as it took have been appended again; until then compress returns RKV_ERROR_ARGUMENT, and step
- * does nothing and returns RKV_OK: there is always room for the tokens that are still to come.
+ * Layers with different numbers of rows: RKV_ERROR_ARGUMENT. A round needs the queries of the last
+ * `window` tokens, and the cache holds no older ones. After rkv_cache_truncate has taken back n
+ * tokens, n queries are missing (at most `window`) until as many tokens have been appended. Until
+ * then compress returns RKV_ERROR_ARGUMENT, and step does nothing and returns RKV_OK. There is
+ * always room for these tokens.
  * Other errors as rkv_compress; on an error the cache is as it was. A NaN in a key or query
  * (RKV_ERROR_NONFINITE) fails every round until its token is gone, and room runs out:
  *     rkv_cache_truncate(cache, rkv_cache_error_position(cache))
- * forgets it and what came after. Decode these tokens again, or give up on the sequence.
+ * forgets that token and all later ones. Decode them again, or give up on the sequence.
  * rkv_cache_error_position: the position of the token that the last round found to hold a number
  * that is not finite; 0 if it is older than truncation reaches (a tampered snapshot), so that the
- * same line empties the cache; -1 if the last error was another.
- * On a device backend a round waits for the device and reports what it found (RKV_ERROR_DEVICE if
- * it cannot tell: the cache is then empty), unless
- * compress.device_error was given: then it does not wait, and a fault that you find there means
- * that the cache is lost: empty it, or load a snapshot. */
+ * same line empties the cache; -1 if the last error was another. Read from rkv_cache_error: ask
+ * before another call writes that record.
+ * On a device backend a round waits for the device and returns the fault that the device found. If
+ * the device does not answer, it returns RKV_ERROR_DEVICE, and the cache is empty. With
+ * compress.device_error a round does not wait. If you find a fault there, the cache is lost: empty
+ * it, or load a snapshot. */
 RKV_API rkv_status rkv_cache_step(rkv_cache *cache, int *n_evicted);
 RKV_API rkv_status rkv_cache_compress(rkv_cache *cache, int *n_evicted);
 RKV_API int rkv_cache_error_position(const rkv_cache *cache);
@@ -475,8 +490,8 @@ RKV_API const int32_t *rkv_cache_positions(const rkv_cache *cache, int layer, in
 /* rkv_cache_truncate: forgets every token at `position` and after, to take back unconfirmed ones;
  * 0 empties the cache. Otherwise it reaches back to the start until the first round, then over the
  * tokens appended since the last round and the protected ones before them; further:
- * RKV_ERROR_ARGUMENT, nothing changed. Also the way out of a token that has been appended to some
- * layers only. Costs nothing: counters change. */
+ * RKV_ERROR_ARGUMENT, nothing changed. It also takes back a token that only some layers have been
+ * given. Costs nothing: only counters change. */
 RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position);
 
 /* clang-format off */
@@ -507,8 +522,8 @@ RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t b
 /* ==== 6. Backend interface ==================================================================
  * A backend is one implementation of the method: the CPU's are built in, rkv_cuda.cu is another.
  * Its functions get arguments that room 19 has checked and a config whose zeros are filled in;
- * `context` is the backend's own. It writes what it refuses to *config->error, or, where it finds
- * out after the call, to *config->device_error, which it clears when a call that scores begins. */
+ * `context` is the backend's own. It writes what it refuses to *config->error. A fault found after
+ * the call has returned goes to *config->device_error, which a call that scores clears first. */
 typedef enum rkv_stage { RKV_SCORE, RKV_SELECT, RKV_COMPACT, RKV_COMPRESS } rkv_stage;
 
 /* One call of rkv_score, rkv_select, rkv_compact or rkv_compress. */
@@ -528,12 +543,12 @@ struct rkv_backend {
                                  const rkv_layer *layers, int n_layers, size_t *bytes);
     rkv_status (*run)(const rkv_backend *self, const rkv_call *call);
     /* Memory for rkv_cache; NULL in all: the backend cannot hold one. copy takes host memory and
-     * the backend's on either side, and is done when it returns. copy_rows copies rows
-     * [src_token, + n_tokens) of src, all heads, to [dst_token, ...) of dst, same heads, dim and
-     * element size. For a negative block in any row of src from src_token on it may return
+     * the backend's on either side, and is done when it returns. copy_rows copies n_tokens rows
+     * of all heads, from row src_token of src to row dst_token of dst. Heads, dim and element size
+     * are equal. If a row of src from src_token on lies in a negative block it may return
      * RKV_ERROR_ARGUMENT, before it writes. fill_positions writes first, first + 1, ... to n
      * entries at positions[s * stride + row] of each of n_sets sets. synchronize waits for all
-     * that came before. */
+     * earlier work. */
     void *(*alloc)(const rkv_backend *self, size_t bytes);
     void (*free)(const rkv_backend *self, void *memory);
     rkv_status (*copy)(const rkv_backend *self, void *dst, const void *src, size_t bytes);
@@ -544,7 +559,7 @@ struct rkv_backend {
     rkv_status (*synchronize)(const rkv_backend *self);
 };
 
-/* What backends check, since it takes the data: the texts are the same on all of them. */
+/* Rules about the data, which backends check. Their texts are the same on all backends. */
 #define RKVI_RULE_KEY            "layer.keys: a key is NaN, infinite or of a norm above 1e18"
 #define RKVI_RULE_QUERY          "layer.queries: a query is NaN, infinite or of a norm above 1e18"
 #define RKVI_RULE_LOGITS         "layer.scale: the logits of this head overflow"
@@ -552,7 +567,7 @@ struct rkv_backend {
 #define RKVI_RULE_KEY_BLOCKS     "layer.keys.block_table: a block is negative or occurs twice"
 #define RKVI_RULE_VALUE_BLOCKS   "layer.values.block_table: a block is negative or occurs twice"
 #define RKVI_RULE_QUERY_BLOCKS   "layer.queries.block_table: a block is negative or occurs twice"
-#define RKVI_RULE_PINS           "layer.pins: more rows are pinned than the budget has places for"
+#define RKVI_RULE_PINS           "layer.pins: more rows are pinned than the budget has room for"
 #define RKVI_RULE_KEPT_RANGE     "layer.kept: a row is negative or not below n_tokens"
 #define RKVI_RULE_KEPT_ORDER     "layer.kept: rows must ascend, each listed once"
 #define RKVI_RULE_KEPT_PINNED    "layer.kept: the first `pinned` rows must stay in their places"
@@ -2297,7 +2312,8 @@ static rkvi_needs rkvi_needs_of(const rkv_config *config, const rkv_layer *layer
         needs.any_moved = 1;
         rkvi_keep_larger(&needs.tokens, (size_t)layer->n_tokens);
         rkvi_keep_larger(&needs.blocks, rkvi_n_blocks(&layer->keys, layer->n_tokens));
-        rkvi_keep_larger(&needs.blocks, rkvi_n_blocks(&layer->values, layer->n_tokens));
+        if (layer->values.dim > 0) /* else there are none, and their block_tokens is unchecked */
+            rkvi_keep_larger(&needs.blocks, rkvi_n_blocks(&layer->values, layer->n_tokens));
         if (!rkvi_is_scored(config, layer->n_tokens)) continue;
         needs.any_scored = 1;
         rkvi_keep_larger(&needs.dim, (size_t)layer->keys.dim);
@@ -2418,6 +2434,7 @@ static void rkvi_carve_layer(rkvi_arena *arena, const rkv_config *config, const 
     if (!rkvi_mul_size((size_t)layer->keys.heads, stride, &n_scores) ||
         !rkvi_mul_size((size_t)sets, (size_t)config->budget, &n_kept))
         arena->overflow = 1;
+    if (layer->n_tokens <= config->budget) n_kept = 0; /* keeps every row: no list */
     if (arena->overflow) return;
     if (rkvi_is_scored(config, layer->n_tokens)) {
         scores = rkvi_take_floats(arena, n_scores);
@@ -3085,7 +3102,7 @@ static int rkvi_next_waiting(const rkvi_waiting *waiting, int *next)
     return n;
 }
 
-/* Packs them into as few registers as they need, unless they still are. */
+/* Packs them into as few registers as they need, unless they are packed so already. */
 static void rkvi_pack_waiting(const rkvi_head *h, rkvi_scratch *s, const rkvi_waiting *waiting,
                               const int *next, int n, rkvi_packed *packed)
 {
@@ -3113,11 +3130,11 @@ static void rkvi_stop_waiting(const rkvi_scratch *s, rkvi_waiting *waiting)
     waiting->n = n;
 }
 
-/* So few rows search without packing. In most heads of real models one row resembles no other, the
- * first token's. */
+/* Up to this many rows search without packing. In most heads of real models only the first token's
+ * key has no similar key. */
 #define RKVI_FEW 12
 
-/* Token j, if it is similar to row i: dot_tile's order of additions, for one pair. */
+/* Records token j if it is similar to row i. Adds in dot_tile's order. */
 static void rkvi_match_exactly(const rkvi_head *h, rkvi_scratch *s, int i, const float *row, int j,
                                const float *column)
 {
@@ -3557,8 +3574,8 @@ static void rkvi_keep_all(const rkvi_job *job)
     }
 }
 
-/* -1 if no block of a view is negative or used twice, else the first row of the first that is. The
- * set is open-addressed, with 2 n slots. */
+/* The first row of the first block that is negative or used twice; -1: there is none. `set` is an
+ * open-addressed hash set of 2 n slots. */
 static int rkvi_bad_block(const rkv_tensor *tensor, int n_tokens, int32_t *set)
 {
     size_t n = rkvi_n_blocks(tensor, n_tokens), i, slot;
@@ -3938,8 +3955,8 @@ RKV_API rkv_status rkv_backend_register(const rkv_backend *backend, rkv_error *e
 
 /* ==== 19. Validation ========================================================================
  * In: whatever a caller passes.  Out: the rule that it breaks, as a text that names the field, or
- * NULL. Looks at the description only: what needs the data is for the backends (room 6 has the
- * texts). A rule is a function that returns NULL or its text. */
+ * NULL. Looks at the description only: backends check the data (texts in room 6). A function that
+ * checks rules returns the text of the first that is broken, or NULL. */
 
 static int rkvi_tail_of(const rkv_config *c)
 {
@@ -4081,7 +4098,7 @@ typedef enum rkvi_view_rule {
             view ".block_stride: negative, a broadcast, or above PTRDIFF_MAX",                    \
             view ".block_tokens: must be at least 1 with a block table",                          \
             view ": its size overflows",                                                          \
-            view ".dim_stride: must be 0 or 1, numbers of a row lie side by side",                \
+            view ".dim_stride: must be 0 or 1, the elements of a row must be adjacent",           \
             view ".element_bytes: must be 0 or the dtype's", view ".tokens: fewer than n_tokens", \
             view ": rows overlap, a stride is too small", view ".dtype: not the cache's",         \
             view ".heads: not the cache's", view ".dim: not the cache's"                          \
@@ -4367,7 +4384,7 @@ static const char *rkvi_check_overlap(const rkv_config *config, const rkv_layer 
     return NULL;
 }
 
-/* What only a call that reads the data needs. */
+/* Rules for calls that read the data: rkv_workspace_size does not check them. */
 static const char *rkvi_data_rule(const rkv_config *config, const rkv_layer *layers, int n_layers,
                                   int *layer)
 {
@@ -4381,8 +4398,8 @@ static const char *rkvi_data_rule(const rkv_config *config, const rkv_layer *lay
     return rkvi_check_overlap(config, layers, n_layers, layer);
 }
 
-/* Layers of one sequence must be adjacent: l, which opens a set, must not use an older number
- * again. `highest` of the numbers so far saves ascending ones the search. */
+/* Does layer l, which opens a set, use the number of an earlier sequence? The layers of a sequence
+ * must be adjacent. A number above the highest so far needs no search. */
 static int rkvi_reopens(const rkv_config *config, const rkv_layer *layers, int l, int *highest)
 {
     int i, sequence = layers[l].sequence;
@@ -4498,9 +4515,11 @@ RKV_API const char *rkv_explain(const rkv_error *error, char *text, size_t size)
     if (!text || size == 0) return "";
     text[0] = '\0';
     if (!error) error = &rkvi_no_error;
-    rkvi_put_place(text, size, &at, "layer ", error->layer);
-    rkvi_put_place(text, size, &at, "head ", error->head);
-    rkvi_put_place(text, size, &at, "token ", error->token);
+    if (error->rule) { /* without one, as in a record that is all zeros, there is no place */
+        rkvi_put_place(text, size, &at, "layer ", error->layer);
+        rkvi_put_place(text, size, &at, "head ", error->head);
+        rkvi_put_place(text, size, &at, "token ", error->token);
+    }
     if (at > 0) rkvi_put_text(text, size, &at, ": ");
     rkvi_put_text(text, size, &at,
                   error->rule ? error->rule : rkv_status_string((rkv_status)error->status));
@@ -4993,8 +5012,8 @@ static rkv_status rkvi_cache_reserve(rkv_cache *cache)
     return rkvi_cache_result(cache, status, "cache: the device refused a copy", -1);
 }
 
-/* The host's records in one allocation, in the order of falling alignment: the cache, its layers,
- * their counters. */
+/* The host's records in one allocation, the strictest alignment first: the cache, its layers, their
+ * counters. */
 static rkv_cache *rkvi_cache_new_record(const rkv_cache_config *config, const rkvi_cache_plan *plan)
 {
     const size_t n_layers = (size_t)config->n_layers;
@@ -5031,8 +5050,8 @@ RKV_API rkv_status rkv_cache_create(rkv_cache **out, const rkv_cache_config *con
     resolved = *config;
     saved = rkvi_enter_float_mode();
     rule = rkvi_cache_config_rule(&resolved);
-    rkvi_leave_float_mode(saved);
     if (!rule && !rkvi_cache_measure(&resolved, &plan)) rule = "cache: its size overflows";
+    rkvi_leave_float_mode(saved); /* both compare lambda, which may be subnormal */
     if (rule) return rkvi_refuse(&config->compress, RKV_ERROR_ARGUMENT, rule, -1, -1, -1);
     if (resolved.backend == NULL) resolved.backend = rkvi_best();
     if (!rkvi_cache_has_memory_functions(resolved.backend))
@@ -5260,7 +5279,7 @@ RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
     rkv_status status;
     if (cache == NULL) return RKV_ERROR_NULL;
     if (!rkvi_cache_has_layer(cache, layer))
-        return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT, "layer: the cache has none such", -1);
+        return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT, "layer: must be in [0, n_layers)", -1);
     if (n_tokens < 0)
         rule = "n_tokens: must not be negative";
     else if (n_tokens > rkv_cache_room(cache, layer))
@@ -5311,8 +5330,8 @@ static rkv_status rkvi_cache_look(rkv_cache *cache)
     status = backend->copy(backend, &found, own, sizeof found);
     if (status != RKV_OK) { /* have the rows moved or not? */
         rkvi_cache_empty(cache);
-        return rkvi_cache_refuse(cache, status, "cache: no word from the device, it is empty now",
-                                 -1);
+        return rkvi_cache_refuse(cache, status,
+                                 "cache: the device did not answer, the cache is empty now", -1);
     }
     return rkvi_record(cache->config.compress.error, (rkv_status)found.status, found.rule,
                        found.layer, found.head, found.token);
@@ -5402,7 +5421,7 @@ RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position)
     }
     if (position < rkvi_cache_first_position(cache))
         return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT,
-                                 "position: before what a round has left in order", -1);
+                                 "position: further back than truncation reaches", -1);
     rows = position - cache->evicted;
     for (l = 0; l < cache->config.n_layers; l++) {
         const int n_dropped = cache->layers[l].n_tokens - rows;
@@ -5891,7 +5910,7 @@ struct rkv_threads {
     int stop;
     int n_workers;      /* the caller is one thread more */
     pthread_t *workers; /* [n_workers] */
-    pid_t process;      /* that they live in: a child of fork() has none of them */
+    pid_t process;      /* of the workers: a child of fork() has none of them */
 };
 
 /* Runs tasks until no index is left. The mutex is held on entry and on return. */

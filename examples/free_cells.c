@@ -65,6 +65,7 @@ static rkv_status evict(struct sequence *s)
     if (status != RKV_OK) return status;
     int n_kept = s->layers[0].n_kept;
     int n = rkv_evicted_runs(s->kept, n_kept, s->rows, s->positions, s->runs, capacity);
+    if (n < 0) return RKV_ERROR_ARGUMENT; /* positions that do not ascend: not in this engine */
     for (int i = 0; i < n; i++) free_cells(s->runs[i].begin, s->runs[i].end);
     rkv_apply_kept(s->cell, sizeof *s->cell, s->kept, n_kept);
     rkv_apply_kept(s->positions, sizeof *s->positions, s->kept, n_kept);

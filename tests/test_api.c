@@ -68,7 +68,7 @@ static void explain_by_hand(const rkv_error *error, char *text, size_t size)
     size_t at = 0;
     int i;
     for (i = 0; i < 3; i++)
-        if (numbers[i] >= 0)
+        if (error->rule && numbers[i] >= 0)
             at += (size_t)snprintf(text + at, size - at, "%s%s %ld", at ? ", " : "", names[i],
                                    (long)numbers[i]);
     snprintf(text + at, size - at, "%s%s", at ? ": " : "",
@@ -261,6 +261,24 @@ static int random_kept(rng *r, int32_t *kept, int n)
         if (stay) kept[n_kept++] = row;
     }
     return n_kept;
+}
+
+/* Values that are not there: dim 0 and no data, whatever else their view says. */
+static void test_no_values(void)
+{
+    int32_t table[1] = { 0 };
+    rkv_config config = rkv_config_default(16);
+    rkv_layer layer = RKV_INIT;
+    size_t plain = 0, bytes = 0;
+    case_begin("no values, but a block table for them");
+    layer.keys = rkv_tensor_make(NULL, RKV_F32, 1, 32, 8);
+    layer.queries = rkv_tensor_make(NULL, RKV_F32, 1, 8, 8);
+    layer.n_tokens = 32;
+    expect_status("none", rkv_workspace_size(NULL, &config, &layer, 1, &plain), RKV_OK);
+    layer.values.block_table = table; /* block_tokens stays 0 */
+    expect_status("table", rkv_workspace_size(NULL, &config, &layer, 1, &bytes), RKV_OK);
+    expect_int("bytes", 0, (int64_t)bytes, (int64_t)plain);
+    case_end();
 }
 
 static void test_apply(void)
@@ -678,6 +696,7 @@ int main(void)
     test_tensor_make();
     test_tensor_strided();
     for (i = 0; i < n; i++) test_workspace_growth(backends[i]);
+    test_no_values();
     test_apply();
     test_moves();
     test_runs();

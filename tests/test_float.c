@@ -111,7 +111,7 @@ static void test_nan_options(float_mode mode)
 }
 
 /* Everything that a managed cache does; its snapshot at the end, for comparison. */
-static size_t run_cache(float_mode mode, unsigned char *image, size_t room)
+static size_t run_cache(float_mode mode, float lambda, unsigned char *image, size_t room)
 {
     enum { HEADS = 2, DIM = 16, TOKENS = 70 };
     rkv_cache_config config = RKV_INIT;
@@ -121,6 +121,7 @@ static size_t run_cache(float_mode mode, unsigned char *image, size_t room)
     size_t bytes;
     int t, i;
     config.compress = rkv_config_default(24);
+    config.compress.lambda = lambda;
     config.n_layers = 1;
     config.kv_heads = config.query_heads = HEADS;
     config.head_dim = DIM;
@@ -146,14 +147,14 @@ static size_t run_cache(float_mode mode, unsigned char *image, size_t room)
     return bytes;
 }
 
-static void test_cache(float_mode mode)
+static void test_cache(float_mode mode, float lambda)
 {
     enum { ROOM = 1 << 16 };
     static unsigned char usual[ROOM], other[ROOM];
     size_t bytes, again;
-    case_begin("managed cache, %s", float_mode_name(mode));
-    bytes = run_cache(FLOAT_USUAL, usual, ROOM);
-    again = run_cache(mode, other, ROOM);
+    case_begin("managed cache, lambda %g, %s", (double)lambda, float_mode_name(mode));
+    bytes = run_cache(FLOAT_USUAL, lambda, usual, ROOM);
+    again = run_cache(mode, lambda, other, ROOM);
     if (expect_int("bytes", 0, (int64_t)again, (int64_t)bytes))
         expect_bytes("snapshot", other, usual, bytes);
     case_end();
@@ -175,7 +176,8 @@ int main(void)
                 test_calls(backends[b], i, mode, 3);
             }
         test_nan_options(mode);
-        test_cache(mode);
+        test_cache(mode, 0.1f);
+        test_cache(mode, 1e-40f); /* subnormal: not 0, also where those are flushed */
     }
     return close_tests();
 }

@@ -507,7 +507,7 @@ static const char *spoil_read_view(int which, rkv_tensor *t)
 {
     switch (which) {
     case 0: t->dim_stride = 2;
-            return ".dim_stride: must be 0 or 1, numbers of a row lie side by side";
+            return ".dim_stride: must be 0 or 1, the elements of a row must be adjacent";
     case 1: t->element_bytes = 2; return ".element_bytes: must be 0 or the dtype's";
     default: return NULL;
     }
@@ -773,7 +773,7 @@ static void test_data(scene *sc)
     case_begin("%s: pins", sc->backend->name);
     memset(sc->layers[1].pins + CAPACITY, 1, CAPACITY);
     refuse_data(sc, kept, RKV_ERROR_ARGUMENT,
-                "layer.pins: more rows are pinned than the budget has places for", 1, 1, -1);
+                "layer.pins: more rows are pinned than the budget has room for", 1, 1, -1);
     memset(sc->layers[1].pins + CAPACITY, 0, CAPACITY);
 
     case_begin("%s: kept lists", sc->backend->name);
@@ -1072,8 +1072,8 @@ static void test_append(void)
     expect_status("create", rkv_cache_create(&s.cache, &config), RKV_OK);
     cache_feed(s.cache, 5);
     still_watch(&s);
-    still_argument(&s, cache_append(s.cache, -1, 1), "layer: the cache has none such", -1);
-    still_argument(&s, cache_append(s.cache, CACHE_LAYERS, 1), "layer: the cache has none such",
+    still_argument(&s, cache_append(s.cache, -1, 1), "layer: must be in [0, n_layers)", -1);
+    still_argument(&s, cache_append(s.cache, CACHE_LAYERS, 1), "layer: must be in [0, n_layers)",
                    -1);
     still_argument(&s, cache_append(s.cache, 1, -1), "n_tokens: must not be negative", 1);
     still_argument(&s, cache_append(s.cache, 1, rkv_cache_room(s.cache, 1) + 1),
@@ -1134,15 +1134,15 @@ static void test_rounds(void)
                    "cache: queries of the window are missing since a truncation", -1);
     expect_int("evicted", 2, n_evicted, 0);
     still_argument(&s, rkv_cache_truncate(s.cache, -1),
-                   "position: before what a round has left in order", -1);
+                   "position: further back than truncation reaches", -1);
     cache_feed(s.cache, 3);
     expect_status("step", rkv_cache_step(s.cache, &n_evicted), RKV_OK);
     expect_int("evicted", 3, n_evicted, 21 - CACHE_BUDGET);
     still_watch(&s);
     still_argument(&s, rkv_cache_truncate(s.cache, 21 - CACHE_WINDOW - 1),
-                   "position: before what a round has left in order", -1);
+                   "position: further back than truncation reaches", -1);
     still_argument(&s, rkv_cache_truncate(s.cache, 1),
-                   "position: before what a round has left in order", -1);
+                   "position: further back than truncation reaches", -1);
     still_free(&s);
 }
 
@@ -1182,7 +1182,7 @@ static void test_refused_copies(void)
     REFUSES(rkv_cache_load(s.cache, s.image, s.bytes), -1);
     expect_int("empty", 0, rkv_cache_rows(s.cache, 0), 0);
     cache_feed(s.cache, 10);
-    rule = "cache: no word from the device, it is empty now";
+    rule = "cache: the device did not answer, the cache is empty now";
     REFUSES(rkv_cache_compress(s.cache, NULL), -1);
     expect_int("empty", 1, rkv_cache_rows(s.cache, 0), 0);
 #undef REFUSES
@@ -1394,7 +1394,7 @@ static const struct {
     const char *words, *why;
 } unreachable[] = {
     { "layer.values: it or its data is NULL", "values without data are allowed" },
-    { "layer.values.dim_stride: must be 0 or 1, numbers of a row lie side by side",
+    { "layer.values.dim_stride: must be 0 or 1, the elements of a row must be adjacent",
       "values may be transposed" },
     { "layer.values.element_bytes: must be 0 or the dtype's", "values may have any size" },
     { "layer.queries.tokens: fewer than n_tokens", "queries have a text of their own for it" },
@@ -1408,10 +1408,10 @@ static const struct {
     { "layer.queries.dtype: not the cache's", "likewise" },
     { "layer.queries.heads: not the cache's", "likewise" },
     { "layer.queries.dim: not the cache's", "likewise" },
-    { "keys.dim_stride: must be 0 or 1, numbers of a row lie side by side",
+    { "keys.dim_stride: must be 0 or 1, the elements of a row must be adjacent",
       "what is appended may be transposed" },
-    { "values.dim_stride: must be 0 or 1, numbers of a row lie side by side", "likewise" },
-    { "queries.dim_stride: must be 0 or 1, numbers of a row lie side by side", "likewise" },
+    { "values.dim_stride: must be 0 or 1, the elements of a row must be adjacent", "likewise" },
+    { "queries.dim_stride: must be 0 or 1, the elements of a row must be adjacent", "likewise" },
     { "keys: rows overlap, a stride is too small", "what is appended is only read" },
     { "values: rows overlap, a stride is too small", "likewise" },
     { "queries: rows overlap, a stride is too small", "likewise" },
