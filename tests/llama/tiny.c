@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { EMBEDDING = 64, FFN = 96, KV = TINY_KV_HEADS * TINY_DIM, Q = TINY_HEADS * TINY_DIM };
+enum { EMBEDDING = 128, FFN = 96, KV = TINY_KV_HEADS * TINY_DIM, Q = TINY_HEADS * TINY_DIM };
 
 static const struct {
     const char *name, *architecture;
