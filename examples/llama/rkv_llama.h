@@ -438,7 +438,7 @@ static int rkvli_is_host(const struct ggml_tensor *t)
     return buffer && ggml_backend_buffer_is_host(buffer);
 }
 
-/* A sequence's list of tokens [begin, n) is forgotten; what its cells hold is llama.cpp's. */
+/* A sequence gives up the cell of its token i. */
 static void rkvli_release(rkv_llama *r, rkvli_sequence *s, int i)
 {
     const int cell = s->cells[r->full][i];
