@@ -314,7 +314,7 @@ static void make_line(const study *st, const run *first, measure m, double unit,
     static char labels[MAX_RUNS][48];
     char *label = labels[first - st->runs];
     memset(line, 0, sizeof *line);
-    snprintf(label, sizeof labels[0], "%s%s", first->policy->about,
+    snprintf(label, sizeof labels[0], "%s%s", first->policy->name,
              first->is_pinned ? ", pinned" : "");
     line->name = first->policy->name;
     line->label = label;

@@ -7,10 +7,11 @@
 
 double log_sum_exp(const float *logits, int n)
 {
-    const double most = logits[arg_max(logits, n)];
-    double sum = 0.0;
-    for (int i = 0; i < n; i++) sum += exp(logits[i] - most);
-    return most + log(sum);
+    const int best = arg_max(logits, n);
+    double sum = 1.0; /* the largest one's */
+    for (int i = 0; i < n; i++)
+        if (i != best) sum += exp((double)logits[i] - (double)logits[best]);
+    return logits[best] + log(sum);
 }
 
 int arg_max(const float *logits, int n)
