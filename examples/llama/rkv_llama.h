@@ -230,4 +230,1880 @@ void rkv_llama_score_random(void *user, llama_seq_id seq, int n_scores, const in
 
 /* ---- callers need read no further ---------------------------------------------------------- */
 
+#endif /* RKV_LLAMA_H */
+
+#ifdef RKV_LLAMA_IMPLEMENTATION
+#undef RKV_LLAMA_IMPLEMENTATION
+
+#include <limits.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ==== 3. Records ============================================================================ */
+
+enum {
+    RKVLI_GROUPS = 2, /* caches of a context: one, or with sliding windows two              */
+    RKVLI_CHAIN = 8,  /* steps from an operand back to the tensor of the cache               */
+    RKVLI_MAX_TOKENS = 1 << 28
+};
+
+/* One attention layer, as the graph shows it. */
+typedef struct rkvli_layer {
+    int il, group;
+    struct ggml_tensor *keys;   /* root: [kv_heads * dim][cells]                                 */
+    struct ggml_tensor *values; /* root; for the byte counts                                     */
+    int kv_heads, heads, dim;   /* dim 0: its attention has not been seen                        */
+    float scale, softcap, max_bias;
+    int has_sinks, n_attended; /* attention nodes in the ubatch                                 */
+    float *queries;            /* [sequences][heads][ring][dim]                                 */
+} rkvli_layer;
+
+typedef enum rkvli_pinning { RKVLI_PIN_NOT_YET, RKVLI_PIN_PROMPT, RKVLI_PIN_CALLER } rkvli_pinning;
+
+/* What the adapter knows of a sequence. Arrays have `capacity` entries, `n` are in use. */
+typedef struct rkvli_sequence {
+    int n, capacity;
+    int32_t *positions; /* ascending                                                            */
+    int32_t *cells[RKVLI_GROUPS];
+    uint8_t *pins;
+    llama_pos next;  /* position of the next token                                           */
+    llama_pos reach; /* rounds have evicted nothing from here on                             */
+    rkvli_pinning pinning;
+    llama_pos pin_begin, pin_end; /* of tokens still to come                                    */
+    int64_t n_evicted;
+    int32_t *query_positions; /* [ring]: whose query is in that slot; -1: nobody's              */
+    /* While a batch is decoded: its tokens that are still to come, those of the part under way,
+     * and the position of the first of the batch. */
+    int is_in_batch, n_wanted, n_part;
+    llama_pos first;
+} rkvli_sequence;
+
+typedef enum rkvli_method {
+    RKVLI_SCORED,  /* by rkv_score                                                              */
+    RKVLI_NEWEST,  /* pinned and protected tokens fill the budget: the newest stay              */
+    RKVLI_CALLBACK /* by options.score                                                          */
+} rkvli_method;
+
+/* The part of a batch that llama_decode works on. */
+typedef struct rkvli_part {
+    const struct llama_batch *batch;
+    int begin, n;
+    int n_seen[RKVLI_GROUPS]; /* tokens whose cells have been seen                              */
+    int n_ubatches;
+    int begin_ubatch[RKVLI_GROUPS];
+    int32_t *cells[RKVLI_GROUPS]; /* [n]                                                        */
+    int wants_queries, n_attention;
+} rkvli_part;
+
+struct rkv_llama {
+    rkv_llama_options options;
+    rkv_config config;
+    rkv_error rkv_error;
+    rkvli_method method;
+    int budget, buffer, pin_limit, ring, keeps_all;
+    char error[512];
+
+    struct llama_context *ctx;
+    llama_memory_t memory;
+    int n_swa, n_vocab, n_embd, n_cells, max_batch, is_checked, is_broken;
+    int streams_wanted; /* kv_unified was not set                                              */
+    ggml_backend_sched_eval_callback other; /* that stood in the parameters                     */
+    void *other_user;
+    int is_ours, is_others; /* who asked for the node under way                                */
+
+    rkvli_layer *layers; /* in the order of the graph                                          */
+    int n_layers, max_layers, n_groups, full; /* full: the group that is scored                 */
+    const struct ggml_tensor *group_cells[RKVLI_GROUPS]; /* of the graph under way              */
+    rkvli_sequence *sequences;
+    int n_sequences;
+    uint16_t *owners; /* [n_cells]: sequences that hold a cell                                  */
+    int n_used;
+
+    rkvli_part part;
+    llama_pos *positions; /* of the batch that is decoded, filled in                            */
+    int8_t *outputs;
+    int32_t *cells; /* [groups][n]                                                              */
+    llama_seq_id **seq_ids;
+    int32_t *n_seq_ids;
+    int max_tokens, n_tokens, last_begin;
+    int *saved_rows; /* [n_tokens]: row in `saved` of a token's logits; -1: none             */
+    float *saved;    /* logits of the parts before the last                                  */
+    size_t saved_floats;
+    int n_saved;
+
+    rkv_layer *views; /* [n_layers]                                                           */
+    float *votes;     /* queries of the window, [layers][heads][window][dim]                  */
+    float *scores, *sum, *rows;
+    int32_t *kept;
+    uint8_t *round_pins;
+    rkv_run *runs;
+    int max_round;
+    size_t rows_floats;
+    void *workspace;
+    size_t workspace_bytes;
+    unsigned char *raw;
+    size_t raw_bytes;
+#ifdef RKV_PTHREADS
+    rkv_threads *threads;
 #endif
+    rkv_llama_counters counters;
+};
+
+/* ==== 4. Helpers ============================================================================ */
+
+#ifdef __GNUC__
+__attribute__((format(printf, 3, 4)))
+#endif
+static int
+rkvli_say(rkv_llama *r, int status, const char *format, ...)
+{
+    va_list list;
+    va_start(list, format);
+    vsnprintf(r->error, sizeof r->error, format, list);
+    va_end(list);
+    return status;
+}
+
+static int rkvli_refuse(rkv_llama *r, const char *sentence)
+{
+    return rkvli_say(r, RKV_LLAMA_REFUSED, "%s", sentence);
+}
+
+static int rkvli_no_memory(rkv_llama *r)
+{
+    return rkvli_refuse(r, "out of memory");
+}
+
+/* Makes room for n elements, with some to spare; keeps what is there. 0: out of memory. */
+static int rkvli_grow(void *array, size_t *capacity, size_t n, size_t size)
+{
+    void *old, *more;
+    size_t wanted = n + n / 2 + 16;
+    if (n <= *capacity) return 1;
+    if (n > SIZE_MAX / 4 / size) return 0;
+    memcpy(&old, array, sizeof old);
+    more = realloc(old, wanted * size);
+    if (!more) return 0;
+    memcpy(array, &more, sizeof more);
+    *capacity = wanted;
+    return 1;
+}
+
+static double rkvli_seconds(void)
+{
+    return 1e-6 * (double)ggml_time_us();
+}
+
+static const struct ggml_tensor *rkvli_root(const struct ggml_tensor *t)
+{
+    while (t && t->view_src) t = t->view_src;
+    return t;
+}
+
+static int rkvli_is_cache(const struct ggml_tensor *t, const char *prefix)
+{
+    return t && t->op == GGML_OP_NONE && strncmp(t->name, prefix, strlen(prefix)) == 0;
+}
+
+/* The cache's key tensor behind an attention operand: a view of it, or a cast of a view, whose name
+ * also begins with that of the cache. NULL: there is none. */
+static struct ggml_tensor *rkvli_keys_behind(const struct ggml_tensor *t)
+{
+    int i;
+    for (i = 0; t && i < RKVLI_CHAIN; i++) {
+        const struct ggml_tensor *root = rkvli_root(t);
+        if (rkvli_is_cache(root, "cache_k_l")) return (struct ggml_tensor *)(uintptr_t)root;
+        t = root->src[0];
+    }
+    return NULL;
+}
+
+static rkvli_layer *rkvli_find_layer(rkv_llama *r, const struct ggml_tensor *keys)
+{
+    int i;
+    for (i = 0; i < r->n_layers; i++)
+        if (r->layers[i].keys == keys) return &r->layers[i];
+    return NULL;
+}
+
+static int rkvli_is_host(const struct ggml_tensor *t)
+{
+    ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;
+    return buffer && ggml_backend_buffer_is_host(buffer);
+}
+
+/* A sequence's list of tokens [begin, n) is forgotten; what its cells hold is llama.cpp's. */
+static void rkvli_release(rkv_llama *r, rkvli_sequence *s, int i)
+{
+    const int cell = s->cells[r->full][i];
+    if (--r->owners[cell] == 0) r->n_used--;
+}
+
+static void rkvli_forget_queries(rkv_llama *r, rkvli_sequence *s, llama_pos from)
+{
+    int i;
+    for (i = 0; s->query_positions && i < r->ring; i++)
+        if (s->query_positions[i] >= from) s->query_positions[i] = -1;
+}
+
+static void rkvli_reset_sequence(rkv_llama *r, rkvli_sequence *s)
+{
+    int i;
+    for (i = 0; i < s->n; i++) rkvli_release(r, s, i);
+    s->n = 0;
+    s->next = s->reach = 0;
+    s->pinning = RKVLI_PIN_NOT_YET;
+    s->pin_begin = s->pin_end = 0;
+    s->n_evicted = 0;
+    rkvli_forget_queries(r, s, INT_MIN);
+}
+
+/* Forgets the tokens from position p0 on. */
+static void rkvli_truncate(rkv_llama *r, rkvli_sequence *s, llama_pos p0)
+{
+    while (s->n > 0 && s->positions[s->n - 1] >= p0) rkvli_release(r, s, --s->n);
+    s->next = s->n > 0 ? s->positions[s->n - 1] + 1 : 0;
+    rkvli_forget_queries(r, s, p0);
+    if (s->n > 0) return;
+    s->reach = 0;
+    s->n_evicted = 0;
+    if (s->pinning != RKVLI_PIN_PROMPT) return;
+    s->pinning = RKVLI_PIN_NOT_YET;
+    s->pin_begin = s->pin_end = 0;
+}
+
+static int rkvli_reserve(rkvli_sequence *s, int n)
+{
+    size_t room[3 + RKVLI_GROUPS];
+    int i;
+    for (i = 0; i < 3 + RKVLI_GROUPS; i++) room[i] = (size_t)s->capacity;
+    if (n <= s->capacity) return 1;
+    for (i = 0; i < RKVLI_GROUPS; i++)
+        if (!rkvli_grow(&s->cells[i], &room[i], (size_t)n, sizeof(int32_t))) return 0;
+    if (!rkvli_grow(&s->positions, &room[2], (size_t)n, sizeof(int32_t)) ||
+        !rkvli_grow(&s->pins, &room[3], (size_t)n, 1))
+        return 0;
+    s->capacity = n; /* the arrays may have more, never fewer */
+    return 1;
+}
+
+static rkvli_sequence *rkvli_sequence_of(const rkv_llama *r, llama_seq_id seq)
+{
+    return seq >= 0 && seq < r->n_sequences ? &r->sequences[seq] : NULL;
+}
+
+/* ==== 5. The callback =======================================================================
+ * Sees every node of the graph before it is computed (ask), and those that it asked for again
+ * afterwards. Stores of keys tell the cells, attention nodes the queries. */
+
+static rkvli_layer *rkvli_add_layer(rkv_llama *r, const struct ggml_tensor *keys)
+{
+    size_t capacity = (size_t)r->max_layers;
+    rkvli_layer *layer;
+    if (!rkvli_grow(&r->layers, &capacity, (size_t)r->n_layers + 1, sizeof *r->layers)) return NULL;
+    r->max_layers = (int)capacity;
+    layer = &r->layers[r->n_layers++];
+    memset(layer, 0, sizeof *layer);
+    layer->keys = (struct ggml_tensor *)(uintptr_t)keys;
+    layer->il = atoi(keys->name + strlen("cache_k_l"));
+    return layer;
+}
+
+/* Which cache a store goes to: stores into the same one share their list of cells. */
+static int rkvli_group_of(rkv_llama *r, const struct ggml_tensor *cells, int *is_new)
+{
+    int g;
+    *is_new = 0;
+    for (g = 0; g < r->n_groups; g++)
+        if (r->group_cells[g] == cells) return g;
+    *is_new = 1;
+    if (r->n_groups == RKVLI_GROUPS) return -1;
+    r->group_cells[r->n_groups] = cells;
+    return r->n_groups++;
+}
+
+/* The first store of a ubatch into a cache: the cells of its tokens, in their order. */
+static void rkvli_see_cells(rkv_llama *r, int group, const struct ggml_tensor *cells)
+{
+    rkvli_part *part = &r->part;
+    const int n = (int)cells->ne[0], at = part->n_seen[group];
+    int64_t chunk[64];
+    int i, j;
+    part->begin_ubatch[group] = at;
+    part->n_seen[group] = at + n;
+    if (group == 0) part->n_ubatches++;
+    if (cells->type != GGML_TYPE_I64 || n > part->n - at) {
+        r->is_broken = 1;
+        return;
+    }
+    for (i = 0; i < n; i += 64) {
+        const int m = n - i < 64 ? n - i : 64;
+        ggml_backend_tensor_get(cells, chunk, (size_t)i * 8, (size_t)m * 8);
+        for (j = 0; j < m; j++) part->cells[group][at + i + j] = (int32_t)chunk[j];
+    }
+}
+
+static void rkvli_see_store(rkv_llama *r, const struct ggml_tensor *t)
+{
+    const struct ggml_tensor *root = rkvli_root(t), *cells = t->src[1];
+    rkvli_layer *layer;
+    int i, g;
+    if (rkvli_is_cache(root, "cache_v_l")) {
+        const int il = atoi(root->name + strlen("cache_v_l"));
+        for (i = 0; i < r->n_layers && !r->is_checked; i++)
+            if (r->layers[i].il == il) r->layers[i].values = (struct ggml_tensor *)(uintptr_t)root;
+        return;
+    }
+    if (!rkvli_is_cache(root, "cache_k_l")) return;
+    layer = rkvli_find_layer(r, root);
+    if (!layer) {
+        int is_new;
+        if (r->is_checked) return;
+        g = rkvli_group_of(r, cells, &is_new);
+        if (g < 0) return; /* more caches than are known: the self-test will tell */
+        layer = rkvli_add_layer(r, root);
+        if (!layer) return;
+        layer->group = g;
+    }
+    g = layer->group;
+    /* A group's first layer opens the ubatch for it. */
+    for (i = 0; r->layers[i].group != g;) i++;
+    if (layer != &r->layers[i]) return;
+    rkvli_see_cells(r, g, cells);
+}
+
+/* Without flash attention the logits pass through scale, tanh and scale (a softcap) on their way
+ * from the product to the softmax: b * tanh(a * x), times the softmax's own scale. */
+static rkvli_layer *rkvli_behind_softmax(rkv_llama *r, const struct ggml_tensor *t, float *before,
+                                         float *after, int *is_capped)
+{
+    int i;
+    *before = *after = 1;
+    *is_capped = 0;
+    for (i = 0, t = t->src[0]; t && i < RKVLI_CHAIN; i++, t = t->src[0]) {
+        float factor;
+        if (t->op == GGML_OP_MUL_MAT) {
+            struct ggml_tensor *keys = rkvli_keys_behind(t->src[0]);
+            return keys ? rkvli_find_layer(r, keys) : NULL;
+        }
+        if (t->op == GGML_OP_UNARY && ggml_get_unary_op(t) == GGML_UNARY_OP_TANH) {
+            *is_capped = 1;
+        } else if (t->op == GGML_OP_SCALE) {
+            memcpy(&factor, t->op_params, sizeof factor);
+            if (*is_capped)
+                *before *= factor;
+            else
+                *after *= factor;
+        } else if (t->op != GGML_OP_NONE && t->op != GGML_OP_RESHAPE && t->op != GGML_OP_VIEW) {
+            return NULL; /* a bias, say */
+        }
+    }
+    return NULL;
+}
+
+static void rkvli_see_softmax(rkv_llama *r, const struct ggml_tensor *t)
+{
+    float before, after, params[2];
+    int is_capped;
+    rkvli_layer *layer;
+    if (!t->src[1]) return; /* no mask: a router's */
+    r->part.n_attention++;
+    layer = rkvli_behind_softmax(r, t, &before, &after, &is_capped);
+    if (!layer) return;
+    memcpy(params, t->op_params, sizeof params);
+    layer->softcap = is_capped ? after * params[0] : 0;
+    layer->scale = before * after * params[0];
+    layer->max_bias = params[1];
+    layer->has_sinks = t->src[2] != NULL;
+}
+
+/* An attention node's operands: 1, or 0 if it is none. */
+static int rkvli_attention(const struct ggml_tensor *t, const struct ggml_tensor **queries,
+                           struct ggml_tensor **keys)
+{
+    if (t->op != GGML_OP_FLASH_ATTN_EXT && t->op != GGML_OP_MUL_MAT) return 0;
+    *queries = t->src[t->op == GGML_OP_FLASH_ATTN_EXT ? 0 : 1];
+    *keys = rkvli_keys_behind(t->src[t->op == GGML_OP_FLASH_ATTN_EXT ? 1 : 0]);
+    return *keys != NULL;
+}
+
+/* What the first decode learns about a layer. */
+static void rkvli_describe(rkv_llama *r, rkvli_layer *layer, const struct ggml_tensor *t,
+                           const struct ggml_tensor *queries)
+{
+    float params[3];
+    layer->dim = (int)queries->ne[0];
+    layer->heads = (int)queries->ne[2];
+    layer->kv_heads = layer->dim > 0 ? (int)(layer->keys->ne[0] / layer->dim) : 0;
+    layer->queries = (float *)calloc((size_t)r->n_sequences * (size_t)layer->heads,
+                                     (size_t)r->ring * (size_t)layer->dim * sizeof(float));
+    if (!layer->queries) r->is_broken = 1;
+    if (t->op != GGML_OP_FLASH_ATTN_EXT) return;
+    memcpy(params, t->op_params, sizeof params);
+    layer->scale = params[0];
+    layer->max_bias = params[1];
+    layer->softcap = params[2];
+    layer->has_sinks = t->src[4] != NULL;
+}
+
+static float *rkvli_ring(const rkv_llama *r, const rkvli_layer *layer, llama_seq_id seq, int head)
+{
+    const size_t rings = (size_t)seq * (size_t)layer->heads + (size_t)head;
+    return layer->queries + rings * (size_t)r->ring * (size_t)layer->dim;
+}
+
+/* Copies token i's query into the rings of its sequences, if it can still vote. */
+static void rkvli_store_query(rkv_llama *r, const rkvli_layer *layer, int i, const char *data,
+                              const struct ggml_tensor *queries)
+{
+    const llama_pos position = r->positions[i];
+    const size_t dim = (size_t)layer->dim;
+    int k, head;
+    for (k = 0; k < r->n_seq_ids[i]; k++) {
+        const llama_seq_id seq = r->seq_ids[i][k];
+        const rkvli_sequence *s = &r->sequences[seq];
+        const int slot = position % r->ring;
+        if (s->query_positions[slot] != position) continue;
+        for (head = 0; head < layer->heads; head++)
+            memcpy(rkvli_ring(r, layer, seq, head) + (size_t)slot * dim,
+                   data + (size_t)head * queries->nb[2], dim * sizeof(float));
+    }
+}
+
+static void rkvli_see_queries(rkv_llama *r, rkvli_layer *layer, const struct ggml_tensor *queries)
+{
+    const rkvli_part *part = &r->part;
+    const int n = (int)queries->ne[1], at = part->begin_ubatch[layer->group];
+    const char *data = (const char *)queries->data;
+    const double start = rkvli_seconds();
+    int i;
+    layer->n_attended++;
+    if (!layer->queries || queries->type != GGML_TYPE_F32 || queries->ne[0] != layer->dim ||
+        queries->ne[2] != layer->heads || queries->ne[3] != 1 ||
+        n != part->n_seen[layer->group] - at || at + n > part->n) {
+        r->is_broken = 1;
+        return;
+    }
+    if (!rkvli_is_host(queries)) {
+        const size_t bytes = ggml_nbytes(queries);
+        if (!rkvli_grow(&r->raw, &r->raw_bytes, bytes, 1)) {
+            r->is_broken = 1;
+            return;
+        }
+        ggml_backend_tensor_get(queries, r->raw, 0, bytes);
+        data = (const char *)r->raw;
+    }
+    for (i = 0; i < n; i++)
+        rkvli_store_query(r, layer, part->begin + at + i, data + (size_t)i * queries->nb[1],
+                          queries);
+    r->counters.seconds_copies += rkvli_seconds() - start;
+}
+
+/* Returns whether it wants to see the node again, computed. */
+static int rkvli_see(rkv_llama *r, struct ggml_tensor *t, int ask)
+{
+    const struct ggml_tensor *queries;
+    struct ggml_tensor *keys;
+    rkvli_layer *layer;
+    if (!r->part.batch) return 0; /* not in rkv_llama_decode */
+    if (ask && t->op == GGML_OP_SET_ROWS) rkvli_see_store(r, t);
+    if (!r->part.wants_queries) return 0;
+    if (ask && !r->is_checked && t->op == GGML_OP_SOFT_MAX) rkvli_see_softmax(r, t);
+    if (ask && t->op == GGML_OP_FLASH_ATTN_EXT) r->part.n_attention++;
+    if (!rkvli_attention(t, &queries, &keys)) return 0;
+    layer = rkvli_find_layer(r, keys);
+    if (!layer || (r->is_checked && layer->group != r->full)) return 0;
+    if (ask && !layer->dim) rkvli_describe(r, layer, t, queries);
+    if (!ask) rkvli_see_queries(r, layer, queries);
+    return 1;
+}
+
+static bool rkvli_callback(struct ggml_tensor *t, bool ask, void *user)
+{
+    rkv_llama *r = (rkv_llama *)user;
+    if (ask) {
+        r->is_ours = rkvli_see(r, t, 1);
+        r->is_others = r->other && r->other(t, true, r->other_user);
+        return r->is_ours || r->is_others;
+    }
+    if (r->is_ours) rkvli_see(r, t, 0);
+    return !r->is_others || r->other(t, false, r->other_user);
+}
+
+/* ==== 6. Create, attach ===================================================================== */
+
+static const char *rkvli_check_options(const rkv_llama_options *o)
+{
+    if (o->budget < -1 || o->budget == 0) return "options.budget: must be at least 1, or -1";
+    if (o->buffer < 0) return "options.buffer: must not be negative";
+    if (o->budget > RKVLI_MAX_TOKENS || o->buffer > RKVLI_MAX_TOKENS)
+        return "options: budget and buffer must be below 2^28";
+    if (o->pin_limit < -1) return "options.pin_limit: must be at least -1";
+    if (o->n_threads < 0) return "options.n_threads: must not be negative";
+#ifndef RKV_PTHREADS
+    if (o->n_threads > 1 && !(o->config && o->config->parallel_for))
+        return "options.n_threads: more than one needs RKV_PTHREADS or config.parallel_for";
+#endif
+    return NULL;
+}
+
+/* The rule that the config breaks, as rkv.h tells it, NULL for none. */
+static const char *rkvli_check_config(rkv_llama *r)
+{
+    rkv_layer none = RKV_INIT;
+    size_t bytes;
+    if (rkv_workspace_size(NULL, &r->config, &none, 0, &bytes) == RKV_OK) return NULL;
+    return r->rkv_error.rule ? r->rkv_error.rule : "options.config: not valid";
+}
+
+static const char *rkvli_configure(rkv_llama *r)
+{
+    const rkv_llama_options *o = &r->options;
+    int tail;
+    r->keeps_all = o->budget < 0;
+    r->budget = r->keeps_all ? RKVLI_MAX_TOKENS : o->budget;
+    r->buffer = o->buffer ? o->buffer : 128;
+    r->pin_limit = o->pin_limit ? o->pin_limit : r->budget / 2;
+    r->config = o->config ? *o->config : rkv_config_default(r->budget);
+    r->config.budget = r->budget;
+    r->config.scope = RKV_PER_SEQUENCE;
+    r->config.error = &r->rkv_error;
+    r->config.device_error = NULL;
+    if (o->n_threads) r->config.n_threads = o->n_threads;
+    if (r->config.window == 0) r->config.window = 8;
+    if (rkvli_check_config(r)) return rkvli_check_config(r);
+    tail = r->config.protect > r->config.window ? r->config.protect : r->config.window;
+    r->method = o->score                               ? RKVLI_CALLBACK
+                : r->config.pinned + tail == r->budget ? RKVLI_NEWEST
+                                                       : RKVLI_SCORED;
+    /* Nobody votes: a window as wide as the budget would leave no place for the prompt. */
+    if (r->method != RKVLI_SCORED && r->config.window > 8) r->config.window = 8;
+    if (r->method == RKVLI_NEWEST) r->config.protect = 0;
+    if (r->config.window >= r->budget) r->config.window = r->budget > 1 ? r->budget - 1 : 1;
+    r->ring = 2 * r->config.window;
+    return NULL;
+}
+
+const char *rkv_llama_create(rkv_llama **out, const rkv_llama_options *options)
+{
+    const char *wrong;
+    rkv_llama *r;
+    if (!out) return "rkv_llama_create: out is NULL";
+    *out = NULL;
+    if (!options) return "rkv_llama_create: options is NULL";
+    wrong = rkvli_check_options(options);
+    if (wrong) return wrong;
+    r = (rkv_llama *)calloc(1, sizeof *r);
+    if (!r) return "out of memory";
+    r->options = *options;
+    wrong = rkvli_configure(r);
+    r->options.config = NULL;
+#ifdef RKV_PTHREADS
+    if (!wrong && r->config.n_threads > 1 && !r->config.parallel_for) {
+        if (rkv_threads_create(&r->threads, r->config.n_threads) != RKV_OK)
+            wrong = "the threads could not be made";
+        else
+            rkv_threads_use(r->threads, &r->config);
+    }
+#endif
+    if (wrong) {
+        rkv_llama_destroy(r);
+        return wrong;
+    }
+    r->counters.highest_cell = -1;
+    *out = r;
+    return NULL;
+}
+
+void rkv_llama_destroy(rkv_llama *r)
+{
+    int i, g;
+    if (!r) return;
+    for (i = 0; i < r->n_layers; i++) free(r->layers[i].queries);
+    for (i = 0; i < r->n_sequences; i++) {
+        rkvli_sequence *s = &r->sequences[i];
+        for (g = 0; g < RKVLI_GROUPS; g++) free(s->cells[g]);
+        free(s->positions);
+        free(s->pins);
+        free(s->query_positions);
+    }
+    free(r->sequences);
+    free(r->layers);
+    free(r->owners);
+    free(r->positions);
+    free(r->outputs);
+    free(r->cells);
+    free(r->seq_ids);
+    free(r->n_seq_ids);
+    free(r->saved_rows);
+    free(r->saved);
+    free(r->views);
+    free(r->votes);
+    free(r->scores);
+    free(r->sum);
+    free(r->rows);
+    free(r->kept);
+    free(r->round_pins);
+    free(r->runs);
+    free(r->workspace);
+    free(r->raw);
+#ifdef RKV_PTHREADS
+    rkv_threads_destroy(r->threads);
+#endif
+    free(r);
+}
+
+const char *rkv_llama_error(const rkv_llama *r)
+{
+    return r->error;
+}
+
+void rkv_llama_hook(rkv_llama *r, struct llama_context_params *params)
+{
+    r->other = params->cb_eval;
+    r->other_user = params->cb_eval_user_data;
+    r->streams_wanted = params->n_seq_max > 1 && !params->kv_unified;
+    params->cb_eval = rkvli_callback;
+    params->cb_eval_user_data = r;
+    params->swa_full = false; /* two caches of one size could not be told apart */
+}
+
+static const char *rkvli_check_model(const struct llama_model *model)
+{
+    const enum llama_rope_type rope = llama_model_rope_type(model);
+    if (llama_model_is_recurrent(model))
+        return "recurrent models have no cache of keys: nothing to evict";
+    if (llama_model_is_hybrid(model))
+        return "hybrid models are not supported: their recurrent state cannot forget tokens";
+    if (llama_model_has_encoder(model)) return "models with an encoder are not supported";
+    if (llama_model_is_diffusion(model)) return "diffusion models are not supported";
+    if (rope == LLAMA_ROPE_TYPE_MROPE || rope == LLAMA_ROPE_TYPE_IMROPE ||
+        rope == LLAMA_ROPE_TYPE_VISION)
+        return "models with M-RoPE are not supported: a token has several positions";
+    return NULL;
+}
+
+static int rkvli_make_sequences(rkv_llama *r)
+{
+    int i, k;
+    r->owners = (uint16_t *)calloc((size_t)r->n_cells, sizeof *r->owners);
+    r->sequences = (rkvli_sequence *)calloc((size_t)r->n_sequences, sizeof *r->sequences);
+    if (!r->owners || !r->sequences) return 0;
+    for (i = 0; i < r->n_sequences; i++) {
+        int32_t *slots = (int32_t *)malloc((size_t)r->ring * sizeof *slots);
+        r->sequences[i].query_positions = slots;
+        if (!slots) return 0;
+        for (k = 0; k < r->ring; k++) slots[k] = -1;
+    }
+    return 1;
+}
+
+int rkv_llama_attach(rkv_llama *r, struct llama_context *ctx)
+{
+    const struct llama_model *model = llama_get_model(ctx);
+    const char *wrong = rkvli_check_model(model);
+    llama_seq_id seq;
+    int tail = r->config.protect > r->config.window ? r->config.protect : r->config.window;
+    r->error[0] = 0;
+    if (r->ctx) return rkvli_refuse(r, "this rkv_llama belongs to a context already");
+    if (wrong) return rkvli_refuse(r, wrong);
+    if (r->streams_wanted)
+        return rkvli_refuse(r, "sequences with streams of their own are not supported: set "
+                               "kv_unified in the context's parameters");
+    r->memory = llama_get_memory(ctx);
+    if (!r->memory) return rkvli_refuse(r, "this context has no cache");
+    r->n_swa = llama_model_n_swa(model);
+    r->n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
+    r->n_embd = llama_model_n_embd(model);
+    r->n_cells = (int)llama_n_ctx(ctx);
+    r->max_batch = (int)llama_n_batch(ctx);
+    if (!r->keeps_all && r->n_cells < r->budget + r->buffer)
+        return rkvli_say(r, RKV_LLAMA_REFUSED,
+                         "the context has %d cells; budget %d and buffer %d need %d", r->n_cells,
+                         r->budget, r->buffer, r->budget + r->buffer);
+    if (r->n_swa > tail && r->method != RKVLI_NEWEST) tail = r->n_swa;
+    if (r->n_swa && !r->keeps_all && r->n_swa + r->config.window >= r->budget)
+        return rkvli_say(r, RKV_LLAMA_REFUSED,
+                         "the model's sliding window is %d tokens, which are never evicted: the "
+                         "budget (%d) must be larger",
+                         r->n_swa, r->budget);
+    r->n_sequences = (int)llama_n_seq_max(ctx);
+    for (seq = 0; seq < r->n_sequences; seq++)
+        if (llama_memory_seq_pos_max(r->memory, seq) >= 0)
+            return rkvli_refuse(r, "the context is not empty");
+    if (!rkvli_make_sequences(r)) return rkvli_no_memory(r);
+    r->ctx = ctx;
+    return RKV_LLAMA_OK;
+}
+
+/* After the first decode: was everything where it is looked for? Also what only the graph shows. */
+static const char *rkvli_check_layer(const rkv_llama *r, const rkvli_layer *layer)
+{
+    if (layer->keys->ne[2] > 1)
+        return "sequences with streams of their own are not supported: set kv_unified";
+    if (!layer->dim || layer->n_attended < r->part.n_ubatches)
+        return "the attention over the keys of a layer was not found";
+    if (layer->n_attended > r->part.n_ubatches)
+        return "models whose layers share keys are not supported";
+    if (layer->kv_heads < 1 || layer->keys->ne[0] != (int64_t)layer->kv_heads * layer->dim ||
+        layer->heads % layer->kv_heads != 0)
+        return "the shapes of keys and queries do not match";
+    if (layer->max_bias > 0 || layer->max_bias < 0) return "models with ALiBi are not supported";
+    if (layer->has_sinks && r->method == RKVLI_SCORED)
+        return "models with attention sinks are not supported";
+    if (!(layer->scale > 0)) return "the scale of the logits was not found";
+    if (!layer->values) return "the values of a layer were not found";
+    return NULL;
+}
+
+static const char *rkvli_check_graph(rkv_llama *r)
+{
+    const char *wrong;
+    int i, n_attended = 0;
+    if (r->is_broken) return "keys or queries have another form than is looked for";
+    if (r->n_layers == 0) return "no node stores keys";
+    for (i = 0; i < r->n_layers; i++) {
+        n_attended += r->layers[i].n_attended;
+        wrong = rkvli_check_layer(r, &r->layers[i]);
+        if (wrong) return wrong;
+    }
+    if (n_attended != r->part.n_attention) return "there are attention nodes without cached keys";
+    if (r->n_groups > 1 && !r->n_swa) return "there is more than one cache";
+    if (r->n_groups == 1 && r->n_swa)
+        return "all layers have a sliding window: the cache is bounded without eviction";
+    return NULL;
+}
+
+/* Two caches: the one for layers without a window is larger. */
+static int rkvli_choose_group(rkv_llama *r)
+{
+    int64_t cells[RKVLI_GROUPS] = { 0, 0 };
+    int i;
+    for (i = 0; i < r->n_layers; i++) cells[r->layers[i].group] = r->layers[i].keys->ne[1];
+    r->full = r->n_groups > 1 && cells[1] > cells[0];
+    if (r->n_groups > 1 && cells[0] == cells[1])
+        return rkvli_say(r, RKV_LLAMA_REFUSED,
+                         "the caches with and without a sliding window both have %d cells and "
+                         "cannot be told apart: make n_ctx larger than that, or n_ubatch smaller",
+                         (int)cells[0]);
+    if (cells[r->full] < r->n_cells)
+        return rkvli_refuse(r, "the cache has fewer cells than the context says");
+    return RKV_LLAMA_OK;
+}
+
+static int rkvli_self_test(rkv_llama *r)
+{
+    const char *wrong = rkvli_check_graph(r);
+    size_t bytes = 0;
+    int i, status;
+    if (wrong)
+        return rkvli_say(r, RKV_LLAMA_REFUSED, "in this model's graph, of this llama.cpp: %s",
+                         wrong);
+    status = rkvli_choose_group(r);
+    if (status) return status;
+    for (i = 0; i < r->n_layers; i++) {
+        const rkvli_layer *layer = &r->layers[i];
+        if (layer->group == r->full)
+            bytes += ggml_nbytes(layer->keys) / (size_t)layer->keys->ne[1] +
+                     ggml_nbytes(layer->values) / (size_t)layer->keys->ne[1];
+    }
+    r->counters.bytes_per_cell = bytes;
+    r->is_checked = 1;
+    return RKV_LLAMA_OK;
+}
+
+/* ==== 7. Rounds ============================================================================= */
+
+static int rkvli_dtype(enum ggml_type type)
+{
+    switch ((int)type) {
+    case GGML_TYPE_F32: return RKV_F32;
+    case GGML_TYPE_F16: return RKV_F16;
+    case GGML_TYPE_BF16: return RKV_BF16;
+    default: return -1;
+    }
+}
+
+static int rkvli_reads_in_place(const rkv_llama *r)
+{
+    int i;
+    if (r->options.copy_keys) return 0;
+    for (i = 0; i < r->n_layers; i++) {
+        const rkvli_layer *layer = &r->layers[i];
+        if (layer->group != r->full) continue;
+        if (rkvli_dtype(layer->keys->type) < 0 || !rkvli_is_host(layer->keys)) return 0;
+    }
+    return 1;
+}
+
+static int rkvli_round_fails(rkv_llama *r, llama_seq_id seq, int layer)
+{
+    char text[256];
+    if (layer >= 0) r->rkv_error.layer = layer;
+    return rkvli_say(r, RKV_LLAMA_REFUSED, "a round of sequence %d: %s", (int)seq,
+                     rkv_explain(&r->rkv_error, text, sizeof text));
+}
+
+/* The queries that vote, gathered from the ring: [heads][window][dim]. */
+static void rkvli_gather_votes(const rkv_llama *r, const rkvli_layer *layer, llama_seq_id seq,
+                               int window, float *out)
+{
+    const rkvli_sequence *s = &r->sequences[seq];
+    const size_t dim = (size_t)layer->dim;
+    int head, i;
+    for (head = 0; head < layer->heads; head++)
+        for (i = 0; i < window; i++, out += dim)
+            memcpy(out,
+                   rkvli_ring(r, layer, seq, head) +
+                       (size_t)(s->positions[s->n - window + i] % r->ring) * dim,
+                   dim * sizeof(float));
+}
+
+/* How many of the newest tokens have their queries in the ring, the window at most. */
+static int rkvli_count_votes(const rkv_llama *r, const rkvli_sequence *s)
+{
+    int n = 0;
+    while (n < r->config.window && n < s->n) {
+        const int32_t position = s->positions[s->n - 1 - n];
+        if (s->query_positions[position % r->ring] != position) break;
+        n++;
+    }
+    return n;
+}
+
+/* A layer's keys where they are, by the list of cells. */
+static void rkvli_view_layer(const rkv_llama *r, const rkvli_layer *layer, const rkvli_sequence *s,
+                             const rkv_config *config, float *votes, rkv_layer *view)
+{
+    const rkv_layer empty = RKV_INIT;
+    const int dtype = rkvli_dtype(layer->keys->type);
+    *view = empty;
+    view->keys = rkv_tensor_make(layer->keys->data, dtype < 0 ? RKV_F32 : (rkv_dtype)dtype,
+                                 layer->kv_heads, s->n, layer->dim);
+    view->keys.block_table = s->cells[r->full];
+    view->keys.block_tokens = 1;
+    view->keys.block_stride = layer->keys->ne[0];
+    view->keys.head_stride = layer->dim;
+    view->queries = rkv_tensor_make(votes, RKV_F32, layer->heads, config->window, layer->dim);
+    view->n_tokens = s->n;
+    view->scale = layer->scale;
+    view->softcap = layer->softcap;
+}
+
+/* A cell's keys as they are stored. */
+static const void *rkvli_read_row(rkv_llama *r, const rkvli_layer *layer, int cell)
+{
+    const size_t bytes = layer->keys->nb[1], at = (size_t)cell * bytes;
+    if (rkvli_is_host(layer->keys)) return (const char *)layer->keys->data + at;
+    ggml_backend_tensor_get(layer->keys, r->raw, at, bytes);
+    return r->raw;
+}
+
+/* A layer's keys as floats, [n_tokens][kv_heads * dim]; rows of adjacent cells in one copy. */
+static int rkvli_copy_keys(rkv_llama *r, const rkvli_layer *layer, const rkvli_sequence *s)
+{
+    const struct ggml_type_traits *traits = ggml_get_type_traits(layer->keys->type);
+    const size_t floats = (size_t)layer->keys->ne[0], row = layer->keys->nb[1];
+    const int32_t *cells = s->cells[r->full];
+    const double start = rkvli_seconds();
+    int i, n;
+    if (layer->keys->type != GGML_TYPE_F32 && !traits->to_float)
+        return rkvli_refuse(r, "the type of the cached keys cannot be converted");
+    if (!rkvli_grow(&r->rows, &r->rows_floats, (size_t)s->n * floats, sizeof(float)) ||
+        !rkvli_grow(&r->raw, &r->raw_bytes, (size_t)s->n * row, 1))
+        return rkvli_no_memory(r);
+    for (i = 0; i < s->n; i += n) {
+        const char *data = (const char *)r->raw;
+        const size_t at = (size_t)cells[i] * row;
+        float *out = r->rows + (size_t)i * floats;
+        for (n = 1; i + n < s->n && cells[i + n] == cells[i] + n;) n++;
+        if (rkvli_is_host(layer->keys))
+            data = (const char *)layer->keys->data + at;
+        else
+            ggml_backend_tensor_get(layer->keys, r->raw, at, (size_t)n * row);
+        if (layer->keys->type == GGML_TYPE_F32)
+            memcpy(out, data, (size_t)n * row);
+        else
+            traits->to_float(data, out, (int64_t)((size_t)n * floats));
+    }
+    r->counters.seconds_copies += rkvli_seconds() - start;
+    return RKV_LLAMA_OK;
+}
+
+static int rkvli_make_workspace(rkv_llama *r, const rkv_config *config, int n_views)
+{
+    size_t bytes;
+    if (rkv_workspace_size(NULL, config, r->views, n_views, &bytes) != RKV_OK) return 0;
+    if (!rkvli_grow(&r->workspace, &r->workspace_bytes, bytes, 1)) {
+        r->rkv_error.rule = "out of memory";
+        return 0;
+    }
+    return 1;
+}
+
+/* All layers in one call, on the keys where they lie. */
+static int rkvli_score_in_place(rkv_llama *r, const rkv_config *config, llama_seq_id seq)
+{
+    rkvli_sequence *s = &r->sequences[seq];
+    float *votes = r->votes;
+    int i, n = 0;
+    for (i = 0; i < r->n_layers; i++) {
+        const rkvli_layer *layer = &r->layers[i];
+        if (layer->group != r->full) continue;
+        rkvli_gather_votes(r, layer, seq, config->window, votes);
+        rkvli_view_layer(r, layer, s, config, votes, &r->views[n++]);
+        votes += (size_t)layer->heads * (size_t)config->window * (size_t)layer->dim;
+    }
+    r->views[0].shared_scores = r->sum;
+    r->views[0].kept = r->kept;
+    if (!rkvli_make_workspace(r, config, n) ||
+        rkv_score(NULL, config, r->views, n, r->workspace, r->workspace_bytes) != RKV_OK)
+        return rkvli_round_fails(r, seq, -1);
+    return RKV_LLAMA_OK;
+}
+
+/* One layer after the other, on a copy of its keys; the sum as rkv_score makes it. */
+static int rkvli_score_copies(rkv_llama *r, const rkv_config *config, llama_seq_id seq)
+{
+    rkvli_sequence *s = &r->sequences[seq];
+    int i, k, status, n = 0;
+    for (i = 0; i < r->n_layers; i++) {
+        const rkvli_layer *layer = &r->layers[i];
+        rkv_layer *view = &r->views[0];
+        if (layer->group != r->full) continue;
+        status = rkvli_copy_keys(r, layer, s);
+        if (status) return status;
+        rkvli_gather_votes(r, layer, seq, config->window, r->votes);
+        rkvli_view_layer(r, layer, s, config, r->votes, view);
+        view->keys = rkv_tensor_make(r->rows, RKV_F32, layer->kv_heads, s->n, layer->dim);
+        view->keys.token_stride = layer->keys->ne[0];
+        view->keys.head_stride = layer->dim;
+        view->shared_scores = r->scores;
+        if (!rkvli_make_workspace(r, config, 1) ||
+            rkv_score(NULL, config, view, 1, r->workspace, r->workspace_bytes) != RKV_OK)
+            return rkvli_round_fails(r, seq, n);
+        for (k = 0; k < s->n - config->window; k++)
+            r->sum[k] = n ? r->sum[k] + r->scores[k] : r->scores[k];
+        n++;
+    }
+    return RKV_LLAMA_OK;
+}
+
+/* The choice, from r->sum and r->round_pins into r->kept; how many, or a refusal. */
+static int rkvli_select(rkv_llama *r, const rkv_config *config, llama_seq_id seq)
+{
+    const rkvli_sequence *s = &r->sequences[seq];
+    const rkv_layer empty = RKV_INIT;
+    rkv_config by_scores = *config;
+    rkv_layer *view = &r->views[0];
+    float dummy = 0; /* keys are not read */
+    by_scores.lambda = 0;
+    *view = empty;
+    view->keys = rkv_tensor_make(&dummy, RKV_F32, 1, s->n, 1);
+    view->n_tokens = s->n;
+    view->shared_scores = r->sum;
+    view->pins = r->round_pins;
+    view->kept = r->kept;
+    if (!rkvli_make_workspace(r, &by_scores, 1) ||
+        rkv_select(NULL, &by_scores, view, 1, r->workspace, r->workspace_bytes) != RKV_OK)
+        return rkvli_round_fails(r, seq, -1);
+    return view->n_kept;
+}
+
+static int rkvli_reserve_round(rkv_llama *r, int n)
+{
+    size_t room[6], views = (size_t)r->n_layers, votes = 0;
+    int i;
+    if (!r->views) {
+        for (i = 0; i < r->n_layers; i++)
+            votes +=
+                (size_t)r->layers[i].heads * (size_t)r->config.window * (size_t)r->layers[i].dim;
+        r->views = (rkv_layer *)calloc(views, sizeof *r->views);
+        r->votes = (float *)calloc(votes, sizeof *r->votes);
+        if (!r->views || !r->votes) return 0;
+    }
+    if (n <= r->max_round) return 1;
+    for (i = 0; i < 5; i++) room[i] = (size_t)r->max_round;
+    if (!rkvli_grow(&r->scores, &room[0], (size_t)n, sizeof(float)) ||
+        !rkvli_grow(&r->sum, &room[1], (size_t)n, sizeof(float)) ||
+        !rkvli_grow(&r->kept, &room[2], (size_t)n, sizeof(int32_t)) ||
+        !rkvli_grow(&r->round_pins, &room[3], (size_t)n, 1) ||
+        !rkvli_grow(&r->runs, &room[4], (size_t)n, sizeof(rkv_run)))
+        return 0;
+    r->max_round = n;
+    return 1;
+}
+
+/* The config of one round: pins take the place of config.pinned; a tail that does not fit beside
+ * them shrinks, down to what must stay. */
+static int rkvli_round_config(rkv_llama *r, llama_seq_id seq, rkv_config *config, int *tail)
+{
+    const rkvli_sequence *s = &r->sequences[seq];
+    int i, n_pins = 0, n_before, votes = rkvli_count_votes(r, s);
+    int least = r->config.window > r->n_swa ? r->config.window : r->n_swa;
+    *config = r->config;
+    *tail = config->protect > least ? config->protect : least;
+    for (i = 0; i < s->n; i++) {
+        r->round_pins[i] =
+            s->pins[i] || i < r->config.pinned || r->owners[s->cells[r->full][i]] > 1;
+        n_pins += r->round_pins[i];
+    }
+    for (;; --*tail) { /* pins within the tail count once */
+        for (n_before = 0, i = 0; i < s->n - *tail; i++) n_before += r->round_pins[i];
+        if (n_before + *tail <= r->budget) break;
+        if (*tail == least)
+            return rkvli_say(r, RKV_LLAMA_REFUSED,
+                             "a round of sequence %d: %d pinned or shared tokens and the newest %d "
+                             "do not fit into a budget of %d",
+                             (int)seq, n_pins, least, r->budget);
+    }
+    config->pinned = 0;
+    config->protect = *tail;
+    if (r->method == RKVLI_SCORED && votes < config->window) {
+        if (votes == 0) config->lambda = 0; /* nobody votes: redundancy alone */
+        config->window = votes ? votes : 1;
+    }
+    return RKV_LLAMA_OK;
+}
+
+static int rkvli_score(rkv_llama *r, const rkv_config *config, llama_seq_id seq)
+{
+    const rkvli_sequence *s = &r->sequences[seq];
+    const int n = s->n - config->window;
+    if (r->method == RKVLI_CALLBACK) {
+        r->options.score(r->options.score_user, seq, n, s->positions, r->sum);
+        return RKV_LLAMA_OK;
+    }
+    if (r->method == RKVLI_NEWEST || config->protect == r->budget) {
+        memset(r->sum, 0, (size_t)n * sizeof *r->sum); /* of equals the newest stay */
+        return RKV_LLAMA_OK;
+    }
+    return rkvli_reads_in_place(r) ? rkvli_score_in_place(r, config, seq)
+                                   : rkvli_score_copies(r, config, seq);
+}
+
+static void rkvli_show(const rkv_llama *r, const rkv_config *config, llama_seq_id seq, int n_kept)
+{
+    const rkvli_sequence *s = &r->sequences[seq];
+    rkv_llama_round round;
+    if (!r->options.observe) return;
+    memset(&round, 0, sizeof round);
+    round.seq = seq;
+    round.n_tokens = s->n;
+    round.n_kept = n_kept;
+    round.positions = s->positions;
+    round.cells = s->cells[r->full];
+    round.pins = r->round_pins;
+    round.kept = r->kept;
+    round.n_scores = s->n - config->window;
+    round.scores = r->sum;
+    r->options.observe(r->options.observe_user, &round);
+}
+
+/* Frees the cells of what is not kept, in llama.cpp and in the lists. */
+static int rkvli_evict(rkv_llama *r, llama_seq_id seq, int n_kept)
+{
+    rkvli_sequence *s = &r->sequences[seq];
+    const int n = s->n;
+    const int n_runs = rkv_evicted_runs(r->kept, n_kept, n, s->positions, r->runs, n);
+    const double start = rkvli_seconds();
+    int i, k, g;
+    for (i = 0; i < n_runs; i++)
+        if (!llama_memory_seq_rm(r->memory, seq, r->runs[i].begin, r->runs[i].end)) {
+            r->is_broken = 1;
+            return rkvli_refuse(r, "llama_memory_seq_rm refused to free cells");
+        }
+    r->counters.seconds_removes += rkvli_seconds() - start;
+    r->counters.n_removes += n_runs;
+    for (i = 0, k = 0; i < n; i++) {
+        if (k < n_kept && r->kept[k] == i)
+            k++;
+        else
+            rkvli_release(r, s, i);
+    }
+    rkv_apply_kept(s->positions, sizeof *s->positions, r->kept, n_kept);
+    rkv_apply_kept(s->pins, sizeof *s->pins, r->kept, n_kept);
+    for (g = 0; g < r->n_groups; g++) rkv_apply_kept(s->cells[g], sizeof(int32_t), r->kept, n_kept);
+    s->n = n_kept;
+    s->n_evicted += n - n_kept;
+    r->counters.n_evicted += n - n_kept;
+    r->counters.n_rounds++;
+    return RKV_LLAMA_OK;
+}
+
+/* One round: the sequence keeps its budget. */
+static int rkvli_round(rkv_llama *r, llama_seq_id seq)
+{
+    rkvli_sequence *s = &r->sequences[seq];
+    rkv_config config;
+    int status, n_kept, tail;
+    double start, copies = r->counters.seconds_copies;
+    if (s->n <= r->budget) return RKV_LLAMA_OK;
+    if (!rkvli_reserve_round(r, s->n)) return rkvli_no_memory(r);
+    llama_synchronize(r->ctx);
+    start = rkvli_seconds();
+    status = rkvli_round_config(r, seq, &config, &tail);
+    if (status) return status;
+    status = rkvli_score(r, &config, seq);
+    if (status) return status;
+    n_kept = rkvli_select(r, &config, seq);
+    if (n_kept < 0) return n_kept;
+    r->counters.seconds_rkv += rkvli_seconds() - start - (r->counters.seconds_copies - copies);
+    rkvli_show(r, &config, seq, n_kept);
+    status = rkvli_evict(r, seq, n_kept);
+    if (status) return status;
+    s->reach = s->positions[n_kept - tail];
+    return RKV_LLAMA_OK;
+}
+
+int rkv_llama_compress(rkv_llama *r, llama_seq_id seq)
+{
+    r->error[0] = 0;
+    if (!r->ctx || !rkvli_sequence_of(r, seq)) return rkvli_refuse(r, "no such sequence");
+    return rkvli_round(r, seq);
+}
+
+/* ==== 8. Decoding =========================================================================== */
+
+static int rkvli_reserve_batch(rkv_llama *r, int n)
+{
+    size_t room[6];
+    int i;
+    if (n <= r->max_tokens) return 1;
+    for (i = 0; i < 6; i++) room[i] = (size_t)r->max_tokens;
+    room[2] *= RKVLI_GROUPS;
+    if (!rkvli_grow(&r->positions, &room[0], (size_t)n, sizeof *r->positions) ||
+        !rkvli_grow(&r->outputs, &room[1], (size_t)n, 1) ||
+        !rkvli_grow(&r->cells, &room[2], (size_t)n * RKVLI_GROUPS, sizeof *r->cells) ||
+        !rkvli_grow(&r->seq_ids, &room[3], (size_t)n, sizeof *r->seq_ids) ||
+        !rkvli_grow(&r->n_seq_ids, &room[4], (size_t)n, sizeof *r->n_seq_ids) ||
+        !rkvli_grow(&r->saved_rows, &room[5], (size_t)n, sizeof *r->saved_rows))
+        return 0;
+    r->max_tokens = n;
+    return 1;
+}
+
+/* Fills in what the caller left out and checks the rest: -1 as llama_decode for a batch that is
+ * wrong. */
+static int rkvli_read_batch(rkv_llama *r, const struct llama_batch *batch)
+{
+    static llama_seq_id zero[1] = { 0 };
+    int i, k;
+    if (batch->n_tokens < 1) return rkvli_say(r, -1, "the batch has no tokens");
+    if (!rkvli_reserve_batch(r, batch->n_tokens)) return rkvli_no_memory(r);
+    r->n_tokens = batch->n_tokens;
+    for (i = 0; i < r->n_sequences; i++) r->sequences[i].n_wanted = r->sequences[i].is_in_batch = 0;
+    for (i = 0; i < batch->n_tokens; i++) {
+        r->n_seq_ids[i] = batch->n_seq_id && batch->seq_id ? batch->n_seq_id[i] : 1;
+        r->seq_ids[i] = batch->n_seq_id && batch->seq_id ? batch->seq_id[i] : zero;
+        r->outputs[i] = batch->logits ? batch->logits[i] : i == batch->n_tokens - 1;
+        r->saved_rows[i] = -1;
+        if (r->n_seq_ids[i] < 1) return rkvli_say(r, -1, "token %d belongs to no sequence", i);
+        for (k = 0; k < r->n_seq_ids[i]; k++) {
+            const llama_seq_id seq = r->seq_ids[i][k];
+            rkvli_sequence *s = rkvli_sequence_of(r, seq);
+            llama_pos next;
+            if (!s)
+                return rkvli_say(r, -1, "token %d: there is no sequence %d, n_seq_max is %d", i,
+                                 (int)seq, r->n_sequences);
+            next = s->n_wanted ? s->first + s->n_wanted : s->next;
+            if (k == 0) r->positions[i] = batch->pos ? batch->pos[i] : next;
+            if (!s->n_wanted) {
+                s->first = r->positions[i];
+                if (s->n == 0 && s->first >= 0) next = s->first; /* it may begin anywhere */
+            }
+            if (r->positions[i] != next)
+                return rkvli_say(r, -1, "token %d has position %d in sequence %d, where %d is next",
+                                 i, (int)r->positions[i], (int)seq, (int)next);
+            s->n_wanted++;
+            s->is_in_batch = 1;
+        }
+    }
+    return RKV_LLAMA_OK;
+}
+
+/* Has anybody else changed the memory? */
+static int rkvli_check_memory(rkv_llama *r)
+{
+    int i;
+    for (i = 0; i < r->n_sequences; i++) {
+        const rkvli_sequence *s = &r->sequences[i];
+        const llama_pos last = s->n ? s->positions[s->n - 1] : -1;
+        if (!s->n_wanted || llama_memory_seq_pos_max(r->memory, i) == last) continue;
+        return rkvli_say(r, RKV_LLAMA_REFUSED,
+                         "the memory of sequence %d was changed behind rkv_llama's back: its last "
+                         "position is %d, not %d",
+                         i, (int)llama_memory_seq_pos_max(r->memory, i), (int)last);
+    }
+    return RKV_LLAMA_OK;
+}
+
+static int rkvli_room(const rkv_llama *r, const rkvli_sequence *s)
+{
+    if (r->keeps_all) return r->n_cells;
+    return r->budget + r->buffer > s->n ? r->budget + r->buffer - s->n : 0;
+}
+
+/* Rounds of the sequences that will not have room for their share of the batch. A share that the
+ * buffer can hold is not torn apart. */
+static int rkvli_make_room(rkv_llama *r)
+{
+    int i, status;
+    for (i = 0; i < r->n_sequences; i++) {
+        const rkvli_sequence *s = &r->sequences[i];
+        const int room = rkvli_room(r, s);
+        if (!s->n_wanted || s->n_wanted <= room) continue;
+        if (s->n_wanted > r->buffer && room > 0) continue; /* first fill what is free */
+        status = rkvli_round(r, i);
+        if (status) return status;
+    }
+    return RKV_LLAMA_OK;
+}
+
+/* The tokens from `begin` on that every sequence has room for. */
+static int rkvli_fitting(rkv_llama *r, int begin)
+{
+    int i, k, n;
+    for (i = 0; i < r->n_sequences; i++) r->sequences[i].n_part = 0;
+    for (n = 0; begin + n < r->n_tokens && n < r->max_batch; n++) {
+        const int token = begin + n;
+        for (k = 0; k < r->n_seq_ids[token]; k++) {
+            const rkvli_sequence *s = &r->sequences[r->seq_ids[token][k]];
+            if (s->n_part + 1 > rkvli_room(r, s)) return n;
+        }
+        for (k = 0; k < r->n_seq_ids[token]; k++) r->sequences[r->seq_ids[token][k]].n_part++;
+    }
+    return n;
+}
+
+/* Cells are short: a round of the sequence that is furthest above its budget. 0: there is none. */
+static int rkvli_relieve(rkv_llama *r, int *status)
+{
+    int i, worst = -1;
+    for (i = 0; i < r->n_sequences; i++)
+        if (r->sequences[i].n > r->budget &&
+            (worst < 0 || r->sequences[i].n > r->sequences[worst].n))
+            worst = i;
+    *status = worst < 0 ? RKV_LLAMA_OK : rkvli_round(r, worst);
+    return worst >= 0 && *status == RKV_LLAMA_OK;
+}
+
+/* How many tokens from `begin` on go into the next part; rounds come first where they are due. */
+static int rkvli_plan_part(rkv_llama *r, int begin, int *n)
+{
+    int status = rkvli_make_room(r);
+    if (status) return status;
+    *n = rkvli_fitting(r, begin);
+    while (*n > r->n_cells - r->n_used && rkvli_relieve(r, &status)) {}
+    if (status) return status;
+    if (*n > r->n_cells - r->n_used) *n = r->n_cells - r->n_used;
+    if (*n > 0) return RKV_LLAMA_OK;
+    return rkvli_say(r, RKV_LLAMA_NO_CELLS, "all %d cells are in use", r->n_cells);
+}
+
+/* Do the queries of this part have to be seen? Those of the next round's window, and at the first
+ * decode, for the self-test. */
+static int rkvli_wants_queries(const rkv_llama *r)
+{
+    int i;
+    if (!r->is_checked) return 1;
+    if (r->keeps_all || r->method != RKVLI_SCORED) return 0;
+    for (i = 0; i < r->n_sequences; i++) {
+        const rkvli_sequence *s = &r->sequences[i];
+        if (!s->n_part) continue;
+        if (s->n_part > 1 || s->n + s->n_part + r->ring > r->budget + r->buffer ||
+            r->n_used + r->ring > r->n_cells)
+            return 1;
+    }
+    return 0;
+}
+
+/* Whose queries the rings will hold after this part. */
+static void rkvli_open_rings(rkv_llama *r, int begin, int n)
+{
+    int i, k;
+    for (i = begin; i < begin + n; i++)
+        for (k = 0; k < r->n_seq_ids[i]; k++) {
+            rkvli_sequence *s = &r->sequences[r->seq_ids[i][k]];
+            s->query_positions[r->positions[i] % r->ring] = r->positions[i];
+        }
+}
+
+/* Logits of a part that is not the last. */
+static int rkvli_save_logits(rkv_llama *r, int begin, int n)
+{
+    int i;
+    for (i = 0; i < n; i++) {
+        const float *logits;
+        const size_t row = (size_t)r->n_vocab;
+        if (!r->outputs[begin + i]) continue;
+        logits = llama_get_logits_ith(r->ctx, i);
+        if (!logits ||
+            !rkvli_grow(&r->saved, &r->saved_floats, (size_t)(r->n_saved + 1) * row, sizeof(float)))
+            return rkvli_no_memory(r);
+        memcpy(r->saved + (size_t)r->n_saved * row, logits, row * sizeof(float));
+        r->saved_rows[begin + i] = r->n_saved++;
+    }
+    return RKV_LLAMA_OK;
+}
+
+/* The tokens of a part, and their cells, become part of the lists. */
+static int rkvli_commit(rkv_llama *r, int begin, int n)
+{
+    int i, k, g;
+    for (g = 0; g < r->n_groups; g++)
+        if (r->part.n_seen[g] != n)
+            return rkvli_refuse(r, "the cells of the batch were not found in the graph");
+    if (r->is_broken) return rkvli_refuse(r, "keys or queries have another form than before");
+    for (i = 0; i < n; i++) {
+        const int cell = r->part.cells[r->full][i];
+        if (cell < 0 || cell >= r->n_cells || r->owners[cell])
+            return rkvli_say(r, RKV_LLAMA_REFUSED,
+                             "llama.cpp put a token into cell %d, which is not free", cell);
+        for (k = 0; k < r->n_seq_ids[begin + i]; k++) {
+            rkvli_sequence *s = &r->sequences[r->seq_ids[begin + i][k]];
+            const llama_pos position = r->positions[begin + i];
+            if (!rkvli_reserve(s, s->n + 1)) return rkvli_no_memory(r);
+            s->positions[s->n] = position;
+            s->pins[s->n] = position >= s->pin_begin && position < s->pin_end;
+            for (g = 0; g < RKVLI_GROUPS; g++)
+                s->cells[g][s->n] = g < r->n_groups ? r->part.cells[g][i] : 0;
+            s->n++;
+            s->n_wanted--;
+            s->next = position + 1;
+            if (r->owners[cell]++ == 0) r->n_used++;
+        }
+        if (cell > r->counters.highest_cell) r->counters.highest_cell = cell;
+    }
+    if (r->n_used > r->counters.peak_live) r->counters.peak_live = r->n_used;
+    r->counters.n_tokens += n;
+    return RKV_LLAMA_OK;
+}
+
+/* The batch from token `begin` on, as llama_decode gets it. */
+static struct llama_batch rkvli_slice(const rkv_llama *r, const struct llama_batch *batch,
+                                      int begin, int n)
+{
+    struct llama_batch part = *batch;
+    part.n_tokens = n;
+    if (part.token) part.token += begin;
+    if (part.embd) part.embd += (size_t)begin * (size_t)r->n_embd;
+    part.pos = r->positions + begin;
+    part.n_seq_id = r->n_seq_ids + begin;
+    part.seq_id = r->seq_ids + begin;
+    part.logits = r->outputs + begin;
+    return part;
+}
+
+static int rkvli_decode_part(rkv_llama *r, const struct llama_batch *batch, int begin, int n)
+{
+    const struct llama_batch slice = rkvli_slice(r, batch, begin, n);
+    rkvli_part *part = &r->part;
+    int i, g, status;
+    memset(part, 0, sizeof *part);
+    part->begin = begin;
+    part->n = n;
+    part->wants_queries = rkvli_wants_queries(r);
+    if (!r->is_checked) r->n_groups = 0;
+    for (g = 0; g < RKVLI_GROUPS; g++) part->cells[g] = r->cells + (size_t)g * (size_t)n;
+    for (i = 0; i < r->n_layers; i++) r->layers[i].n_attended = 0;
+    if (part->wants_queries) rkvli_open_rings(r, begin, n);
+    part->batch = batch;
+    status = llama_decode(r->ctx, slice);
+    part->batch = NULL;
+    r->counters.n_decodes++;
+    if (status)
+        return rkvli_say(r, status, "llama_decode returned %d for %d tokens with %d cells in use",
+                         status, n, r->n_used);
+    if (!r->is_checked) {
+        llama_synchronize(r->ctx);
+        status = rkvli_self_test(r);
+        if (status) return status;
+    }
+    status = rkvli_commit(r, begin, n);
+    if (status) return status;
+    r->last_begin = begin;
+    return begin + n < r->n_tokens ? rkvli_save_logits(r, begin, n) : RKV_LLAMA_OK;
+}
+
+/* A sequence's first batch is its prompt. */
+static void rkvli_pin_prompts(rkv_llama *r)
+{
+    int i;
+    for (i = 0; i < r->n_sequences; i++) {
+        rkvli_sequence *s = &r->sequences[i];
+        if (!s->n_wanted || s->pinning != RKVLI_PIN_NOT_YET) continue;
+        s->pinning = RKVLI_PIN_PROMPT;
+        if (r->pin_limit < 0) continue;
+        s->pin_begin = s->first;
+        s->pin_end = s->first + (s->n_wanted < r->pin_limit ? s->n_wanted : r->pin_limit);
+    }
+}
+
+/* Takes back what a failed batch has left, in llama.cpp and in the lists. */
+static void rkvli_take_back(rkv_llama *r)
+{
+    int i;
+    for (i = 0; i < r->n_sequences; i++) {
+        rkvli_sequence *s = &r->sequences[i];
+        if (!s->is_in_batch) continue;
+        llama_memory_seq_rm(r->memory, i, s->first, -1);
+        rkvli_truncate(r, s, s->first);
+    }
+    r->n_tokens = 0;
+}
+
+int rkv_llama_decode(rkv_llama *r, struct llama_batch batch)
+{
+    int begin, n = 0, status;
+    r->error[0] = 0;
+    r->n_tokens = r->n_saved = 0;
+    if (!r->ctx) return rkvli_refuse(r, "rkv_llama_attach comes first");
+    if (r->is_broken) return rkvli_refuse(r, "an earlier call left the cache in doubt");
+    status = rkvli_read_batch(r, &batch);
+    if (!status) status = rkvli_check_memory(r);
+    if (status) {
+        r->n_tokens = 0;
+        return status;
+    }
+    rkvli_pin_prompts(r);
+    for (begin = 0; begin < r->n_tokens; begin += n) {
+        status = rkvli_plan_part(r, begin, &n);
+        if (!status) status = rkvli_decode_part(r, &batch, begin, n);
+        if (status) {
+            rkvli_take_back(r);
+            r->counters.n_tokens -= begin;
+            return status;
+        }
+    }
+    return RKV_LLAMA_OK;
+}
+
+int rkv_llama_index(const rkv_llama *r, int i)
+{
+    int k;
+    if (i < 0) { /* from the end of the outputs */
+        for (k = r->n_tokens - 1; k >= 0; k--)
+            if (r->outputs[k] && ++i == 0) break;
+        i = k;
+    }
+    return i >= r->last_begin && i < r->n_tokens && r->outputs[i] ? i - r->last_begin : -1;
+}
+
+float *rkv_llama_logits(rkv_llama *r, int i)
+{
+    int k, index;
+    if (i < 0) {
+        for (k = r->n_tokens - 1; k >= 0; k--)
+            if (r->outputs[k] && ++i == 0) break;
+        i = k;
+    }
+    if (i < 0 || i >= r->n_tokens) return NULL;
+    if (r->saved_rows[i] >= 0) return r->saved + (size_t)r->saved_rows[i] * (size_t)r->n_vocab;
+    index = rkv_llama_index(r, i);
+    return index < 0 ? NULL : llama_get_logits_ith(r->ctx, index);
+}
+
+/* ==== 9. Pins, sequences ==================================================================== */
+
+static int rkvli_mark(rkv_llama *r, llama_seq_id seq, llama_pos p0, llama_pos p1, int pinned)
+{
+    rkvli_sequence *s = r->ctx ? rkvli_sequence_of(r, seq) : NULL;
+    int i;
+    r->error[0] = 0;
+    if (!s) return rkvli_refuse(r, r->ctx ? "no such sequence" : "rkv_llama_attach comes first");
+    if (p0 < 0) p0 = 0;
+    if (p1 < 0) p1 = INT_MAX;
+    for (i = 0; i < s->n; i++)
+        if (s->positions[i] >= p0 && s->positions[i] < p1) s->pins[i] = (uint8_t)pinned;
+    s->pinning = RKVLI_PIN_CALLER;
+    if (pinned && p1 > s->next) { /* one range of tokens to come: the newest call's */
+        s->pin_begin = p0;
+        s->pin_end = p1;
+    }
+    if (!pinned && p0 <= s->pin_begin) s->pin_begin = p1 < s->pin_end ? p1 : s->pin_end;
+    if (!pinned && p0 > s->pin_begin && p0 < s->pin_end) s->pin_end = p0;
+    return RKV_LLAMA_OK;
+}
+
+int rkv_llama_pin(rkv_llama *r, llama_seq_id seq, llama_pos p0, llama_pos p1)
+{
+    return rkvli_mark(r, seq, p0, p1, 1);
+}
+
+int rkv_llama_unpin(rkv_llama *r, llama_seq_id seq, llama_pos p0, llama_pos p1)
+{
+    return rkvli_mark(r, seq, p0, p1, 0);
+}
+
+int rkv_llama_seq_rm(rkv_llama *r, llama_seq_id seq, llama_pos p0, llama_pos p1)
+{
+    rkvli_sequence *s = r->ctx ? rkvli_sequence_of(r, seq) : NULL;
+    int i, g, n = 0, is_tail;
+    r->error[0] = 0;
+    if (!s) return rkvli_refuse(r, r->ctx ? "no such sequence" : "rkv_llama_attach comes first");
+    if (p0 < 0) p0 = 0;
+    if (p1 < 0) p1 = INT_MAX;
+    is_tail = s->n > 0 && p1 > s->positions[s->n - 1];
+    if (is_tail && p0 > s->positions[0] && p0 < s->reach)
+        return rkvli_say(r, RKV_LLAMA_REFUSED,
+                         "sequence %d cannot be taken back to position %d: a round has evicted "
+                         "tokens up to %d",
+                         (int)seq, (int)p0, (int)s->reach);
+    if (!llama_memory_seq_rm(r->memory, seq, p0, p1 == INT_MAX ? -1 : p1))
+        return rkvli_refuse(r, "llama_memory_seq_rm refused");
+    r->n_tokens = 0;
+    if (is_tail) {
+        rkvli_truncate(r, s, p0);
+        return RKV_LLAMA_OK;
+    }
+    for (i = 0; i < s->n; i++) {
+        if (s->positions[i] >= p0 && s->positions[i] < p1) {
+            rkvli_release(r, s, i);
+            continue;
+        }
+        s->positions[n] = s->positions[i];
+        s->pins[n] = s->pins[i];
+        for (g = 0; g < RKVLI_GROUPS; g++) s->cells[g][n] = s->cells[g][i];
+        n++;
+    }
+    s->n = n;
+    return RKV_LLAMA_OK;
+}
+
+int rkv_llama_seq_cp(rkv_llama *r, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1)
+{
+    rkvli_sequence *from = r->ctx ? rkvli_sequence_of(r, src) : NULL;
+    rkvli_sequence *to = r->ctx ? rkvli_sequence_of(r, dst) : NULL;
+    int i, g, l, head;
+    r->error[0] = 0;
+    if (!from || !to) return rkvli_refuse(r, "no such sequence");
+    if (to->n || from == to) return rkvli_refuse(r, "the sequence that is copied to is not empty");
+    if (!rkvli_reserve(to, from->n)) return rkvli_no_memory(r);
+    if (p0 < 0) p0 = 0;
+    if (p1 < 0) p1 = INT_MAX;
+    rkvli_reset_sequence(r, to);
+    llama_memory_seq_cp(r->memory, src, dst, p0, p1 == INT_MAX ? -1 : p1);
+    for (i = 0; i < from->n; i++) {
+        if (from->positions[i] < p0 || from->positions[i] >= p1) continue;
+        to->positions[to->n] = from->positions[i];
+        to->pins[to->n] = from->pins[i];
+        for (g = 0; g < RKVLI_GROUPS; g++) to->cells[g][to->n] = from->cells[g][i];
+        r->owners[from->cells[r->full][i]]++;
+        to->next = from->positions[i] + 1;
+        to->n++;
+    }
+    to->reach = from->reach;
+    to->pinning = from->pinning;
+    to->pin_begin = from->pin_begin;
+    to->pin_end = from->pin_end;
+    memcpy(to->query_positions, from->query_positions, (size_t)r->ring * sizeof(int32_t));
+    rkvli_forget_queries(r, to, to->next);
+    for (l = 0; l < r->n_layers; l++)
+        for (head = 0; head < r->layers[l].heads && r->layers[l].queries; head++)
+            memcpy(rkvli_ring(r, &r->layers[l], dst, head), rkvli_ring(r, &r->layers[l], src, head),
+                   (size_t)r->ring * (size_t)r->layers[l].dim * sizeof(float));
+    return RKV_LLAMA_OK;
+}
+
+int rkv_llama_seq_keep(rkv_llama *r, llama_seq_id seq)
+{
+    int i;
+    r->error[0] = 0;
+    if (!r->ctx || !rkvli_sequence_of(r, seq)) return rkvli_refuse(r, "no such sequence");
+    llama_memory_seq_keep(r->memory, seq);
+    for (i = 0; i < r->n_sequences; i++)
+        if (i != seq) rkvli_reset_sequence(r, &r->sequences[i]);
+    return RKV_LLAMA_OK;
+}
+
+int rkv_llama_clear(rkv_llama *r)
+{
+    int i;
+    r->error[0] = 0;
+    if (!r->ctx) return rkvli_refuse(r, "rkv_llama_attach comes first");
+    llama_memory_clear(r->memory, false);
+    for (i = 0; i < r->n_sequences; i++) rkvli_reset_sequence(r, &r->sequences[i]);
+    r->n_tokens = 0;
+    return RKV_LLAMA_OK;
+}
+
+int rkv_llama_live(const rkv_llama *r, llama_seq_id seq)
+{
+    const rkvli_sequence *s = rkvli_sequence_of(r, seq);
+    return s ? s->n : 0;
+}
+
+llama_pos rkv_llama_position(const rkv_llama *r, llama_seq_id seq)
+{
+    const rkvli_sequence *s = rkvli_sequence_of(r, seq);
+    return s ? s->next : 0;
+}
+
+const int32_t *rkv_llama_positions(const rkv_llama *r, llama_seq_id seq)
+{
+    const rkvli_sequence *s = rkvli_sequence_of(r, seq);
+    return s ? s->positions : NULL;
+}
+
+rkv_llama_counters rkv_llama_get_counters(const rkv_llama *r)
+{
+    rkv_llama_counters counters = r->counters;
+    int i;
+    counters.n_live = r->n_used;
+    counters.bytes_live = (size_t)r->n_used * counters.bytes_per_cell;
+    for (i = 0; i < r->n_sequences; i++)
+        counters.bytes_saved += (size_t)r->sequences[i].n_evicted * counters.bytes_per_cell;
+    return counters;
+}
+
+void rkv_llama_score_random(void *user, llama_seq_id seq, int n_scores, const int32_t *positions,
+                            float *scores)
+{
+    uint64_t *state = (uint64_t *)user; /* splitmix64 */
+    int i;
+    (void)seq;
+    (void)positions;
+    for (i = 0; i < n_scores; i++) {
+        uint64_t z = *state += 0x9e3779b97f4a7c15u;
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+        scores[i] = (float)((z ^ (z >> 31)) >> 40) * (1.0f / 16777216.0f);
+    }
+}
+
+/* ==== 10. Save, load ======================================================================== */
+
+#define RKVLI_MAGIC 0x31564b52u /* "RKV1" */
+
+typedef struct rkvli_header {
+    uint32_t magic, n, ring, n_layers;
+    int32_t next, reach, pin_begin, pin_end, pinning;
+    uint32_t unused;
+    uint64_t n_evicted, query_floats, state_bytes, checksum; /* of all that follows */
+} rkvli_header;
+
+static uint64_t rkvli_hash(uint64_t hash, const void *data, size_t bytes)
+{
+    const unsigned char *p = (const unsigned char *)data;
+    size_t i;
+    for (i = 0; i < bytes; i++) hash = (hash ^ p[i]) * 0x100000001b3u;
+    return hash;
+}
+
+static size_t rkvli_query_floats(const rkv_llama *r)
+{
+    size_t n = 0;
+    int i;
+    for (i = 0; i < r->n_layers; i++)
+        if (r->layers[i].group == r->full)
+            n += (size_t)r->layers[i].heads * (size_t)r->ring * (size_t)r->layers[i].dim;
+    return n;
+}
+
+/* Header; per token its position, its place among the cells, its pin; the ring's positions; a hash
+ * of each token's keys; the queries; llama.cpp's own bytes. */
+static size_t rkvli_fixed_bytes(const rkv_llama *r, size_t n)
+{
+    return sizeof(rkvli_header) + n * (2 * sizeof(int32_t) + 1 + sizeof(uint64_t)) +
+           (size_t)r->ring * sizeof(int32_t) + rkvli_query_floats(r) * sizeof(float);
+}
+
+size_t rkv_llama_save_size(rkv_llama *r, llama_seq_id seq)
+{
+    const rkvli_sequence *s = r->ctx ? rkvli_sequence_of(r, seq) : NULL;
+    if (!s || !r->is_checked) return 0;
+    return rkvli_fixed_bytes(r, (size_t)s->n) + llama_state_seq_get_size(r->ctx, seq);
+}
+
+static unsigned char *rkvli_put(unsigned char *at, const void *data, size_t bytes)
+{
+    memcpy(at, data, bytes);
+    return at + bytes;
+}
+
+static const unsigned char *rkvli_get(const unsigned char *at, void *data, size_t bytes)
+{
+    memcpy(data, at, bytes);
+    return at + bytes;
+}
+
+/* A cell's keys in every layer that is scored. */
+static uint64_t rkvli_hash_cell(rkv_llama *r, int cell)
+{
+    uint64_t hash = 0xcbf29ce484222325u;
+    int i;
+    for (i = 0; i < r->n_layers; i++)
+        if (r->layers[i].group == r->full)
+            hash =
+                rkvli_hash(hash, rkvli_read_row(r, &r->layers[i], cell), r->layers[i].keys->nb[1]);
+    return hash;
+}
+
+static int rkvli_reserve_row(rkv_llama *r)
+{
+    size_t bytes = 0;
+    int i;
+    for (i = 0; i < r->n_layers; i++)
+        if (r->layers[i].keys->nb[1] > bytes) bytes = r->layers[i].keys->nb[1];
+    return rkvli_grow(&r->raw, &r->raw_bytes, bytes, 1);
+}
+
+int rkv_llama_save(rkv_llama *r, llama_seq_id seq, void *memory, size_t bytes)
+{
+    const rkvli_sequence *s = r->ctx ? rkvli_sequence_of(r, seq) : NULL;
+    unsigned char *at = (unsigned char *)memory + sizeof(rkvli_header);
+    rkvli_header header;
+    int i, k, head;
+    r->error[0] = 0;
+    if (!s || !r->is_checked) return rkvli_refuse(r, "nothing has been decoded yet");
+    if (bytes < rkv_llama_save_size(r, seq)) return rkvli_refuse(r, "too few bytes for the state");
+    if (!rkvli_reserve_row(r)) return rkvli_no_memory(r);
+    llama_synchronize(r->ctx);
+    memset(&header, 0, sizeof header);
+    header.magic = RKVLI_MAGIC;
+    header.n = (uint32_t)s->n;
+    header.ring = (uint32_t)r->ring;
+    header.n_layers = (uint32_t)r->n_layers;
+    header.next = s->next;
+    header.reach = s->reach;
+    header.pin_begin = s->pin_begin;
+    header.pin_end = s->pin_end;
+    header.pinning = (int32_t)s->pinning;
+    header.n_evicted = (uint64_t)s->n_evicted;
+    header.query_floats = rkvli_query_floats(r);
+    at = rkvli_put(at, s->positions, (size_t)s->n * sizeof(int32_t));
+    for (i = 0; i < s->n; i++) { /* llama.cpp saves the cells in ascending order */
+        int32_t rank = 0;
+        for (k = 0; k < s->n; k++) rank += s->cells[r->full][k] < s->cells[r->full][i];
+        at = rkvli_put(at, &rank, sizeof rank);
+    }
+    at = rkvli_put(at, s->pins, (size_t)s->n);
+    at = rkvli_put(at, s->query_positions, (size_t)r->ring * sizeof(int32_t));
+    for (i = 0; i < s->n; i++) {
+        const uint64_t hash = rkvli_hash_cell(r, s->cells[r->full][i]);
+        at = rkvli_put(at, &hash, sizeof hash);
+    }
+    for (i = 0; i < r->n_layers; i++)
+        for (head = 0; r->layers[i].group == r->full && head < r->layers[i].heads; head++)
+            at = rkvli_put(at, rkvli_ring(r, &r->layers[i], seq, head),
+                           (size_t)r->ring * (size_t)r->layers[i].dim * sizeof(float));
+    header.state_bytes = llama_state_seq_get_size(r->ctx, seq);
+    if (llama_state_seq_get_data(r->ctx, at, (size_t)header.state_bytes, seq) != header.state_bytes)
+        return rkvli_refuse(r, "llama_state_seq_get_data failed");
+    at += header.state_bytes;
+    header.checksum = rkvli_hash(0xcbf29ce484222325u, (unsigned char *)memory + sizeof header,
+                                 (size_t)(at - (unsigned char *)memory) - sizeof header);
+    memcpy(memory, &header, sizeof header);
+    return RKV_LLAMA_OK;
+}
+
+static const char *rkvli_check_saved(const rkv_llama *r, const void *memory, size_t bytes,
+                                     rkvli_header *header)
+{
+    if (bytes < sizeof *header) return "the saved state is cut off";
+    memcpy(header, memory, sizeof *header);
+    if (header->magic != RKVLI_MAGIC) return "not a state that rkv_llama_save wrote";
+    if (header->ring != (uint32_t)r->ring || header->n_layers != (uint32_t)r->n_layers ||
+        header->query_floats != rkvli_query_floats(r))
+        return "the saved state is of another model, or of another window";
+    if (header->n > (uint32_t)r->n_cells ||
+        (!r->keeps_all && header->n > (uint32_t)(r->budget + r->buffer)))
+        return "the saved state has more tokens than there are cells for";
+    if (header->state_bytes > bytes ||
+        bytes - header->state_bytes != rkvli_fixed_bytes(r, header->n))
+        return "the saved state is cut off";
+    if (header->checksum != rkvli_hash(0xcbf29ce484222325u,
+                                       (const unsigned char *)memory + sizeof *header,
+                                       bytes - sizeof *header))
+        return "the saved state is damaged";
+    return NULL;
+}
+
+/* In an empty cache llama.cpp puts the saved cells side by side from cell 0 on. The hashes prove
+ * it. */
+static int rkvli_take_saved(rkv_llama *r, llama_seq_id seq, const unsigned char *at,
+                            const rkvli_header *header)
+{
+    rkvli_sequence *s = &r->sequences[seq];
+    const int n = (int)header->n;
+    uint64_t hash;
+    int i, head;
+    if (!rkvli_reserve(s, n)) return rkvli_no_memory(r);
+    at = rkvli_get(at, s->positions, (size_t)n * sizeof(int32_t));
+    at = rkvli_get(at, s->cells[r->full], (size_t)n * sizeof(int32_t));
+    at = rkvli_get(at, s->pins, (size_t)n);
+    at = rkvli_get(at, s->query_positions, (size_t)r->ring * sizeof(int32_t));
+    for (i = 0; i < n; i++) {
+        at = rkvli_get(at, &hash, sizeof hash);
+        if (hash != rkvli_hash_cell(r, s->cells[r->full][i]))
+            return rkvli_refuse(r, "llama.cpp restored the state into other cells than expected, "
+                                   "or the cache has other types");
+    }
+    for (i = 0; i < r->n_layers; i++)
+        for (head = 0; r->layers[i].group == r->full && head < r->layers[i].heads; head++)
+            at = rkvli_get(at, rkvli_ring(r, &r->layers[i], seq, head),
+                           (size_t)r->ring * (size_t)r->layers[i].dim * sizeof(float));
+    s->n = n;
+    s->next = header->next;
+    s->reach = header->reach;
+    s->pin_begin = header->pin_begin;
+    s->pin_end = header->pin_end;
+    s->pinning = (rkvli_pinning)header->pinning;
+    s->n_evicted = (int64_t)header->n_evicted;
+    for (i = 0; i < n; i++) r->owners[s->cells[r->full][i]] = 1;
+    r->n_used = n;
+    if (n - 1 > r->counters.highest_cell) r->counters.highest_cell = n - 1;
+    if (n > r->counters.peak_live) r->counters.peak_live = n;
+    return RKV_LLAMA_OK;
+}
+
+/* The layers are known after a decode only. A fresh context decodes one token and forgets it. */
+static int rkvli_warm_up(rkv_llama *r)
+{
+    llama_token token = 0;
+    int status;
+    if (r->is_checked) return RKV_LLAMA_OK;
+    status = rkv_llama_decode(r, llama_batch_get_one(&token, 1));
+    if (status == RKV_LLAMA_OK) r->counters.n_tokens--;
+    return status;
+}
+
+int rkv_llama_load(rkv_llama *r, llama_seq_id seq, const void *memory, size_t bytes)
+{
+    const rkvli_sequence *s = r->ctx ? rkvli_sequence_of(r, seq) : NULL;
+    const unsigned char *state;
+    const char *wrong;
+    rkvli_header header;
+    int i, status;
+    r->error[0] = 0;
+    if (!s) return rkvli_refuse(r, "no such sequence");
+    for (i = 0; i < r->n_sequences; i++)
+        if (i != seq && r->sequences[i].n)
+            return rkvli_refuse(r, "another sequence holds tokens: a state can be loaded into an "
+                                   "otherwise empty context only");
+    status = rkvli_warm_up(r);
+    if (status) return status;
+    rkv_llama_clear(r);
+    wrong = rkvli_check_saved(r, memory, bytes, &header);
+    if (wrong) return rkvli_refuse(r, wrong);
+    if (!rkvli_reserve_row(r)) return rkvli_no_memory(r);
+    state = (const unsigned char *)memory + (bytes - (size_t)header.state_bytes);
+    if (llama_state_seq_set_data(r->ctx, state, (size_t)header.state_bytes, seq) !=
+        header.state_bytes)
+        status = rkvli_refuse(r, "llama_state_seq_set_data failed");
+    else
+        status = rkvli_take_saved(r, seq, (const unsigned char *)memory + sizeof header, &header);
+    if (!status && header.n &&
+        llama_memory_seq_pos_max(r->memory, seq) != s->positions[header.n - 1])
+        status = rkvli_refuse(r, "llama.cpp restored other positions");
+    if (status) { /* empty, and the sentence is about why */
+        llama_memory_clear(r->memory, false);
+        for (i = 0; i < r->n_sequences; i++) rkvli_reset_sequence(r, &r->sequences[i]);
+    }
+    return status;
+}
+
+#endif /* RKV_LLAMA_IMPLEMENTATION */
