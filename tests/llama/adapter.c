@@ -1,0 +1,1155 @@
+/* adapter.c - examples/llama/rkv_llama.h inside llama.cpp, on tiny models with random weights.
+ * make test-llama        (needs llama.cpp: make llama-cpp) */
+#include "harness.h"
+#include "oracle.h"
+#include "tiny.h"
+
+#define RKV_LLAMA_IMPLEMENTATION
+#include "rkv_llama.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- a context with an adapter ---------------------------------------------------------------- */
+
+typedef struct setup {
+    tiny_kind kind;
+    enum ggml_type keys;
+    int flash, n_ctx, n_batch, n_sequences;
+    int is_plain; /* without an adapter */
+    rkv_llama_options options;
+    ggml_backend_sched_eval_callback other;
+    void *other_user;
+} setup;
+
+typedef struct bed {
+    struct llama_model *model;
+    struct llama_context *ctx;
+    rkv_llama *r;
+    int attached;
+} bed;
+
+static setup setup_of(tiny_kind kind, int budget, int buffer)
+{
+    setup s;
+    memset(&s, 0, sizeof s);
+    s.kind = kind;
+    s.keys = GGML_TYPE_F16;
+    s.flash = 1;
+    s.n_ctx = 512;
+    s.n_batch = 512;
+    s.n_sequences = 1;
+    s.options.budget = budget;
+    s.options.buffer = buffer;
+    return s;
+}
+
+static void bed_open(bed *b, const setup *s)
+{
+    struct llama_model_params model = llama_model_default_params();
+    struct llama_context_params params = llama_context_default_params();
+    const char *wrong;
+    memset(b, 0, sizeof *b);
+    model.n_gpu_layers = 0;
+    b->model = llama_model_load_from_file(tiny_write(s->kind), model);
+    if (!b->model) {
+        printf("FAIL  %s: llama.cpp does not load it\n", tiny_name(s->kind));
+        exit(1);
+    }
+    params.n_ctx = (uint32_t)s->n_ctx;
+    params.n_batch = (uint32_t)s->n_batch;
+    params.n_ubatch = s->n_batch < 128 ? (uint32_t)s->n_batch : 128;
+    params.n_seq_max = (uint32_t)s->n_sequences;
+    params.kv_unified = true;
+    params.n_threads = params.n_threads_batch = 1;
+    params.type_k = s->keys;
+    params.type_v = GGML_TYPE_F16;
+    params.flash_attn_type =
+        s->flash ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    params.no_perf = true;
+    params.swa_full = false;
+    params.cb_eval = s->other;
+    params.cb_eval_user_data = s->other_user;
+    if (!s->is_plain) {
+        wrong = rkv_llama_create(&b->r, &s->options);
+        if (wrong) case_fail("create: %s", wrong);
+        if (!b->r) exit(1);
+        rkv_llama_hook(b->r, &params);
+    }
+    b->ctx = llama_init_from_model(b->model, params);
+    if (!b->ctx) {
+        printf("FAIL  %s: no context\n", tiny_name(s->kind));
+        exit(1);
+    }
+    if (b->r) b->attached = rkv_llama_attach(b->r, b->ctx);
+}
+
+static void bed_close(bed *b)
+{
+    llama_free(b->ctx);
+    rkv_llama_destroy(b->r);
+    llama_model_free(b->model);
+}
+
+static llama_token token_at(int i)
+{
+    rng r = rng_seed(1000 + (uint64_t)i);
+    return rng_below(&r, TINY_VOCABULARY);
+}
+
+/* Decodes tokens of one sequence from position `begin` on, all outputs wanted. */
+static int decode(bed *b, llama_seq_id seq, int begin, int n)
+{
+    struct llama_batch batch = llama_batch_init(n, 0, 1);
+    int i, status;
+    for (i = 0; i < n; i++) {
+        batch.token[i] = token_at(begin + i);
+        batch.pos[i] = begin + i;
+        batch.n_seq_id[i] = 1;
+        batch.seq_id[i][0] = seq;
+        batch.logits[i] = 1;
+    }
+    batch.n_tokens = n;
+    status = b->r ? rkv_llama_decode(b->r, batch) : llama_decode(b->ctx, batch);
+    llama_batch_free(batch);
+    return status;
+}
+
+static int expect_decode(bed *b, llama_seq_id seq, int begin, int n)
+{
+    int status = decode(b, seq, begin, n);
+    if (status == 0) return 1;
+    case_fail("decode of %d tokens at %d: %d: %s", n, begin, status,
+              b->r ? rkv_llama_error(b->r) : "");
+    return 0;
+}
+
+static void expect_same_logits(const char *at, bed *a, bed *b)
+{
+    expect_bytes(at, llama_get_logits_ith(a->ctx, -1), llama_get_logits_ith(b->ctx, -1),
+                 TINY_VOCABULARY * sizeof(float));
+}
+
+static void expect_refusal(const char *at, bed *b, int status, const char *words)
+{
+    expect_int(at, 0, status, RKV_LLAMA_REFUSED);
+    if (!strstr(rkv_llama_error(b->r), words))
+        case_fail("%s: said \"%s\", not \"%s\"", at, rkv_llama_error(b->r), words);
+}
+
+/* ---- llama.cpp's own view of its memory -------------------------------------------------------
+ * The first cache in the bytes of llama_state_seq_get_data: number of streams, number of cells, per
+ * cell position and sequences, then per layer type, row size and rows. */
+
+typedef struct snapshot {
+    unsigned char *bytes;
+    int n, n_layers;
+    int32_t *positions; /* [n], in the order of the cells */
+    const unsigned char *rows[8];
+    int types[8];
+    size_t row_bytes[8];
+} snapshot;
+
+static uint32_t u32_at(const unsigned char *p)
+{
+    uint32_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static int parse(snapshot *s, size_t at, size_t bytes, int n)
+{
+    int i;
+    if (at + 8 > bytes || u32_at(s->bytes + at) != 1 || u32_at(s->bytes + at + 4) != (uint32_t)n)
+        return 0;
+    at += 8;
+    for (i = 0; i < n; i++) {
+        if (at + 8 > bytes || u32_at(s->bytes + at + 4) != 1) return 0;
+        s->positions[i] = (int32_t)u32_at(s->bytes + at);
+        at += 12;
+    }
+    if (at + 8 > bytes) return 0;
+    s->n_layers = (int)u32_at(s->bytes + at + 4);
+    at += 8;
+    if (s->n_layers < 1 || s->n_layers > 8) return 0;
+    for (i = 0; i < s->n_layers; i++) {
+        uint64_t row;
+        if (at + 12 > bytes) return 0;
+        s->types[i] = (int)u32_at(s->bytes + at);
+        memcpy(&row, s->bytes + at + 4, sizeof row);
+        s->row_bytes[i] = (size_t)row;
+        s->rows[i] = s->bytes + at + 12;
+        at += 12 + (size_t)row * (size_t)n;
+        if (row > 65536 || at > bytes) return 0;
+    }
+    return 1;
+}
+
+static void snapshot_take(snapshot *s, struct llama_context *ctx, llama_seq_id seq, int n)
+{
+    const size_t bytes = llama_state_seq_get_size(ctx, seq);
+    size_t at;
+    memset(s, 0, sizeof *s);
+    s->bytes = alloc_checked(bytes);
+    s->positions = alloc_checked((size_t)(n + 1) * sizeof *s->positions);
+    llama_state_seq_get_data(ctx, s->bytes, bytes, seq);
+    for (at = 0; at < 64; at += 4)
+        if (parse(s, at, bytes, n)) break;
+    s->n = at < 64 ? n : -1;
+    if (s->n < 0) case_fail("the state's %d cells are not where they are looked for", n);
+}
+
+static void snapshot_free(snapshot *s)
+{
+    free(s->bytes);
+    free(s->positions);
+}
+
+/* A row of keys in floats; from the formats' own definitions. */
+static void snapshot_row(const snapshot *s, int layer, int row, float *out, int n)
+{
+    const unsigned char *p = s->rows[layer] + (size_t)row * s->row_bytes[layer];
+    int i;
+    for (i = 0; i < n; i++) {
+        uint16_t half;
+        switch (s->types[layer]) {
+        case GGML_TYPE_F32: memcpy(&out[i], p + 4 * i, 4); break;
+        case GGML_TYPE_F16:
+            memcpy(&half, p + 2 * i, 2);
+            out[i] = f16_to_float(half);
+            break;
+        case GGML_TYPE_BF16:
+            memcpy(&half, p + 2 * i, 2);
+            out[i] = bf16_to_float(half);
+            break;
+        case GGML_TYPE_Q8_0: /* blocks of 32: an f16 scale, 32 int8 */
+            memcpy(&half, p + 34 * (i / 32), 2);
+            out[i] = f16_to_float(half) * (float)(int8_t)p[34 * (i / 32) + 2 + i % 32];
+            break;
+        default: case_fail("type %d", s->types[layer]); return;
+        }
+    }
+}
+
+/* The adapter's list and llama.cpp's memory hold the same positions. */
+static void expect_same_tokens(bed *b, llama_seq_id seq)
+{
+    const int n = rkv_llama_live(b->r, seq);
+    snapshot s;
+    int i, k, n_found = 0;
+    if (n == 0) {
+        expect_int("empty", seq, llama_memory_seq_pos_max(llama_get_memory(b->ctx), seq), -1);
+        return;
+    }
+    snapshot_take(&s, b->ctx, seq, n);
+    for (i = 0; i < s.n; i++)
+        for (k = 0; k < n; k++) n_found += s.positions[i] == rkv_llama_positions(b->r, seq)[k];
+    expect_int("tokens found", seq, n_found, n);
+    for (i = 1; i < n; i++)
+        if (rkv_llama_positions(b->r, seq)[i] <= rkv_llama_positions(b->r, seq)[i - 1])
+            case_fail("positions are not ascending");
+    snapshot_free(&s);
+}
+
+static int holds(const bed *b, llama_seq_id seq, int position)
+{
+    int i;
+    for (i = 0; i < rkv_llama_live(b->r, seq); i++)
+        if (rkv_llama_positions(b->r, seq)[i] == position) return 1;
+    return 0;
+}
+
+/* ---- nothing evicted: nothing changed ---------------------------------------------------------- */
+
+static const enum ggml_type key_types[] = { GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16,
+                                            GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0,
+                                            GGML_TYPE_Q4_1, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL };
+enum { N_KEY_TYPES = sizeof key_types / sizeof *key_types };
+
+static void test_same_logits(void)
+{
+    int kind, t, flash, i;
+    for (kind = TINY_LLAMA; kind <= TINY_GEMMA3; kind++)
+        for (t = 0; t < N_KEY_TYPES; t++)
+            for (flash = 0; flash < 2; flash++) {
+                setup s = setup_of((tiny_kind)kind, 60, 40);
+                bed with, without;
+                s.keys = key_types[t];
+                s.flash = flash;
+                case_begin("equal logits, %s, keys %s, flash attention %d",
+                           tiny_name((tiny_kind)kind), ggml_type_name(s.keys), flash);
+                bed_open(&with, &s);
+                s.is_plain = 1;
+                bed_open(&without, &s);
+                expect_int("attach", 0, with.attached, 0);
+                for (i = 0; i < 100; i += i < 40 ? 40 : 1) { /* queries are seen from 84 on */
+                    if (!expect_decode(&with, 0, i, i < 40 ? 40 : 1)) break;
+                    expect_decode(&without, 0, i, i < 40 ? 40 : 1);
+                    expect_same_logits("logits", &with, &without);
+                }
+                expect_int("rounds", 0, rkv_llama_get_counters(with.r).n_rounds, 0);
+                expect_int("live", 0, rkv_llama_live(with.r, 0), 100);
+                bed_close(&with);
+                bed_close(&without);
+                case_end();
+            }
+}
+
+/* ---- kept sets against the oracle --------------------------------------------------------------
+ * Keys from llama.cpp's own state, queries from a callback of the test's own. */
+
+enum { LONGEST = 1024, MAX_LAYERS = 6 };
+
+typedef struct witness {
+    float queries[MAX_LAYERS][LONGEST][TINY_HEADS * TINY_DIM]; /* [layer][position] */
+    int n_layers, layer, begin, n; /* of the graph under way: its next layer, its tokens */
+    struct llama_context **ctx;
+    rkv_config config;
+    float scale;    /* of the logits */
+    int full_layer; /* the only layer that is scored; -1: all */
+    int n_rounds, n_equal, n_last_kept;
+    double worst;
+} witness;
+
+static int is_attention(const struct ggml_tensor *t)
+{
+    return t->op == GGML_OP_FLASH_ATTN_EXT || strncmp(t->name, "kq-", 3) == 0;
+}
+
+static bool watch(struct ggml_tensor *t, bool ask, void *user)
+{
+    witness *w = user;
+    const struct ggml_tensor *q;
+    int i, h;
+    if (!is_attention(t)) return !ask;
+    if (ask) return true;
+    q = t->src[t->op == GGML_OP_FLASH_ATTN_EXT ? 0 : 1];
+    for (i = 0; i < (int)q->ne[1]; i++)
+        for (h = 0; h < TINY_HEADS; h++)
+            memcpy(&w->queries[w->layer][w->begin + i][h * TINY_DIM],
+                   (const char *)q->data + (size_t)i * q->nb[1] + (size_t)h * q->nb[2],
+                   TINY_DIM * sizeof(float));
+    w->n = (int)q->ne[1];
+    if (++w->layer == w->n_layers) {
+        w->layer = 0;
+        w->begin += w->n;
+    }
+    return true;
+}
+
+/* One layer's scores in double, added to the sum. */
+static void oracle_layer(witness *w, const snapshot *s, const rkv_llama_round *round, int layer,
+                         int row_layer, double *sum, double *tolerance)
+{
+    const int n = round->n_tokens, window = 8, group = TINY_HEADS / TINY_KV_HEADS;
+    float *row = alloc_checked(TINY_KV_HEADS * TINY_DIM * sizeof *row);
+    float *keys = alloc_checked((size_t)n * TINY_DIM * sizeof *keys);
+    float *votes = alloc_checked((size_t)(group * window * TINY_DIM) * sizeof *votes);
+    oracle_head heads[TINY_KV_HEADS];
+    int h, i, k, g;
+    for (h = 0; h < TINY_KV_HEADS; h++) {
+        for (i = 0; i < n; i++)
+            for (k = 0; k < s->n; k++)
+                if (s->positions[k] == round->positions[i]) {
+                    snapshot_row(s, row_layer, k, row, TINY_KV_HEADS * TINY_DIM);
+                    memcpy(keys + i * TINY_DIM, row + h * TINY_DIM, TINY_DIM * sizeof *keys);
+                }
+        for (g = 0; g < group; g++)
+            for (i = 0; i < window; i++)
+                memcpy(votes + (g * window + i) * TINY_DIM,
+                       &w->queries[layer][round->positions[n - window + i]]
+                                  [(h * group + g) * TINY_DIM],
+                       TINY_DIM * sizeof *votes);
+        oracle_score(&heads[h], &w->config, keys, votes, n, TINY_DIM, group, w->scale, 0);
+        *tolerance += oracle_tolerance(&heads[h], &w->config) / TINY_KV_HEADS;
+    }
+    oracle_add_layer(sum, heads, TINY_KV_HEADS);
+    for (h = 0; h < TINY_KV_HEADS; h++) oracle_free(&heads[h]);
+    free(row);
+    free(keys);
+    free(votes);
+}
+
+static void judge(void *user, const rkv_llama_round *round)
+{
+    witness *w = user;
+    const int n = round->n_tokens;
+    double *sum = alloc_checked((size_t)n * sizeof *sum), tolerance = 0, gap, scale = 0;
+    int32_t *kept = alloc_checked((size_t)n * sizeof *kept);
+    snapshot s;
+    int i, n_kept, n_layers;
+    snapshot_take(&s, *w->ctx, round->seq, n);
+    memset(sum, 0, (size_t)n * sizeof *sum);
+    n_layers = w->full_layer < 0 ? w->n_layers : 1;
+    for (i = 0; i < n_layers && s.n > 0; i++)
+        oracle_layer(w, &s, round, w->full_layer < 0 ? i : w->full_layer, i, sum, &tolerance);
+    expect_int("scores", 0, round->n_scores, n - 8);
+    for (i = 0; i < round->n_scores; i++) {
+        const double error = fabs(round->scores[i] - sum[i]);
+        if (fabs(sum[i]) > scale) scale = fabs(sum[i]);
+        if (error > w->worst) w->worst = error;
+        expect_near("score", i, round->scores[i], sum[i], tolerance);
+    }
+    n_kept = oracle_select(&w->config, sum, round->pins, n, kept, &gap);
+    w->n_rounds++;
+    w->n_last_kept = round->n_kept;
+    if (n_kept == round->n_kept && memcmp(kept, round->kept, (size_t)n_kept * sizeof *kept) == 0)
+        w->n_equal++;
+    else if (gap > 2 * tolerance)
+        case_fail("another set was kept, gap %g", gap);
+    snapshot_free(&s);
+    free(sum);
+    free(kept);
+}
+
+static void run_judged(tiny_kind kind, enum ggml_type keys, int flash, int copies, int n_threads)
+{
+    static witness w;
+    setup s = setup_of(kind, 128, 64);
+    bed b;
+    int i;
+    memset(&w, 0, sizeof w);
+    s.keys = keys;
+    s.flash = flash;
+    s.other = watch;
+    s.other_user = &w;
+    s.options.copy_keys = copies;
+    s.options.n_threads = n_threads;
+    s.options.pin_limit = 20;
+    s.options.observe = judge;
+    s.options.observe_user = &w;
+    w.ctx = &b.ctx;
+    w.config = rkv_config_default(128);
+    w.full_layer = kind == TINY_GEMMA3 ? 5 : -1;
+    w.n_layers = kind == TINY_GEMMA3 ? 6 : kind == TINY_LLAMA ? 3 : 2;
+    w.scale = 1.0f / sqrtf((float)TINY_DIM);
+    if (kind == TINY_GEMMA3) {
+        w.config.protect = TINY_WINDOW;
+        w.scale = 1; /* its queries come scaled */
+    }
+    case_begin("kept sets, %s, keys %s, flash attention %d%s, %d threads", tiny_name(kind),
+               ggml_type_name(keys), flash, copies ? ", copied" : "", n_threads);
+    bed_open(&b, &s);
+    expect_int("attach", 0, b.attached, 0);
+    expect_decode(&b, 0, 0, 150);
+    for (i = 150; i < 600; i++)
+        if (!expect_decode(&b, 0, i, 1)) break;
+    expect_true("rounds", w.n_rounds >= 6);
+    expect_int("equal sets", 0, w.n_equal, w.n_rounds);
+    expect_int("tokens kept", 0, w.n_last_kept, 128);
+    for (i = 0; i < 20; i++) expect_true("the prompt stays", holds(&b, 0, i));
+    expect_same_tokens(&b, 0);
+    bed_close(&b);
+    case_end();
+}
+
+static void test_kept_sets(void)
+{
+    static const enum ggml_type types[] = { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16,
+                                            GGML_TYPE_Q8_0 };
+    int t, flash;
+    for (t = 0; t < 4; t++)
+        for (flash = 0; flash < 2; flash++) run_judged(TINY_LLAMA, types[t], flash, 0, 1);
+    run_judged(TINY_LLAMA, GGML_TYPE_F16, 1, 1, 1);
+    run_judged(TINY_LLAMA, GGML_TYPE_F16, 1, 0, 2);
+    run_judged(TINY_QWEN2, GGML_TYPE_F16, 1, 0, 1);
+    run_judged(TINY_QWEN3, GGML_TYPE_F16, 0, 0, 1);
+    run_judged(TINY_GEMMA3, GGML_TYPE_F16, 1, 0, 1);
+    run_judged(TINY_GEMMA3, GGML_TYPE_F32, 0, 0, 1);
+}
+
+/* ---- bounded memory ---------------------------------------------------------------------------- */
+
+static void test_bounded(void)
+{
+    setup s = setup_of(TINY_LLAMA, 384, 128);
+    rkv_llama_counters c;
+    bed b;
+    int i;
+    case_begin("2,200 tokens in 512 cells");
+    bed_open(&b, &s);
+    expect_decode(&b, 0, 0, 30);
+    for (i = 30; i < 2200; i++)
+        if (!expect_decode(&b, 0, i, 1)) break;
+    c = rkv_llama_get_counters(b.r);
+    expect_int("tokens", 0, c.n_tokens, 2200);
+    expect_int("rounds", 0, c.n_rounds, (2200 - 384 - 1) / 128);
+    expect_int("evicted", 0, c.n_evicted, 128 * c.n_rounds);
+    expect_int("live", 0, c.n_live, 2200 - c.n_evicted);
+    expect_int("peak", 0, c.peak_live, 512);
+    expect_int("highest cell", 0, c.highest_cell, 511);
+    expect_int("position", 0, rkv_llama_position(b.r, 0), 2200); /* past n_ctx */
+    expect_int("bytes per cell", 0, (int64_t)c.bytes_per_cell,
+               3 * 2 * TINY_KV_HEADS * TINY_DIM * 2);
+    expect_int("bytes saved", 0, (int64_t)c.bytes_saved, c.n_evicted * (int64_t)c.bytes_per_cell);
+    for (i = 0; i < 30; i++) expect_true("the prompt stays", holds(&b, 0, i));
+    for (i = 2192; i < 2200; i++) expect_true("the window stays", holds(&b, 0, i));
+    expect_same_tokens(&b, 0);
+    bed_close(&b);
+    case_end();
+}
+
+static void test_long_prompt(void)
+{
+    setup s = setup_of(TINY_LLAMA, 256, 128);
+    rkv_llama_counters c;
+    bed b, plain;
+    int i;
+    case_begin("a prompt of 3,000 tokens in one batch, 384 cells used, n_batch 256");
+    s.n_batch = 256;
+    bed_open(&b, &s);
+    s.is_plain = 1;
+    bed_open(&plain, &s);
+    expect_decode(&b, 0, 0, 3000);
+    expect_decode(&plain, 0, 0, 256);
+    c = rkv_llama_get_counters(b.r);
+    expect_int("peak", 0, c.peak_live, 384);
+    expect_true("several parts", c.n_decodes > 20);
+    for (i = 0; i < 3000; i++)
+        if (!rkv_llama_logits(b.r, i)) case_fail("token %d has no logits", i);
+    for (i = 0; i < 256; i++)
+        expect_bytes("logits of an early part", rkv_llama_logits(b.r, i),
+                     llama_get_logits_ith(plain.ctx, i), TINY_VOCABULARY * sizeof(float));
+    expect_true("last logits", rkv_llama_logits(b.r, -1) == llama_get_logits_ith(b.ctx, -1));
+    expect_true("last logits", rkv_llama_logits(b.r, 2999) == llama_get_logits_ith(b.ctx, -1));
+    expect_int("an earlier token's index", 0, rkv_llama_index(b.r, 0), -1);
+    expect_true("no such token", rkv_llama_logits(b.r, 3000) == NULL);
+    for (i = 0; i < 128; i++) expect_true("half of the budget is pinned", holds(&b, 0, i));
+    expect_same_tokens(&b, 0);
+    expect_decode(&b, 0, 3000, 1);
+    expect_int("compress", 0, rkv_llama_compress(b.r, 0), 0);
+    expect_int("compressed", 0, rkv_llama_live(b.r, 0), 256);
+    bed_close(&b);
+    bed_close(&plain);
+    case_end();
+}
+
+/* A batch with next to nothing filled in. */
+static void test_plain_batch(void)
+{
+    setup s = setup_of(TINY_LLAMA, 64, 32);
+    llama_token tokens[200];
+    bed b;
+    int i;
+    case_begin("llama_batch_get_one, 200 tokens, then one at a time");
+    for (i = 0; i < 200; i++) tokens[i] = token_at(i);
+    bed_open(&b, &s);
+    expect_int("decode", 0, rkv_llama_decode(b.r, llama_batch_get_one(tokens, 200)), 0);
+    expect_true("logits", rkv_llama_logits(b.r, -1) != NULL);
+    expect_true("not asked for", rkv_llama_logits(b.r, 0) == NULL);
+    for (i = 0; i < 200; i++)
+        expect_int("decode", i, rkv_llama_decode(b.r, llama_batch_get_one(&tokens[i], 1)), 0);
+    expect_int("position", 0, rkv_llama_position(b.r, 0), 400);
+    expect_int("peak", 0, rkv_llama_get_counters(b.r).peak_live, 96);
+    expect_same_tokens(&b, 0);
+    bed_close(&b);
+    case_end();
+}
+
+/* ---- eviction is masking -----------------------------------------------------------------------
+ * With the cells in the same order: a token that a round has evicted, its cell taken by a token of
+ * another sequence; the token masked, by a sequence that does not hold it; minus infinity written
+ * into the mask. Equal to the bit. */
+
+enum { VICTIM = 20, BEFORE = 48, AFTER = 24 };
+
+static void condemn(void *user, llama_seq_id seq, int n, const int32_t *positions, float *scores)
+{
+    int i;
+    (void)user;
+    (void)seq;
+    for (i = 0; i < n; i++) scores[i] = positions[i] == VICTIM ? -1.0f : 1.0f;
+}
+
+static bool blind(struct ggml_tensor *t, bool ask, void *user)
+{
+    const int *cell = user;
+    if (ask && *cell >= 0 && t->op == GGML_OP_SOFT_MAX && t->src[1]) {
+        struct ggml_tensor *mask = t->src[1];
+        int64_t i;
+        while (mask->op != GGML_OP_NONE || mask->view_src)
+            mask = mask->view_src ? mask->view_src : mask->src[0];
+        for (i = 0; i < mask->ne[1]; i++) {
+            char *at = (char *)mask->data + (size_t)i * mask->nb[1];
+            const float minus_infinity = -INFINITY;
+            const uint16_t half = 0xfc00;
+            if (mask->type == GGML_TYPE_F32)
+                memcpy(at + 4 * *cell, &minus_infinity, 4);
+            else
+                memcpy(at + 2 * *cell, &half, 2);
+        }
+    }
+    return !ask;
+}
+
+static void test_masking(int flash)
+{
+    setup s = setup_of(TINY_LLAMA, BEFORE - 1, 1);
+    bed evicted, masked, blinded;
+    int cell = -1, i;
+    case_begin("eviction is masking, flash attention %d", flash);
+    s.flash = flash;
+    s.n_sequences = 2;
+    s.options.pin_limit = -1;
+    s.options.score = condemn;
+    bed_open(&evicted, &s);
+    s.is_plain = 1;
+    bed_open(&masked, &s);
+    s.other = blind;
+    s.other_user = &cell;
+    bed_open(&blinded, &s);
+    expect_decode(&evicted, 0, 0, BEFORE);
+    expect_decode(&masked, 0, 0, BEFORE);
+    expect_decode(&blinded, 0, 0, BEFORE);
+    expect_int("compress", 0, rkv_llama_compress(evicted.r, 0), 0);
+    expect_true("evicted", !holds(&evicted, 0, VICTIM));
+    expect_decode(&evicted, 1, 0, 1); /* takes the cell */
+    expect_int("its cell", 0, evicted.r->sequences[1].cells[0][0], VICTIM);
+    evicted.r->budget = evicted.r->config.budget = BEFORE + AFTER; /* no further rounds */
+    llama_memory_seq_cp(llama_get_memory(masked.ctx), 0, 1, -1, -1);
+    llama_memory_seq_rm(llama_get_memory(masked.ctx), 1, VICTIM, VICTIM + 1);
+    cell = VICTIM;
+    for (i = BEFORE; i < BEFORE + AFTER; i++) {
+        if (!expect_decode(&evicted, 0, i, 1)) break;
+        expect_decode(&masked, 1, i, 1);
+        expect_same_logits("evicted and masked", &evicted, &masked);
+        if (flash) continue;
+        expect_decode(&blinded, 0, i, 1);
+        expect_same_logits("evicted and minus infinity", &evicted, &blinded);
+    }
+    bed_close(&evicted);
+    bed_close(&masked);
+    bed_close(&blinded);
+    case_end();
+}
+
+/* ---- several sequences ------------------------------------------------------------------------- */
+
+static void test_two_sequences(void)
+{
+    setup s = setup_of(TINY_LLAMA, 96, 32);
+    struct llama_batch batch = llama_batch_init(8, 0, 2);
+    bed b;
+    int i, k;
+    case_begin("two sequences, each with a budget of its own");
+    s.n_sequences = 3;
+    s.n_ctx = 256;
+    bed_open(&b, &s);
+    expect_decode(&b, 0, 0, 50);
+    expect_decode(&b, 1, 0, 20);
+    for (i = 0; i < 400; i++) { /* a batch of both, the second two tokens at a time */
+        batch.n_tokens = 3;
+        for (k = 0; k < 3; k++) {
+            batch.token[k] = token_at(7 * i + k);
+            batch.pos[k] = k == 0 ? 50 + i : 20 + 2 * i + k - 1;
+            batch.n_seq_id[k] = 1;
+            batch.seq_id[k][0] = k > 0;
+            batch.logits[k] = k != 1;
+        }
+        if (rkv_llama_decode(b.r, batch)) {
+            case_fail("step %d: %s", i, rkv_llama_error(b.r));
+            break;
+        }
+        expect_true("logits", rkv_llama_logits(b.r, 0) && rkv_llama_logits(b.r, 2));
+        if (rkv_llama_live(b.r, 0) > 128 || rkv_llama_live(b.r, 1) > 128)
+            case_fail("step %d: more than budget and buffer", i);
+    }
+    expect_int("position", 0, rkv_llama_position(b.r, 0), 450);
+    expect_int("position", 1, rkv_llama_position(b.r, 1), 820);
+    for (i = 0; i < 48; i++) expect_true("prompt of 0", holds(&b, 0, i));
+    for (i = 0; i < 20; i++) expect_true("prompt of 1", holds(&b, 1, i));
+    expect_same_tokens(&b, 0);
+    expect_same_tokens(&b, 1);
+    expect_int("clear", 0, rkv_llama_seq_rm(b.r, 0, -1, -1), 0);
+    expect_int("cleared", 0, rkv_llama_live(b.r, 0), 0);
+    expect_same_tokens(&b, 0);
+    expect_same_tokens(&b, 1);
+    expect_decode(&b, 0, 0, 100);
+    expect_int("keep", 0, rkv_llama_seq_keep(b.r, 0), 0);
+    expect_same_tokens(&b, 0);
+    expect_same_tokens(&b, 1);
+    expect_int("cells in use", 0, rkv_llama_get_counters(b.r).n_live, rkv_llama_live(b.r, 0));
+    llama_batch_free(batch);
+    bed_close(&b);
+    case_end();
+}
+
+static void test_shared_prefix(void)
+{
+    setup s = setup_of(TINY_LLAMA, 96, 32);
+    bed b;
+    int i;
+    case_begin("a shared prefix is never evicted, and is when it is no longer shared");
+    s.n_sequences = 2;
+    s.n_ctx = 256;
+    s.options.pin_limit = -1;
+    bed_open(&b, &s);
+    expect_decode(&b, 0, 0, 40);
+    expect_int("copy", 0, rkv_llama_seq_cp(b.r, 0, 1, -1, -1), 0);
+    for (i = 40; i < 300; i++) {
+        if (!expect_decode(&b, 0, i, 1)) break;
+        if (!expect_decode(&b, 1, i, 1)) break;
+    }
+    for (i = 0; i < 40; i++) expect_true("shared", holds(&b, 0, i) && holds(&b, 1, i));
+    expect_int("cells in use", 0, rkv_llama_get_counters(b.r).n_live,
+               rkv_llama_live(b.r, 0) + rkv_llama_live(b.r, 1) - 40);
+    expect_refusal("not empty", &b, rkv_llama_seq_cp(b.r, 0, 1, -1, -1), "not empty");
+    expect_int("clear", 0, rkv_llama_seq_rm(b.r, 1, -1, -1), 0);
+    for (i = 300; i < 600; i++)
+        if (!expect_decode(&b, 0, i, 1)) break;
+    for (i = 0; i < 40 && holds(&b, 0, i); i++) {}
+    expect_true("no longer shared", i < 40);
+    expect_same_tokens(&b, 0);
+    bed_close(&b);
+    case_end();
+}
+
+/* Cells run out before a sequence is full: rounds of others make room, then there is none. */
+static void test_shortage(void)
+{
+    setup s = setup_of(TINY_LLAMA, 64, 128);
+    bed b;
+    int i;
+    case_begin("cells are short: rounds come early, then llama_decode's 1");
+    s.n_sequences = 4;
+    s.n_ctx = 256;
+    bed_open(&b, &s);
+    for (i = 0; i < 4; i++)
+        if (!expect_decode(&b, i, 0, 60)) break;
+    expect_decode(&b, 0, 60, 16); /* the last cells */
+    expect_decode(&b, 0, 76, 8);  /* a round frees 12 */
+    expect_int("rounds", 0, rkv_llama_get_counters(b.r).n_rounds, 1);
+    expect_decode(&b, 0, 84, 4);
+    expect_decode(&b, 1, 60, 4); /* another one */
+    expect_decode(&b, 2, 60, 4);
+    expect_decode(&b, 3, 60, 4); /* now every sequence has its budget */
+    expect_int("no cells", 0, decode(&b, 1, 64, 9), RKV_LLAMA_NO_CELLS);
+    expect_true("says so", strstr(rkv_llama_error(b.r), "cells are in use") != NULL);
+    expect_int("taken back", 0, rkv_llama_position(b.r, 1), 64);
+    for (i = 0; i < 4; i++) expect_same_tokens(&b, i);
+    bed_close(&b);
+    case_end();
+}
+
+/* ---- policies, pins ---------------------------------------------------------------------------- */
+
+static void test_policies(void)
+{
+    const rkv_config streaming = rkv_config_streaming(64), snapkv = rkv_config_snapkv(64);
+    setup s = setup_of(TINY_LLAMA, 64, 32);
+    uint64_t seed = 1;
+    bed b;
+    int i, k;
+    case_begin("StreamingLLM: the prompt and the newest");
+    s.options.config = &streaming;
+    bed_open(&b, &s);
+    expect_decode(&b, 0, 0, 20);
+    for (i = 20; i < 200; i++)
+        if (!expect_decode(&b, 0, i, 1)) break;
+    expect_int("compress", 0, rkv_llama_compress(b.r, 0), 0);
+    for (i = 0; i < 20; i++) expect_true("prompt", holds(&b, 0, i));
+    for (i = 200 - 44; i < 200; i++) expect_true("newest", holds(&b, 0, i));
+    bed_close(&b);
+    s.options.pin_limit = -1;
+    bed_open(&b, &s);
+    for (i = 0; i < 200; i++)
+        if (!expect_decode(&b, 0, i, 1)) break;
+    expect_int("compress", 0, rkv_llama_compress(b.r, 0), 0);
+    for (i = 0; i < 4; i++) expect_true("sinks", holds(&b, 0, i));
+    for (i = 200 - 60; i < 200; i++) expect_true("newest", holds(&b, 0, i));
+    bed_close(&b);
+    case_end();
+    for (k = 0; k < 2; k++) {
+        case_begin("%s", k ? "SnapKV" : "random");
+        s.options.pin_limit = 0;
+        s.options.config = k ? &snapkv : NULL;
+        s.options.score = k ? NULL : rkv_llama_score_random;
+        s.options.score_user = &seed;
+        bed_open(&b, &s);
+        expect_decode(&b, 0, 0, 20);
+        for (i = 20; i < 200; i++)
+            if (!expect_decode(&b, 0, i, 1)) break;
+        expect_int("compress", 0, rkv_llama_compress(b.r, 0), 0);
+        for (i = 0; i < 20; i++) expect_true("prompt", holds(&b, 0, i));
+        for (i = 192; i < 200; i++) expect_true("window", holds(&b, 0, i));
+        expect_int("kept", 0, rkv_llama_live(b.r, 0), 64);
+        expect_same_tokens(&b, 0);
+        bed_close(&b);
+        case_end();
+    }
+}
+
+static void test_pins(void)
+{
+    setup s = setup_of(TINY_LLAMA, 64, 32);
+    bed b;
+    int i, n;
+    case_begin("pins by hand");
+    bed_open(&b, &s);
+    expect_int("pin", 0, rkv_llama_pin(b.r, 0, 10, 20), 0); /* to come */
+    expect_decode(&b, 0, 0, 30);
+    for (i = 30; i < 300; i++)
+        if (!expect_decode(&b, 0, i, 1)) break;
+    for (i = 10; i < 20; i++) expect_true("pinned", holds(&b, 0, i));
+    for (i = 0, n = 0; i < 10; i++) n += holds(&b, 0, i);
+    expect_true("the rest of the prompt is not", n < 10);
+    expect_int("unpin", 0, rkv_llama_unpin(b.r, 0, 0, -1), 0);
+    for (i = 300; i < 700; i++)
+        if (!expect_decode(&b, 0, i, 1)) break;
+    for (i = 10, n = 0; i < 20; i++) n += holds(&b, 0, i);
+    expect_true("unpinned", n < 10);
+    expect_int("pin too much", 0, rkv_llama_pin(b.r, 0, 0, -1), 0);
+    n = rkv_llama_position(b.r, 0);
+    for (i = 0; i < 40; i++)
+        if (decode(&b, 0, n + i, 1)) break;
+    expect_true("refused in the end", i < 40);
+    expect_refusal("too many pins", &b, decode(&b, 0, n + i, 1), "do not fit into a budget of 64");
+    expect_int("unpin", 0, rkv_llama_unpin(b.r, 0, 0, -1), 0);
+    expect_decode(&b, 0, n + i, 1);
+    bed_close(&b);
+    case_end();
+}
+
+/* ---- taking back ------------------------------------------------------------------------------- */
+
+static void test_drafts(void)
+{
+    setup s = setup_of(TINY_LLAMA, 96, 32);
+    bed with, without;
+    int i;
+    case_begin("drafts that are rejected leave no trace");
+    bed_open(&with, &s);
+    bed_open(&without, &s);
+    expect_decode(&with, 0, 0, 40);
+    expect_decode(&without, 0, 0, 40);
+    for (i = 40; i < 400; i++) {
+        if (rkv_llama_live(with.r, 0) + 6 <= 128) { /* no round on account of the drafts */
+            if (!expect_decode(&with, 0, i, 6)) break;
+            expect_int("take back", i, rkv_llama_seq_rm(with.r, 0, i, -1), 0);
+        }
+        if (!expect_decode(&with, 0, i, 1)) break;
+        expect_decode(&without, 0, i, 1);
+        expect_same_logits("logits", &with, &without);
+    }
+    expect_int("live", 0, rkv_llama_live(with.r, 0), rkv_llama_live(without.r, 0));
+    expect_bytes("positions", rkv_llama_positions(with.r, 0), rkv_llama_positions(without.r, 0),
+                 (size_t)rkv_llama_live(without.r, 0) * sizeof(int32_t));
+    i = with.r->sequences[0].reach;
+    expect_refusal("too far", &with, rkv_llama_seq_rm(with.r, 0, i - 1, -1),
+                   "cannot be taken back");
+    expect_int("as far as it goes", 0, rkv_llama_seq_rm(with.r, 0, i, -1), 0);
+    expect_int("position", 0, rkv_llama_position(with.r, 0), i);
+    expect_same_tokens(&with, 0);
+    for (; i < 700; i++)
+        if (!expect_decode(&with, 0, i, 1)) break;
+    expect_int("a hole", 0, rkv_llama_seq_rm(with.r, 0, 600, 650), 0);
+    expect_same_tokens(&with, 0);
+    for (; i < 900; i++)
+        if (!expect_decode(&with, 0, i, 1)) break;
+    expect_same_tokens(&with, 0);
+    bed_close(&with);
+    bed_close(&without);
+    case_end();
+}
+
+static bool stop_here(void *user)
+{
+    int *left = user;
+    return *left > 0 && --*left == 0;
+}
+
+static void test_aborted(void)
+{
+    setup s = setup_of(TINY_LLAMA, 96, 32);
+    int left = 0, i, stopped = 0;
+    bed b;
+    case_begin("an aborted decode is taken back");
+    bed_open(&b, &s);
+    llama_set_abort_callback(b.ctx, stop_here, &left);
+    expect_decode(&b, 0, 0, 40);
+    for (i = 1; i < 300; i += 7) {
+        left = i;
+        if (decode(&b, 0, 40, 300) == 0) break; /* parts, rounds */
+        stopped++;
+        expect_int("position", i, rkv_llama_position(b.r, 0), 40);
+        expect_same_tokens(&b, 0);
+    }
+    left = 0;
+    expect_true("stopped", stopped > 0);
+    i = rkv_llama_position(b.r, 0);
+    expect_decode(&b, 0, i, 10);
+    expect_same_tokens(&b, 0);
+    bed_close(&b);
+    case_end();
+}
+
+/* ---- save and load ----------------------------------------------------------------------------- */
+
+static void test_saved(tiny_kind kind, enum ggml_type keys)
+{
+    setup s = setup_of(kind, 96, 32);
+    bed a, b, c, other;
+    unsigned char *bytes;
+    size_t n, k;
+    int i;
+    double worst = 0;
+    case_begin("save and load, %s, keys %s", tiny_name(kind), ggml_type_name(keys));
+    s.keys = keys;
+    bed_open(&a, &s);
+    bed_open(&b, &s);
+    bed_open(&c, &s);
+    expect_decode(&a, 0, 0, 30);
+    for (i = 30; i < 300; i++)
+        if (!expect_decode(&a, 0, i, 1)) break;
+    n = rkv_llama_save_size(a.r, 0);
+    bytes = alloc_checked(n);
+    expect_int("save", 0, rkv_llama_save(a.r, 0, bytes, n), 0);
+    expect_refusal("too few bytes", &a, rkv_llama_save(a.r, 0, bytes, n - 1), "too few bytes");
+    expect_decode(&b, 0, 0, 77); /* forgotten by load */
+    if (rkv_llama_load(b.r, 0, bytes, n)) case_fail("load: %s", rkv_llama_error(b.r));
+    if (rkv_llama_load(c.r, 0, bytes, n)) case_fail("load: %s", rkv_llama_error(c.r));
+    expect_int("live", 0, rkv_llama_live(b.r, 0), rkv_llama_live(a.r, 0));
+    expect_bytes("positions", rkv_llama_positions(b.r, 0), rkv_llama_positions(a.r, 0),
+                 (size_t)rkv_llama_live(a.r, 0) * sizeof(int32_t));
+    expect_same_tokens(&b, 0);
+    for (i = 300; i < 500; i++) {
+        if (!expect_decode(&a, 0, i, 1) || !expect_decode(&b, 0, i, 1)) break;
+        expect_decode(&c, 0, i, 1);
+        expect_same_logits("two that were loaded", &b, &c);
+        for (k = 0; k < TINY_VOCABULARY && i == 300; k++)
+            worst = fmax(worst, fabs(llama_get_logits_ith(a.ctx, -1)[k] -
+                                     llama_get_logits_ith(b.ctx, -1)[k]));
+    }
+    expect_near("logits after loading", 0, worst, 0, 0.1); /* another order of cells */
+    for (i = 0; i < 30; i++) expect_true("prompt", holds(&b, 0, i));
+    expect_same_tokens(&b, 0);
+    expect_refusal("cut off", &b, rkv_llama_load(b.r, 0, bytes, n - 1), "cut off");
+    expect_refusal("cut off", &b, rkv_llama_load(b.r, 0, bytes, 7), "cut off");
+    for (k = 0; k < n; k += 1 + n / 300) {
+        bytes[k] ^= 0x10;
+        expect_int("damaged", (int)k, rkv_llama_load(b.r, 0, bytes, n), RKV_LLAMA_REFUSED);
+        bytes[k] ^= 0x10;
+    }
+    expect_int("empty after that", 0, rkv_llama_live(b.r, 0), 0);
+    expect_same_tokens(&b, 0);
+    expect_decode(&b, 0, 0, 10);
+    expect_int("load again", 0, rkv_llama_load(b.r, 0, bytes, n), 0);
+    s = setup_of(kind == TINY_QWEN3 ? TINY_LLAMA : TINY_QWEN3, 96, 32);
+    s.n_sequences = 2;
+    bed_open(&other, &s);
+    expect_refusal("another model", &other, rkv_llama_load(other.r, 0, bytes, n), "another model");
+    expect_decode(&other, 1, 0, 10);
+    expect_refusal("not alone", &other, rkv_llama_load(other.r, 0, bytes, n), "another sequence");
+    bed_close(&other);
+    bed_close(&a);
+    bed_close(&b);
+    bed_close(&c);
+    free(bytes);
+    case_end();
+}
+
+/* ---- refusals ---------------------------------------------------------------------------------- */
+
+static void test_options(void)
+{
+    static const struct {
+        int budget, buffer, pin_limit, n_threads;
+        const char *words;
+    } wrong[] = { { 0, 0, 0, 0, "budget" },      { -2, 0, 0, 0, "budget" },
+                  { 64, -1, 0, 0, "buffer" },    { 64, 0, -2, 0, "pin_limit" },
+                  { 64, 0, 0, -1, "n_threads" }, { 4, 0, 0, 0, "config.budget" } };
+    rkv_llama_options options;
+    rkv_llama *r = NULL;
+    size_t i;
+    case_begin("options that are wrong");
+    for (i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        const char *said;
+        memset(&options, 0, sizeof options);
+        options.budget = wrong[i].budget;
+        options.buffer = wrong[i].buffer;
+        options.pin_limit = wrong[i].pin_limit;
+        options.n_threads = wrong[i].n_threads;
+        said = rkv_llama_create(&r, &options);
+        if (!said || !strstr(said, wrong[i].words) || r)
+            case_fail("%s: said \"%s\"", wrong[i].words, said ? said : "");
+    }
+    expect_true("out", rkv_llama_create(NULL, &options) != NULL);
+    expect_true("options", rkv_llama_create(&r, NULL) != NULL);
+    rkv_llama_destroy(NULL);
+    case_end();
+}
+
+/* attach, then a first decode: the first that refuses must say the words. */
+static void refused_with(const char *at, const setup *s, const char *words)
+{
+    bed b;
+    int status;
+    case_begin("refused: %s", at);
+    bed_open(&b, s);
+    status = b.attached ? b.attached : decode(&b, 0, 0, 10);
+    expect_refusal(at, &b, status, words);
+    expect_int("nothing stays", 0, rkv_llama_live(b.r, 0), 0);
+    bed_close(&b);
+    case_end();
+}
+
+static bool rename_keys(struct ggml_tensor *t, bool ask, void *user)
+{
+    (void)user;
+    if (ask && t->op == GGML_OP_SET_ROWS) {
+        struct ggml_tensor *root = t;
+        while (root->view_src) root = root->view_src;
+        if (strncmp(root->name, "cache_k_l", 9) == 0) root->name[0] = 'x';
+    }
+    return !ask;
+}
+
+/* What no tiny model has: doctored after a first decode, then checked again. */
+static void test_doctored(void)
+{
+    setup s = setup_of(TINY_LLAMA, 96, 32);
+    const char *said;
+    rkvli_layer *layer;
+    bed b;
+    case_begin("refused: what only a graph shows");
+    bed_open(&b, &s);
+    expect_decode(&b, 0, 0, 10);
+    layer = &b.r->layers[1];
+    expect_true("as it is", rkvli_check_layer(b.r, layer) == NULL);
+    layer->has_sinks = 1;
+    said = rkvli_check_layer(b.r, layer);
+    expect_true("sinks", said && strstr(said, "sinks"));
+    layer->has_sinks = 0;
+    layer->n_attended++;
+    said = rkvli_check_layer(b.r, layer);
+    expect_true("shared keys", said && strstr(said, "share keys"));
+    layer->n_attended -= 2;
+    said = rkvli_check_layer(b.r, layer);
+    expect_true("no attention", said && strstr(said, "not found"));
+    layer->n_attended++;
+    layer->heads++;
+    said = rkvli_check_layer(b.r, layer);
+    expect_true("shapes", said && strstr(said, "shapes"));
+    layer->heads--;
+    layer->scale = 0;
+    said = rkvli_check_layer(b.r, layer);
+    expect_true("scale", said && strstr(said, "scale"));
+    b.r->part.n_attention++;
+    layer->scale = 1;
+    said = rkvli_check_graph(b.r);
+    expect_true("other attention", said && strstr(said, "without cached keys"));
+    bed_close(&b);
+    case_end();
+}
+
+static void test_refusals(void)
+{
+    setup s = setup_of(TINY_MAMBA, 96, 32);
+    int flash;
+    refused_with("a recurrent model", &s, "recurrent");
+    for (flash = 0; flash < 2; flash++) {
+        s = setup_of(TINY_MPT, 96, 32);
+        s.flash = flash;
+        refused_with("ALiBi", &s, "ALiBi");
+    }
+    s = setup_of(TINY_LLAMA, 480, 64);
+    refused_with("too few cells", &s, "need 544");
+    s = setup_of(TINY_GEMMA3, 36, 64);
+    refused_with("a budget within the sliding window", &s, "sliding window");
+    s = setup_of(TINY_GEMMA3, 96, 32);
+    s.n_ctx = 256;
+    refused_with("two caches of one size", &s, "told apart");
+    s = setup_of(TINY_LLAMA, 96, 32);
+    s.other = rename_keys;
+    refused_with("other names", &s, "was not found");
+    test_doctored();
+}
+
+static void test_misuse(void)
+{
+    setup s = setup_of(TINY_LLAMA, 96, 32);
+    bed b, c;
+    case_begin("misuse: positions, sequences, memory changed behind the adapter's back");
+    s.n_sequences = 2;
+    bed_open(&b, &s);
+    bed_open(&c, &s);
+    expect_decode(&b, 0, 0, 10);
+    expect_int("a gap", 0, decode(&b, 0, 11, 1), -1);
+    expect_int("again", 0, decode(&b, 0, 9, 1), -1);
+    expect_int("no such sequence", 0, decode(&b, 2, 0, 1), -1);
+    expect_int("no tokens", 0, decode(&b, 0, 10, 0), -1);
+    expect_refusal("seq_rm", &b, rkv_llama_seq_rm(b.r, 5, -1, -1), "no such sequence");
+    expect_refusal("seq_cp", &b, rkv_llama_seq_cp(b.r, 0, 7, -1, -1), "no such sequence");
+    expect_refusal("seq_keep", &b, rkv_llama_seq_keep(b.r, -1), "no such sequence");
+    expect_refusal("pin", &b, rkv_llama_pin(b.r, 2, 0, 1), "no such sequence");
+    expect_refusal("attach", &b, rkv_llama_attach(b.r, b.ctx), "already");
+    expect_refusal("a context in use", &c, (c.r->ctx = NULL, rkv_llama_attach(c.r, b.ctx)),
+                   "not empty");
+    expect_decode(&b, 0, 10, 1);
+    expect_same_tokens(&b, 0);
+    llama_memory_seq_rm(llama_get_memory(b.ctx), 0, 8, -1);
+    expect_refusal("behind its back", &b, decode(&b, 0, 11, 1), "behind rkv_llama's back");
+    expect_int("clear", 0, rkv_llama_clear(b.r), 0);
+    expect_decode(&b, 0, 0, 10);
+    bed_close(&c);
+    bed_close(&b);
+    case_end();
+}
+
+static void test_streams(void)
+{
+    setup s = setup_of(TINY_LLAMA, 96, 32);
+    struct llama_context_params params = llama_context_default_params();
+    rkv_llama *r;
+    bed b;
+    case_begin("refused: sequences with streams of their own");
+    s.is_plain = 1;
+    bed_open(&b, &s);
+    expect_true("create", rkv_llama_create(&r, &s.options) == NULL);
+    params.n_seq_max = 2;
+    params.kv_unified = false;
+    rkv_llama_hook(r, &params);
+    b.r = r;
+    expect_refusal("streams", &b, rkv_llama_attach(r, b.ctx), "streams");
+    bed_close(&b);
+    case_end();
+}
+
+/* llama.cpp says much about aborted and refused calls, which are wanted here. */
+static void quiet(enum ggml_log_level level, const char *text, void *user)
+{
+    (void)level;
+    (void)user;
+    if (getenv("RKV_TEST_LOG")) fputs(text, stderr);
+}
+
+int main(void)
+{
+    llama_log_set(quiet, NULL);
+    llama_backend_init();
+    test_same_logits();
+    test_kept_sets();
+    test_bounded();
+    test_long_prompt();
+    test_plain_batch();
+    test_masking(0);
+    test_masking(1);
+    test_two_sequences();
+    test_shared_prefix();
+    test_shortage();
+    test_policies();
+    test_pins();
+    test_drafts();
+    test_aborted();
+    test_saved(TINY_LLAMA, GGML_TYPE_F16);
+    test_saved(TINY_QWEN3, GGML_TYPE_Q8_0);
+    test_saved(TINY_GEMMA3, GGML_TYPE_F32);
+    test_options();
+    test_refusals();
+    test_misuse();
+    test_streams();
+    llama_backend_free();
+    return close_tests();
+}

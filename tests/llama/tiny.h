@@ -1,0 +1,22 @@
+/* tiny.h - writes tiny models with random weights, of several architectures, for the tests of
+ * examples/llama/rkv_llama.h. Linked in by `make test-llama`. */
+#ifndef TINY_H
+#define TINY_H
+
+typedef enum tiny_kind {
+    TINY_LLAMA,
+    TINY_QWEN2,  /* biases on queries, keys and values                             */
+    TINY_QWEN3,  /* norms on queries and keys                                      */
+    TINY_GEMMA3, /* five of its six layers have a sliding window of 32 tokens      */
+    TINY_MPT,    /* ALiBi                                                          */
+    TINY_MAMBA,  /* recurrent                                                      */
+    N_TINY
+} tiny_kind;
+
+enum { TINY_VOCABULARY = 96, TINY_WINDOW = 32, TINY_HEADS = 4, TINY_KV_HEADS = 2, TINY_DIM = 32 };
+
+const char *tiny_name(tiny_kind kind);
+/* Writes the model and returns its path, static text; ends the program when it cannot. */
+const char *tiny_write(tiny_kind kind);
+
+#endif
