@@ -51,7 +51,7 @@ static double cpu_seconds(void)
 static void timed_decode(session *s, const llama_token *token, double *wall, double *cpu)
 {
     const double wall_start = seconds(), cpu_start = cpu_seconds();
-    session_decode(s, token, 1, 0);
+    session_decode(s, token, 1, NULL);
     *wall += seconds() - wall_start;
     *cpu += cpu_seconds() - cpu_start;
 }
@@ -239,8 +239,8 @@ int command_compare(const settings *s)
     p.turns = allocate((size_t)(s->n_tokens / BLOCK) + 1, sizeof *p.turns);
     session_open(&p.full, model, s, &policies[0], 0, s->n_tokens, PIN_NONE);
     session_open(&p.small, model, s, p.policy, s->budgets[0], 0, s->no_pin ? PIN_NONE : PIN_PROMPT);
-    session_decode(&p.full, prompt.at, p.n_prompt, p.n_prompt - 1);
-    session_decode(&p.small, prompt.at, p.n_prompt, p.n_prompt - 1);
+    session_decode(&p.full, prompt.at, p.n_prompt, NULL);
+    session_decode(&p.small, prompt.at, p.n_prompt, NULL);
     p.bytes_per_cell = session_counters(&p.small).bytes_per_cell;
     print_head(&p, s);
     run_turns(&p, s, llama_model_get_vocab(model));

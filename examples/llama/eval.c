@@ -10,7 +10,7 @@
  * A call decodes many tokens at once. The adapter makes its rounds where they would be with one
  * token at a time, and attention sees the same tokens.
  */
-#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE
 #include "commands.h"
 #include "document.h"
 #include "session.h"
@@ -22,6 +22,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 enum { PART = 256, MAX_RUNS = 1 + MAX_BUDGETS * 2 * (N_POLICIES - 1) };
@@ -45,15 +47,20 @@ typedef struct reference {
     double *norm;  /* [n_prose] log_sum_exp */
 } reference;
 
+/* A document, and whether it has been read; in memory that all jobs share. */
+typedef struct reading {
+    int is_done, n_probes;
+    probe probes[MAX_PROBES];
+    outcome outcomes[MAX_RUNS];
+} reading;
+
 typedef struct study {
     const settings *settings;
     struct llama_model *model;
     run runs[MAX_RUNS]; /* the first is the full cache */
     int n_runs, n_documents, n_vocab;
-    int start;                   /* first position that is scored */
-    outcome *outcomes;           /* [n_documents][n_runs] */
-    probe (*probes)[MAX_PROBES]; /* [n_documents] */
-    int n_probes;
+    int start;         /* first position that is scored */
+    reading *readings; /* [n_documents] */
 } study;
 
 /* ---- one document under one policy ---------------------------------------------------------- */
@@ -80,6 +87,11 @@ static const probe *probe_at(const document *d, int position)
     return NULL;
 }
 
+static unsigned char is_scored(const study *st, const document *d, int position)
+{
+    return position >= st->start && (d->is_prose[position] || probe_at(d, position) != NULL);
+}
+
 /* logits: for the token at `position`. */
 static void score_token(const study *st, const document *d, int position, const float *logits,
                         int is_full, reference *ref, outcome *out)
@@ -104,25 +116,27 @@ static void read_document(const study *st, const document *d, const run *r, refe
                  r->is_pinned ? d->n_prompt : PIN_NONE);
     for (int i = 0; i < last; i += PART) { /* the last token predicts nothing */
         const int n = last - i < PART ? last - i : PART;
-        const int first = st->start - 1 > i ? st->start - 1 - i : 0;
-        session_decode(&s, d->tokens.at + i, n, first);
-        for (int k = first; k < n; k++)
-            if (d->is_prose[i + k + 1] || probe_at(d, i + k + 1))
-                score_token(st, d, i + k + 1, session_logits(&s, k), is_full, ref, out);
+        unsigned char wanted[PART];
+        for (int k = 0; k < n; k++) wanted[k] = is_scored(st, d, i + k + 1);
+        session_decode(&s, d->tokens.at + i, n, wanted);
+        for (int k = 0; k < n; k++)
+            if (wanted[k]) score_token(st, d, i + k + 1, session_logits(&s, k), is_full, ref, out);
     }
     session_close(&s);
 }
 
 /* ---- all documents --------------------------------------------------------------------------- */
 
-static void show_progress(const study *st, int document_index, int run_index)
+static void show_progress(const study *st)
 {
     static const char mark[] = "########################";
-    const int width = (int)sizeof mark - 1, done = document_index * st->n_runs + run_index;
-    const int filled = done * width / (st->n_documents * st->n_runs);
-    if (isatty(2))
-        fprintf(stderr, "\r[%.*s%*s] document %d of %d, run %d of %d ", filled, mark,
-                width - filled, "", document_index + 1, st->n_documents, run_index + 1, st->n_runs);
+    const int width = (int)sizeof mark - 1;
+    int done = 0;
+    if (!isatty(2)) return;
+    for (int i = 0; i < st->n_documents; i++) done += st->readings[i].is_done;
+    const int filled = done * width / st->n_documents;
+    fprintf(stderr, "\r[%.*s%*s] %d of %d documents ", filled, mark, width - filled, "", done,
+            st->n_documents);
 }
 
 /* The i-th of n documents, spread evenly over the texts and over each text. */
@@ -141,32 +155,70 @@ static void make_document(const study *st, const token_list *texts, int i, docum
                   &random);
 }
 
+/* Where no bar can be shown. */
+static void show_document(const reading *r, int i)
+{
+    int solved = 0;
+    if (isatty(2)) return;
+    for (int k = 0; k < r->n_probes; k++) solved += r->outcomes[0].is_right[k];
+    fprintf(stderr, "document %d: %d tokens of text scored, %d of %d questions solved\n", i + 1,
+            r->outcomes[0].n_prose, solved, r->n_probes);
+}
+
+static void read_one(const study *st, const token_list *texts, int i)
+{
+    reading *to = &st->readings[i];
+    const size_t most = (size_t)st->settings->n_tokens; /* tokens that are scored, at most */
+    document d;
+    reference ref;
+    make_document(st, texts, i, &d);
+    ref.logits = allocate(most * (size_t)st->n_vocab, sizeof *ref.logits);
+    ref.norm = allocate(most, sizeof *ref.norm);
+    for (int k = 0; k < st->n_runs; k++)
+        read_document(st, &d, &st->runs[k], &ref, &to->outcomes[k]);
+    memcpy(to->probes, d.probes, sizeof to->probes);
+    to->n_probes = d.n_probes;
+    to->is_done = 1;
+    show_document(to, i);
+    free(ref.logits);
+    free(ref.norm);
+    document_free(&d);
+}
+
+/* Every n_jobs-th document from number `job` on, as long as the time is likely to last. */
+static void work(const study *st, const token_list *texts, int job)
+{
+    const double started = seconds(), limit = 60.0 * st->settings->minutes;
+    int n = 0;
+    for (int i = job; i < st->n_documents; i += st->settings->n_jobs) {
+        const double spent = seconds() - started;
+        if (limit > 0.0 && n > 0 && spent * (n + 1) / n > limit) return;
+        show_progress(st);
+        read_one(st, texts, i);
+        n++;
+    }
+    show_progress(st);
+}
+
+/* Each job is a process of its own: the model's memory is shared, and so are the results. */
 static void read_all(study *st, const token_list *texts)
 {
-    const double started = seconds();
-    int i;
-    for (i = 0; i < st->n_documents; i++) {
-        document d;
-        reference ref;
-        make_document(st, texts, i, &d);
-        ref.logits =
-            allocate((size_t)st->settings->n_tokens * (size_t)st->n_vocab, sizeof *ref.logits);
-        ref.norm = allocate((size_t)st->settings->n_tokens, sizeof *ref.norm);
-        for (int k = 0; k < st->n_runs; k++) {
-            show_progress(st, i, k);
-            read_document(st, &d, &st->runs[k], &ref, &st->outcomes[i * st->n_runs + k]);
-        }
-        memcpy(st->probes[i], d.probes, sizeof d.probes);
-        st->n_probes = d.n_probes;
-        free(ref.logits);
-        free(ref.norm);
-        document_free(&d);
-        const double spent = seconds() - started;
-        if (st->settings->minutes > 0 && spent * (i + 2) / (i + 1) > 60.0 * st->settings->minutes)
-            st->n_documents = i + 1;
+    int n = 0, status, is_bad = 0;
+    if (st->settings->n_jobs == 1) work(st, texts, 0);
+    for (int job = 0; job < st->settings->n_jobs && st->settings->n_jobs > 1; job++) {
+        const pid_t child = fork();
+        if (child < 0) die("cannot start %d processes", st->settings->n_jobs);
+        if (child > 0) continue;
+        work(st, texts, job);
+        _exit(0);
     }
+    while (wait(&status) > 0) is_bad |= status != 0;
     if (isatty(2)) fprintf(stderr, "\r%72s\r", "");
-    if (st->n_documents < 2) die("--minutes: not even two documents in that time");
+    if (is_bad) exit(1); /* the job has said why */
+    for (int i = 0; i < st->n_documents; i++)
+        if (st->readings[i].is_done) st->readings[n++] = st->readings[i];
+    st->n_documents = n;
+    if (n < 2) die("--minutes: not even two documents in that time");
 }
 
 /* ---- measures -------------------------------------------------------------------------------- */
@@ -191,13 +243,14 @@ static const char *const measure_names[N_MEASURES] = { "loss_minus_full", "kl",
 static void measure_one(const study *st, int document_index, int run_index, measure m, double *part,
                         double *whole)
 {
-    const outcome *full = &st->outcomes[document_index * st->n_runs], *o = full + run_index;
+    const reading *r = &st->readings[document_index];
+    const outcome *full = &r->outcomes[0], *o = &r->outcomes[run_index];
     *part = m == LOSS ? o->loss - full->loss : o->divergence;
     *whole = o->n_prose;
     if (m == LOSS || m == DIVERGENCE) return;
     *part = *whole = 0.0;
-    for (int i = 0; i < st->n_probes; i++) {
-        const int kind = (int)st->probes[document_index][i].kind;
+    for (int i = 0; i < r->n_probes; i++) {
+        const int kind = (int)r->probes[i].kind;
         if (!full->is_right[i] || (m < RECALL && kind != (int)m - RECALL_PROMPT)) continue;
         *part += m == ANSWER_LOSS ? o->answer_loss[i] : o->is_right[i];
         *whole += 1.0;
@@ -279,7 +332,7 @@ static void print_head(const study *st)
     const settings *s = st->settings;
     const double prose = count(st, LOSS);
     double loss = 0.0;
-    for (int i = 0; i < st->n_documents; i++) loss += st->outcomes[i * st->n_runs].loss;
+    for (int i = 0; i < st->n_documents; i++) loss += st->readings[i].outcomes[0].loss;
     printf("%s, %s cache, flash attention %s, buffer %d\n"
            "%d documents of %d tokens of text, %.0f of them scored; full cache: loss %.3f, "
            "questions solved: prompt %.0f, middle %.0f, restated %.0f, of %d each\n",
@@ -390,8 +443,9 @@ int command_eval(const settings *s)
     st.model = model_open(s->model);
     st.n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(st.model));
     st.n_documents = s->n_documents;
-    st.outcomes = allocate((size_t)st.n_documents * (size_t)st.n_runs, sizeof *st.outcomes);
-    st.probes = allocate((size_t)st.n_documents, sizeof *st.probes);
+    st.readings = mmap(NULL, (size_t)st.n_documents * sizeof *st.readings, PROT_READ | PROT_WRITE,
+                       MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (st.readings == MAP_FAILED) die("out of memory");
     read_texts(texts, s, llama_model_get_vocab(st.model));
     read_all(&st, texts);
     print_head(&st);
@@ -406,7 +460,5 @@ int command_eval(const settings *s)
     }
     for (int i = 0; i < s->n_texts; i++) free(texts[i].at);
     llama_model_free(st.model);
-    free(st.outcomes);
-    free(st.probes);
     return 0;
 }

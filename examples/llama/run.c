@@ -62,7 +62,7 @@ static void generate(session *s, const struct llama_vocab *vocab, const settings
         screen_text(text, (size_t)token_text(vocab, token, text, sizeof text));
         n++;
         if (!s->adapter && s->position == session_cells(s)) break;
-        session_decode(s, &token, 1, 0);
+        session_decode(s, &token, 1, NULL);
         if (!screen_is_due()) continue;
         describe(s, n / (seconds() - start), text, sizeof text);
         screen_status(text);
@@ -83,7 +83,7 @@ int command_run(const settings *set)
     const int n_full = prompt.n + (set->n_tokens > 0 ? set->n_tokens : 4096);
     session_open(&s, model, set, p, set->budgets[0], n_full, set->no_pin ? PIN_NONE : PIN_PROMPT);
     signal(SIGINT, interrupt);
-    session_decode(&s, prompt.at, prompt.n, prompt.n - 1);
+    session_decode(&s, prompt.at, prompt.n, NULL);
     generate(&s, llama_model_get_vocab(model), set);
     session_close(&s);
     llama_model_free(model);

@@ -123,7 +123,7 @@ void session_close(session *s)
     memset(s, 0, sizeof *s);
 }
 
-static void fill_batch(session *s, const llama_token *tokens, int n, int first)
+static void fill_batch(session *s, const llama_token *tokens, int n, const unsigned char *wanted)
 {
     llama_batch *b = &s->batch;
     if (s->n_room < n) {
@@ -137,16 +137,16 @@ static void fill_batch(session *s, const llama_token *tokens, int n, int first)
         b->pos[i] = s->position + i;
         b->n_seq_id[i] = 1;
         b->seq_id[i][0] = 0;
-        b->logits[i] = i >= first;
+        b->logits[i] = wanted ? wanted[i] != 0 : i == n - 1;
     }
 }
 
 /* Without an adapter: at most n_batch tokens in a call. */
-static void decode_all(session *s, const llama_token *tokens, int n, int first)
+static void decode_all(session *s, const llama_token *tokens, int n, const unsigned char *wanted)
 {
     for (int i = 0; i < n; i += s->n_batch) {
         const int part = n - i < s->n_batch ? n - i : s->n_batch;
-        fill_batch(s, tokens + i, part, first - i);
+        fill_batch(s, tokens + i, part, wanted ? wanted + i : NULL);
         const int status = llama_decode(s->context, s->batch);
         if (status == 1) die("the full cache has no cells left");
         if (status != 0) die("llama_decode returned %d: %s", status, last_error);
@@ -154,12 +154,12 @@ static void decode_all(session *s, const llama_token *tokens, int n, int first)
     }
 }
 
-void session_decode(session *s, const llama_token *tokens, int n, int first)
+void session_decode(session *s, const llama_token *tokens, int n, const unsigned char *wanted)
 {
     if (!s->adapter) {
-        decode_all(s, tokens, n, first);
+        decode_all(s, tokens, n, wanted);
     } else {
-        fill_batch(s, tokens, n, first);
+        fill_batch(s, tokens, n, wanted);
         const int status = rkv_llama_decode(s->adapter, s->batch);
         if (status == RKV_LLAMA_REFUSED) die("%s", rkv_llama_error(s->adapter));
         if (status != 0) die("llama_decode returned %d: %s", status, last_error);

@@ -38,8 +38,9 @@ void session_open(session *out, struct llama_model *model, const settings *s, co
                   int budget, int n_cells, int n_pinned);
 void session_close(session *s);
 
-/* Decodes tokens behind those that are there, with the logits of those from index `first` on. */
-void session_decode(session *s, const llama_token *tokens, int n, int first);
+/* Decodes tokens behind those that are there, with the logits of those whose byte in `wanted` is
+ * not 0; NULL: of the last one. */
+void session_decode(session *s, const llama_token *tokens, int n, const unsigned char *wanted);
 /* Logits of token i of the last call, [n_vocab]; -1: of the last one. */
 float *session_logits(session *s, int i);
 

@@ -28,6 +28,7 @@ static const char usage[] =
     "  --documents N      8; of --tokens N tokens of text each, 1024\n"
     "  --facts N          questions of each kind in a document, 4 (8 at most)\n"
     "  --minutes N        no new document after N minutes\n"
+    "  -j N               documents at a time, 1; each has -t threads\n"
     "  --seed N           of the facts, 1\n"
     "  --csv FILE --svg NAME         also writes FILE, NAME-loss.svg and NAME-recall.svg\n"
     "All of them:\n"
@@ -70,6 +71,7 @@ static const struct option {
     { "--documents",  EVAL,          WHOLE,   2, 1000,      offsetof(settings, n_documents) },
     { "--facts",      EVAL,          WHOLE,   1, 8,         offsetof(settings, facts)       },
     { "--minutes",    EVAL,          WHOLE,   1, 100000,    offsetof(settings, minutes)     },
+    { "-j",           EVAL,          WHOLE,   1, 256,       offsetof(settings, n_jobs)      },
     { "--csv",        COMPARE | EVAL, TEXT,   0, 0,         offsetof(settings, csv)         },
     { "--svg",        COMPARE | EVAL, TEXT,   0, 0,         offsetof(settings, svg)         },
 };
@@ -134,6 +136,7 @@ static void fill(settings *s, command c)
     s->every = 500;
     s->n_documents = 8;
     s->facts = 4;
+    s->n_jobs = 1;
     s->temperature = 0.8;
     s->top_p = 0.95;
     s->seed = 1;

@@ -14,7 +14,7 @@ typedef struct settings {
     int budgets[MAX_BUDGETS];
     int n_texts, n_budgets; /* run and compare take one budget */
     int buffer, n_threads, n_tokens, every;
-    int n_documents, facts, minutes;
+    int n_documents, facts, minutes, n_jobs;
     int no_pin, raw, ignore_end;
     double temperature, top_p;
     int64_t seed;
