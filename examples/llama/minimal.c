@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { BUDGET = 256, BUFFER = 128, MAX_PROMPT = 4096 };
+enum { BUDGET = 768, BUFFER = 128, MAX_PROMPT = 4096 };
 
 static int fail(const char *what)
 {

@@ -151,10 +151,11 @@ int main(int argc, char **argv)
         task_generate_full(task_find("ponder"), SPLIT_TEST, &random, &problems[i]);
         length += (double)problems[i].n_tokens / n;
     }
-    printf("# %s in llama.cpp, %d test problems, %.0f tokens on average, buffer %d, one kept set "
-           "per\n# sequence, f32 cache; prompt pinned or not; budget in %% of that; cells used at "
-           "most; %% right (95 %%)\n",
-           path, n, length, BUFFER);
+    printf("# %s in llama.cpp: %d test problems of %.0f tokens on average,\n", path, n, length);
+    printf(
+        "# greedy; f32 cache, one kept set per sequence, buffer %d. Budget in %% of these tokens;\n"
+        "# cells in use at most; %% of problems right, with the 95 %% interval.\n",
+        BUFFER);
     printf("%-36s %-7s %6s  %5s  %5s\n", "# policy", "prompt", "budget", "cells", "right");
     run(m, &methods[0], (int)length, 0, problems, n, 100);
     for (pinned = 0; pinned < 2; pinned++)

@@ -300,7 +300,7 @@ typedef struct rkvli_part {
 struct rkv_llama {
     rkv_llama_options options;
     rkv_config config;
-    rkv_error rkv_error;
+    rkv_error why; /* of the last call of rkv.h */
     rkvli_method method;
     int budget, buffer, pin_limit, ring, keeps_all;
     char error[512];
@@ -755,7 +755,7 @@ static const char *rkvli_check_config(rkv_llama *r)
     rkv_layer none = RKV_INIT;
     size_t bytes;
     if (rkv_workspace_size(NULL, &r->config, &none, 0, &bytes) == RKV_OK) return NULL;
-    return r->rkv_error.rule ? r->rkv_error.rule : "options.config: not valid";
+    return r->why.rule ? r->why.rule : "options.config: not valid";
 }
 
 static const char *rkvli_configure(rkv_llama *r)
@@ -769,7 +769,7 @@ static const char *rkvli_configure(rkv_llama *r)
     r->config = o->config ? *o->config : rkv_config_default(r->budget);
     r->config.budget = r->budget;
     r->config.scope = RKV_PER_SEQUENCE;
-    r->config.error = &r->rkv_error;
+    r->config.error = &r->why;
     r->config.device_error = NULL;
     if (o->n_threads) r->config.n_threads = o->n_threads;
     if (r->config.window == 0) r->config.window = 8;
@@ -1042,9 +1042,9 @@ static int rkvli_reads_in_place(const rkv_llama *r)
 static int rkvli_round_fails(rkv_llama *r, llama_seq_id seq, int layer)
 {
     char text[256];
-    if (layer >= 0) r->rkv_error.layer = layer;
+    if (layer >= 0) r->why.layer = layer;
     return rkvli_say(r, RKV_LLAMA_REFUSED, "a round of sequence %d: %s", (int)seq,
-                     rkv_explain(&r->rkv_error, text, sizeof text));
+                     rkv_explain(&r->why, text, sizeof text));
 }
 
 /* The queries that vote, gathered from the ring: [heads][window][dim]. */
@@ -1138,7 +1138,7 @@ static int rkvli_make_workspace(rkv_llama *r, const rkv_config *config, int n_vi
     size_t bytes;
     if (rkv_workspace_size(NULL, config, r->views, n_views, &bytes) != RKV_OK) return 0;
     if (!rkvli_grow(&r->workspace, &r->workspace_bytes, bytes, 1)) {
-        r->rkv_error.rule = "out of memory";
+        r->why.rule = "out of memory";
         return 0;
     }
     return 1;

@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- a context with an adapter ---------------------------------------------------------------- */
+/* ---- a context with an adapter --------------------------------------------------------------- */
 
 typedef struct setup {
     tiny_kind kind;
@@ -261,7 +261,7 @@ static int holds(const bed *b, llama_seq_id seq, int position)
     return 0;
 }
 
-/* ---- nothing evicted: nothing changed ---------------------------------------------------------- */
+/* ---- nothing evicted: nothing changed -------------------------------------------------------- */
 
 static const enum ggml_type key_types[] = { GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16,
                                             GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0,
@@ -460,7 +460,7 @@ static void test_kept_sets(void)
     run_judged(TINY_GEMMA3, GGML_TYPE_F32, 0, 0, 1);
 }
 
-/* ---- bounded memory ---------------------------------------------------------------------------- */
+/* ---- bounded memory -------------------------------------------------------------------------- */
 
 static void test_bounded(void)
 {
@@ -625,7 +625,7 @@ static void test_masking(int flash)
     case_end();
 }
 
-/* ---- several sequences ------------------------------------------------------------------------- */
+/* ---- several sequences ----------------------------------------------------------------------- */
 
 static void test_two_sequences(void)
 {
@@ -733,7 +733,7 @@ static void test_shortage(void)
     case_end();
 }
 
-/* ---- policies, pins ---------------------------------------------------------------------------- */
+/* ---- policies, pins -------------------------------------------------------------------------- */
 
 static void test_policies(void)
 {
@@ -812,7 +812,7 @@ static void test_pins(void)
     case_end();
 }
 
-/* ---- taking back ------------------------------------------------------------------------------- */
+/* ---- taking back ----------------------------------------------------------------------------- */
 
 static void test_drafts(void)
 {
@@ -885,7 +885,7 @@ static void test_aborted(void)
     case_end();
 }
 
-/* ---- save and load ----------------------------------------------------------------------------- */
+/* ---- save and load --------------------------------------------------------------------------- */
 
 static void test_saved(tiny_kind kind, enum ggml_type keys)
 {
@@ -950,7 +950,7 @@ static void test_saved(tiny_kind kind, enum ggml_type keys)
     case_end();
 }
 
-/* ---- refusals ---------------------------------------------------------------------------------- */
+/* ---- refusals -------------------------------------------------------------------------------- */
 
 static void test_options(void)
 {
