@@ -1,6 +1,6 @@
 #!/bin/sh
 # rkv-llama: what it does with good input, and one clear line for bad input, on a tiny random model.
-#     make test-llama      or: sh tests/llama/test_program.sh build/rkv-llama build/tiny.gguf
+#     make test-llama      or: sh tests/llama/test_program.sh build/rkv-llama build/tests/bytes.gguf
 # Takes the program and the model that tiny_model writes.
 set -u
 program=$1
@@ -60,7 +60,7 @@ refuses 'no type f17' run -m "$model" -p x --kv f17
 refuses 'on or off' run -m "$model" -p x --flash maybe
 refuses 'cannot read' run -m "$dir/none.gguf" -p x
 refuses 'the prompt is empty' run -m "$model" -p '' --raw
-refuses 'larger than' run -m "$model" -p x --budget 8
+refuses 'budget: must hold' run -m "$model" -p x --budget 4
 refuses 'what the others are compared with' compare -m "$model" --policy full
 refuses 'the prompt alone' compare -m "$model" --tokens 32
 refuses 'cannot write' compare -m "$model" --csv "$dir/none/x.csv"
@@ -105,7 +105,7 @@ says "$dir/c-memory.svg" '</svg>'
 # ---- eval ----
 cat README.md README.md README.md >"$dir/text.txt"
 works 'eval' eval -m "$model" --text "$dir/text.txt" --documents 2 --tokens 300 --facts 1 \
-    --budget 96,64 --buffer 32 --csv "$dir/e.csv" --svg "$dir/e"
+    --budget 96,64 --buffer 32 -j 2 --csv "$dir/e.csv" --svg "$dir/e"
 says "$dir/out" '^| StreamingLLM | pinned |'
 says "$dir/out" 'Budget 96'
 [ "$(wc -l <"$dir/e.csv")" -eq 141 ]
