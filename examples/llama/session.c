@@ -33,13 +33,13 @@ const policy *policy_find(const char *name)
 
 /* ---- models -------------------------------------------------------------------------------- */
 
-static char last_error[160]; /* of llama.cpp's log, without its line's end */
+static char first_error[160]; /* of llama.cpp's log since it was emptied, without line's end */
 
 static void listen(enum ggml_log_level level, const char *text, void *user)
 {
     (void)user;
-    if (level == GGML_LOG_LEVEL_ERROR)
-        snprintf(last_error, sizeof last_error, "%.*s", (int)strcspn(text, "\n"), text);
+    if (level == GGML_LOG_LEVEL_ERROR && !first_error[0])
+        snprintf(first_error, sizeof first_error, "%.*s", (int)strcspn(text, "\n"), text);
 }
 
 struct llama_model *model_open(const char *path)
@@ -51,7 +51,7 @@ struct llama_model *model_open(const char *path)
     llama_log_set(listen, NULL);
     ggml_backend_load_all();
     struct llama_model *model = llama_model_load_from_file(path, params);
-    if (!model) die("%s: llama.cpp cannot load it: %s", path, last_error);
+    if (!model) die("%s: llama.cpp cannot load it: %s", path, first_error);
     if (llama_vocab_type(llama_model_get_vocab(model)) == LLAMA_VOCAB_TYPE_NONE)
         die("%s: the model has no tokeniser", path);
     return model;
@@ -73,6 +73,18 @@ static enum llama_flash_attn_type flash_of(const char *name)
     if (strcmp(name, "on") == 0) return LLAMA_FLASH_ATTN_TYPE_ENABLED;
     if (strcmp(name, "off") == 0) return LLAMA_FLASH_ATTN_TYPE_DISABLED;
     die("--flash: on or off, not %s", name);
+}
+
+/* The layers of a sliding window have cells of their own, window + ubatch or so of them. The
+ * adapter tells the two caches apart by their sizes: here the other one is larger. llama.cpp rounds
+ * both up to CELL_STEP. */
+static int cells_of(const struct llama_model *model, int cells, int ubatch)
+{
+    enum { CELL_STEP = 256 };
+    const int window = llama_model_n_swa(model);
+    const int window_steps = (window + ubatch + CELL_STEP - 1) / CELL_STEP;
+    if (window == 0 || cells > window_steps * CELL_STEP) return cells;
+    return (window_steps + 1) * CELL_STEP;
 }
 
 static void make_adapter(session *s, const settings *set, const policy *p, int budget, int n_pinned)
@@ -97,8 +109,11 @@ void session_open(session *out, struct llama_model *model, const settings *set, 
     memset(out, 0, sizeof *out);
     out->chance = (uint64_t)set->seed;
     out->n_batch = 512;
-    params.n_ctx = (uint32_t)(p->config ? budget + set->buffer : n_cells);
-    params.n_batch = params.n_ubatch = (uint32_t)out->n_batch;
+    const int n_ubatch = llama_model_n_swa(model) > 0 ? 128 : out->n_batch;
+    if (p->config) n_cells = cells_of(model, budget + set->buffer, n_ubatch);
+    params.n_ctx = (uint32_t)n_cells;
+    params.n_batch = (uint32_t)out->n_batch;
+    params.n_ubatch = (uint32_t)n_ubatch;
     params.n_threads = params.n_threads_batch = set->n_threads;
     params.flash_attn_type = flash_of(set->flash);
     params.type_k = params.type_v = type_of(set->kv);
@@ -106,9 +121,9 @@ void session_open(session *out, struct llama_model *model, const settings *set, 
         make_adapter(out, set, p, budget, n_pinned);
         rkv_llama_hook(out->adapter, &params);
     }
-    last_error[0] = 0;
+    first_error[0] = 0;
     out->context = llama_init_from_model(model, params);
-    if (!out->context) die("llama.cpp makes no context: %s", last_error);
+    if (!out->context) die("llama.cpp makes no context: %s", first_error);
     if (out->adapter && rkv_llama_attach(out->adapter, out->context) != 0)
         die("%s", rkv_llama_error(out->adapter));
     if (n_pinned > 0 && out->adapter && rkv_llama_pin(out->adapter, 0, 0, n_pinned) != 0)
@@ -149,7 +164,7 @@ static void decode_all(session *s, const llama_token *tokens, int n, const unsig
         fill_batch(s, tokens + i, part, wanted ? wanted + i : NULL);
         const int status = llama_decode(s->context, s->batch);
         if (status == 1) die("the full cache has no cells left");
-        if (status != 0) die("llama_decode returned %d: %s", status, last_error);
+        if (status != 0) die("llama_decode returned %d: %s", status, first_error);
         s->position += part;
     }
 }
@@ -162,7 +177,7 @@ void session_decode(session *s, const llama_token *tokens, int n, const unsigned
         fill_batch(s, tokens, n, wanted);
         const int status = rkv_llama_decode(s->adapter, s->batch);
         if (status == RKV_LLAMA_REFUSED) die("%s", rkv_llama_error(s->adapter));
-        if (status != 0) die("llama_decode returned %d: %s", status, last_error);
+        if (status != 0) die("llama_decode returned %d: %s", status, first_error);
         s->position += n;
     }
     llama_synchronize(s->context);
