@@ -41,7 +41,7 @@ LLAMA_CMAKE = -DGGML_NATIVE=OFF $(LLAMA_CPU) -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF 
               -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF \
               -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_SERVER=OFF
 
-.PHONY: llama-cpp llama-models llama test-llama llama-ponder
+.PHONY: llama-cpp llama-models llama test-llama test-llama-sanitize llama-ponder
 llama-cpp:
 	@if [ -n '$(LLAMA_SITE)' ]; then echo '$(LLAMA_VENV) has it already'; exit 0; fi; \
 	for program in $(PYTHON) $(CXX); do command -v $$program >/dev/null || { \
@@ -108,6 +108,11 @@ $(BUILD)/tiny_model: $(patsubst %,$(BUILD)/obj/%.o, tests/llama/tiny_model examp
 
 test-llama:
 	$(call with_llama,$(LLAMA_TESTS),sh tests/run.sh $(LLAMA_TESTS))
+
+# Our own code and tests; llama.cpp's libraries are as they are.
+test-llama-sanitize:
+	@$(MAKE) --no-print-directory test-llama BUILD=$(BUILD)/sanitize-llama OPT='$(SANITIZE)' | \
+	    sed 's/^skip  test-llama/skip  $@/'
 
 # The accuracy of the model that reasons, in llama.cpp.
 $(BUILD)/llama-ponder: LIBS += $(LLAMA_LIBS)

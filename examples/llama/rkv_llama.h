@@ -758,32 +758,37 @@ static const char *rkvli_check_config(rkv_llama *r)
     return r->why.rule ? r->why.rule : "options.config: not valid";
 }
 
+/* Do pinned and protected tokens fill the budget, as in rkv_config_streaming? Then the newest stay
+ * and nobody votes; a window as wide as the budget would leave no place for the prompt. */
+static int rkvli_keeps_newest(const rkv_config *c)
+{
+    const int window = c->window ? c->window : 8;
+    return c->pinned + (c->protect > window ? c->protect : window) == c->budget;
+}
+
 static const char *rkvli_configure(rkv_llama *r)
 {
     const rkv_llama_options *o = &r->options;
-    int tail;
     r->keeps_all = o->budget < 0;
     r->budget = r->keeps_all ? RKVLI_MAX_TOKENS : o->budget;
     r->buffer = o->buffer ? o->buffer : 128;
     r->pin_limit = o->pin_limit ? o->pin_limit : r->budget / 2;
     r->config = o->config ? *o->config : rkv_config_default(r->budget);
+    if (r->config.window == 0) r->config.window = 8;
+    r->method = o->score                         ? RKVLI_CALLBACK
+                : rkvli_keeps_newest(&r->config) ? RKVLI_NEWEST
+                                                 : RKVLI_SCORED;
+    if (r->method == RKVLI_NEWEST) {
+        r->config.window = r->budget > 16 ? 8 : 1;
+        r->config.protect = 0;
+    }
     r->config.budget = r->budget;
     r->config.scope = RKV_PER_SEQUENCE;
     r->config.error = &r->why;
     r->config.device_error = NULL;
     if (o->n_threads) r->config.n_threads = o->n_threads;
-    if (r->config.window == 0) r->config.window = 8;
-    if (rkvli_check_config(r)) return rkvli_check_config(r);
-    tail = r->config.protect > r->config.window ? r->config.protect : r->config.window;
-    r->method = o->score                               ? RKVLI_CALLBACK
-                : r->config.pinned + tail == r->budget ? RKVLI_NEWEST
-                                                       : RKVLI_SCORED;
-    /* Nobody votes: a window as wide as the budget would leave no place for the prompt. */
-    if (r->method != RKVLI_SCORED && r->config.window > 8) r->config.window = 8;
-    if (r->method == RKVLI_NEWEST) r->config.protect = 0;
-    if (r->config.window >= r->budget) r->config.window = r->budget > 1 ? r->budget - 1 : 1;
     r->ring = 2 * r->config.window;
-    return NULL;
+    return rkvli_check_config(r);
 }
 
 const char *rkv_llama_create(rkv_llama **out, const rkv_llama_options *options)
@@ -1755,7 +1760,6 @@ int rkv_llama_seq_rm(rkv_llama *r, llama_seq_id seq, llama_pos p0, llama_pos p1)
                          (int)seq, (int)p0, (int)s->reach);
     if (!llama_memory_seq_rm(r->memory, seq, p0, p1 == INT_MAX ? -1 : p1))
         return rkvli_refuse(r, "llama_memory_seq_rm refused");
-    r->n_tokens = 0;
     if (is_tail) {
         rkvli_truncate(r, s, p0);
         return RKV_LLAMA_OK;
@@ -1796,6 +1800,7 @@ int rkv_llama_seq_cp(rkv_llama *r, llama_seq_id src, llama_seq_id dst, llama_pos
         to->next = from->positions[i] + 1;
         to->n++;
     }
+    if (to->n == 0) return RKV_LLAMA_OK;
     to->reach = from->reach;
     to->pinning = from->pinning;
     to->pin_begin = from->pin_begin;
@@ -1827,7 +1832,6 @@ int rkv_llama_clear(rkv_llama *r)
     if (!r->ctx) return rkvli_refuse(r, "rkv_llama_attach comes first");
     llama_memory_clear(r->memory, false);
     for (i = 0; i < r->n_sequences; i++) rkvli_reset_sequence(r, &r->sequences[i]);
-    r->n_tokens = 0;
     return RKV_LLAMA_OK;
 }
 

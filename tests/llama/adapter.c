@@ -737,7 +737,7 @@ static void test_shortage(void)
 
 static void test_policies(void)
 {
-    const rkv_config streaming = rkv_config_streaming(64), snapkv = rkv_config_snapkv(64);
+    const rkv_config streaming = rkv_config_streaming(100), snapkv = rkv_config_snapkv(64);
     setup s = setup_of(TINY_LLAMA, 64, 32);
     uint64_t seed = 1;
     bed b;
