@@ -88,7 +88,8 @@ static void take_turn(pair *p, struct llama_sampler *sampler, const token_list *
 
 typedef struct result {
     int position;
-    double full_rate, small_rate; /* tokens a second */
+    double full_rate, small_rate;         /* tokens a second */
+    double full_cpu_rate, small_cpu_rate; /* of processor time, all threads together */
     interval ratio, cpu_ratio;
     double rkv_percent, same_percent;
     double full_mib, small_mib;
@@ -99,7 +100,7 @@ static result result_at(const pair *p, int end, int tokens)
 {
     enum { MOST = 4096 };
     static double full[MOST], small[MOST], full_cpu[MOST], small_cpu[MOST];
-    double sums[2] = { 0.0, 0.0 }, rkv = 0.0;
+    double sums[2] = { 0.0, 0.0 }, cpu_sums[2] = { 0.0, 0.0 }, rkv = 0.0;
     int same = 0, n = tokens / BLOCK;
     result r;
     if (n < 1) n = 1;
@@ -113,12 +114,16 @@ static result result_at(const pair *p, int end, int tokens)
         small_cpu[i] = t->small_cpu;
         sums[0] += t->full;
         sums[1] += t->small;
+        cpu_sums[0] += t->full_cpu;
+        cpu_sums[1] += t->small_cpu;
         rkv += t->rkv;
         same += t->same;
     }
     r.position = p->turns[end - 1].position;
     r.full_rate = n * BLOCK / sums[0];
     r.small_rate = n * BLOCK / sums[1];
+    r.full_cpu_rate = n * BLOCK / cpu_sums[0];
+    r.small_cpu_rate = n * BLOCK / cpu_sums[1];
     r.ratio = bootstrap(full, small, n);
     r.cpu_ratio = bootstrap(full_cpu, small_cpu, n);
     r.rkv_percent = 100.0 * rkv / sums[1];
@@ -181,8 +186,9 @@ static void write_picture(const char *name, const char *what, const char *title,
     printf("wrote %s\n", path);
 }
 
-/* A point for every round, or so. */
-static void draw(const char *name, const pair *p, int buffer)
+/* A point for every round, or so. Speed is that of processor time: what else runs on the machine
+ * would be seen more clearly than the two caches. */
+static void draw(const char *name, const pair *p, int buffer, int n_threads)
 {
     static plot_line speed[2], memory[2];
     const int most = PLOT_MAX_LINE - 1;
@@ -194,12 +200,12 @@ static void draw(const char *name, const pair *p, int buffer)
     }
     for (int end = step; end <= p->n_turns; end += step) {
         const result r = result_at(p, end, step * BLOCK);
-        add_point(&speed[0], r.position, r.full_rate);
-        add_point(&speed[1], r.position, r.small_rate);
+        add_point(&speed[0], r.position, n_threads * r.full_cpu_rate);
+        add_point(&speed[1], r.position, n_threads * r.small_cpu_rate);
         add_point(&memory[0], r.position, r.full_mib);
         add_point(&memory[1], r.position, r.small_mib);
     }
-    write_picture(name, "speed", "Decoding speed", "tokens/s", speed);
+    write_picture(name, "speed", "Tokens a second, by processor time", "tokens/s", speed);
     write_picture(name, "memory", "KV cache", "MiB", memory);
 }
 
@@ -211,6 +217,7 @@ static void run_turns(pair *p, const settings *s, const struct llama_vocab *voca
     token_list ends = { NULL, 0, 0 };
     const int n_vocab = llama_vocab_n_tokens(vocab);
     int mark = s->every;
+    while (mark <= p->full.position) mark += s->every;
     chat_ends(&ends, vocab);
     while (p->full.position + BLOCK <= s->n_tokens) {
         take_turn(p, sampler, &ends, n_vocab);
@@ -224,6 +231,20 @@ static void run_turns(pair *p, const settings *s, const struct llama_vocab *voca
     llama_sampler_free(sampler);
 }
 
+/* What both caches begin with. */
+static void make_start(token_list *out, const struct llama_model *model, const settings *s)
+{
+    if (s->n_texts == 0) {
+        chat_tokens(out, model, s->prompt ? s->prompt : default_prompt, s);
+        return;
+    }
+    char *text = read_text(s->texts[0]);
+    tokens_add_text(out, llama_model_get_vocab(model), text, 1, 0);
+    free(text);
+    if (out->n < s->from) die("%s: only %d tokens", s->texts[0], out->n);
+    out->n = s->from;
+}
+
 int command_compare(const settings *s)
 {
     pair p;
@@ -233,9 +254,9 @@ int command_compare(const settings *s)
     if (!p.policy->config) die("--policy: %s is what the others are compared with", s->policy);
     if (s->csv) check_writable(s->csv);
     struct llama_model *model = model_open(s->model);
-    chat_tokens(&prompt, model, s->prompt ? s->prompt : default_prompt, s);
+    make_start(&prompt, model, s);
     p.n_prompt = prompt.n;
-    if (p.n_prompt + BLOCK > s->n_tokens) die("--tokens: the prompt alone has %d", p.n_prompt);
+    if (p.n_prompt + BLOCK > s->n_tokens) die("--tokens: the start alone has %d", p.n_prompt);
     p.turns = allocate((size_t)(s->n_tokens / BLOCK) + 1, sizeof *p.turns);
     session_open(&p.full, model, s, &policies[0], 0, s->n_tokens, PIN_NONE);
     session_open(&p.small, model, s, p.policy, s->budgets[0], 0, s->no_pin ? PIN_NONE : PIN_PROMPT);
@@ -246,7 +267,7 @@ int command_compare(const settings *s)
     run_turns(&p, s, llama_model_get_vocab(model));
     if (s->csv || s->svg) printf("\n");
     if (s->csv) write_csv(s->csv, &p);
-    if (s->svg) draw(s->svg, &p, s->buffer);
+    if (s->svg) draw(s->svg, &p, s->buffer, s->n_threads);
     session_close(&p.full);
     session_close(&p.small);
     llama_model_free(model);

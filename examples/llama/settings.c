@@ -21,6 +21,7 @@ static const char usage[] =
     "rkv-llama compare -m MODEL.gguf         full cache and R-KV side by side, same tokens\n"
     "  --tokens N         length, 3000\n"
     "  --every N          a row every N tokens, 500\n"
+    "  --text FILE --from N          both begin with the first N tokens of FILE, untimed\n"
     "  -p, --policy, --temp, --top-p, --seed, --raw, --no-pin   as above\n"
     "  --csv FILE --svg NAME         also writes FILE, NAME-speed.svg and NAME-memory.svg\n"
     "rkv-llama eval -m MODEL.gguf --text FILE [--text FILE ..]     what eviction costs\n"
@@ -67,7 +68,8 @@ static const struct option {
     { "--ignore-end", RUN,           FLAG,    0, 0,         offsetof(settings, ignore_end)  },
     { "--tokens",     COMPARE | EVAL, WHOLE,  32, 1 << 20,  offsetof(settings, n_tokens)    },
     { "--every",      COMPARE,       WHOLE,   16, 1 << 20,  offsetof(settings, every)       },
-    { "--text",       EVAL,          TEXTS,   0, 0,         offsetof(settings, texts)       },
+    { "--from",       COMPARE,       WHOLE,   0, 1 << 20,   offsetof(settings, from)        },
+    { "--text",       COMPARE | EVAL, TEXTS,  0, 0,         offsetof(settings, texts)       },
     { "--documents",  EVAL,          WHOLE,   2, 1000,      offsetof(settings, n_documents) },
     { "--facts",      EVAL,          WHOLE,   1, 8,         offsetof(settings, facts)       },
     { "--minutes",    EVAL,          WHOLE,   1, 100000,    offsetof(settings, minutes)     },
@@ -163,5 +165,7 @@ command settings_read(settings *out, int argc, char **argv)
     if (!out->model) die("-m MODEL.gguf is needed; --help says more");
     if (c == COMMAND_RUN && !out->prompt) die("-p TEXT is needed; --help says more");
     if (c == COMMAND_EVAL && out->n_texts == 0) die("--text FILE is needed; --help says more");
+    if (c == COMMAND_COMPARE && (out->n_texts > 0) != (out->from > 0))
+        die("--text and --from go together");
     return c;
 }

@@ -13,7 +13,7 @@ typedef struct settings {
     const char *texts[MAX_TEXTS];
     int budgets[MAX_BUDGETS];
     int n_texts, n_budgets; /* run and compare take one budget */
-    int buffer, n_threads, n_tokens, every;
+    int buffer, n_threads, n_tokens, every, from;
     int n_documents, facts, minutes, n_jobs;
     int no_pin, raw, ignore_end;
     double temperature, top_p;

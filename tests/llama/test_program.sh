@@ -62,7 +62,8 @@ refuses 'cannot read' run -m "$dir/none.gguf" -p x
 refuses 'the prompt is empty' run -m "$model" -p '' --raw
 refuses 'budget: must hold' run -m "$model" -p x --budget 4
 refuses 'what the others are compared with' compare -m "$model" --policy full
-refuses 'the prompt alone' compare -m "$model" --tokens 32
+refuses 'the start alone' compare -m "$model" --tokens 32
+refuses 'go together' compare -m "$model" --from 32
 refuses 'cannot write' compare -m "$model" --csv "$dir/none/x.csv"
 refuses 'are not more than' eval -m "$model" --text "$program" --tokens 256
 refuses 'not a text' eval -m "$model" --text "$program" --facts 1
@@ -101,6 +102,10 @@ says "$dir/out" '^| 3[0-9][0-9] |'
 says "$dir/c.csv" '^position,full_seconds'
 says "$dir/c-speed.svg" '</svg>'
 says "$dir/c-memory.svg" '</svg>'
+
+works 'compare, behind a text' compare -m "$model" --text README.md --from 300 --tokens 400 \
+    --every 50 --budget 64 --buffer 32
+says "$dir/out" '^| 3[0-9][0-9] |'
 
 # ---- eval ----
 cat README.md README.md README.md >"$dir/text.txt"
