@@ -8,7 +8,7 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-static int n_rows; /* of the terminal; 0: there is none */
+static int n_rows, n_columns; /* of the terminal; no rows: there is none */
 static double last;
 
 /* Gives the last row back: also where the program dies. */
@@ -26,6 +26,7 @@ void screen_open(void)
     last = seconds();
     if (!isatty(1) || !isatty(2) || ioctl(1, TIOCGWINSZ, &size) != 0 || size.ws_row < 4) return;
     n_rows = size.ws_row;
+    n_columns = size.ws_col;
     atexit(release);
     /* A line feed makes room; setting the rows that scroll moves the cursor, so it is saved. */
     printf("\n\033[1A\0337\033[1;%dr\0338", n_rows - 1);
@@ -49,7 +50,7 @@ void screen_status(const char *text)
         fprintf(stderr, "%s\n", text);
         return;
     }
-    printf("\0337\033[%d;1H\033[2K\033[7m%s\033[0m\0338", n_rows, text);
+    printf("\0337\033[%d;1H\033[2K\033[7m%.*s\033[0m\0338", n_rows, n_columns, text);
     fflush(stdout);
 }
 
