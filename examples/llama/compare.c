@@ -211,6 +211,7 @@ static void draw(const char *name, const pair *p, int buffer, int n_threads)
 
 /* ---- start --------------------------------------------------------------------------------- */
 
+/* A row at every mark, and at the end. */
 static void run_turns(pair *p, const settings *s, const struct llama_vocab *vocab)
 {
     struct llama_sampler *sampler = chat_sampler(s);
@@ -221,7 +222,8 @@ static void run_turns(pair *p, const settings *s, const struct llama_vocab *voca
     chat_ends(&ends, vocab);
     while (p->full.position + BLOCK <= s->n_tokens) {
         take_turn(p, sampler, &ends, n_vocab);
-        if (p->full.position + BLOCK <= mark) continue;
+        const int next = p->full.position + BLOCK;
+        if (next <= mark && next <= s->n_tokens) continue;
         const int tokens = 2 * s->buffer < s->every ? 2 * s->buffer : s->every;
         const result r = result_at(p, p->n_turns, tokens);
         print_row(&r);
