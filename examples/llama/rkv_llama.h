@@ -206,7 +206,8 @@ int rkv_llama_clear(rkv_llama *r);
  *   save        0, or RKV_LLAMA_REFUSED when bytes are fewer
  *   load        into a context in which no other sequence holds tokens; what `seq` held is
  *               forgotten. The model, the types of the cache, and window must be the same; budget
- *               and buffer may differ as long as the tokens fit. RKV_LLAMA_REFUSED: damaged bytes,
+ *               and buffer may differ as long as the tokens fit. With sliding windows, and caches
+ *               of one size, only after a sequence has been longer than the window. RKV_LLAMA_REFUSED: damaged bytes,
  *               another model, other sequences there; the sequence is then empty. */
 size_t rkv_llama_save_size(rkv_llama *r, llama_seq_id seq);
 int rkv_llama_save(rkv_llama *r, llama_seq_id seq, void *memory, size_t bytes);
@@ -314,7 +315,8 @@ struct rkv_llama {
     int is_ours, is_others; /* who asked for the node under way                                */
 
     rkvli_layer *layers; /* in the order of the graph                                          */
-    int n_layers, max_layers, n_groups, full; /* full: the group that is scored                 */
+    int n_layers, max_layers, n_groups;
+    int full, is_undecided; /* the group that is scored; whether it is known which that is      */
     const struct ggml_tensor *group_cells[RKVLI_GROUPS]; /* of the graph under way              */
     rkvli_sequence *sequences;
     int n_sequences;
@@ -603,6 +605,54 @@ static rkvli_layer *rkvli_behind_softmax(rkv_llama *r, const struct ggml_tensor 
     return NULL;
 }
 
+/* Which cache is scored, and what follows from it: who owns its cells, what they weigh. */
+static void rkvli_set_full(rkv_llama *r, int group)
+{
+    size_t bytes = 0;
+    int i, k;
+    r->full = group;
+    r->n_used = 0;
+    memset(r->owners, 0, (size_t)r->n_cells * sizeof *r->owners);
+    for (i = 0; i < r->n_sequences; i++)
+        for (k = 0; k < r->sequences[i].n; k++)
+            if (r->owners[r->sequences[i].cells[group][k]]++ == 0) r->n_used++;
+    for (i = 0; i < r->n_layers; i++) {
+        const rkvli_layer *layer = &r->layers[i];
+        if (layer->group == group)
+            bytes += (ggml_nbytes(layer->keys) + ggml_nbytes(layer->values)) /
+                     (size_t)layer->keys->ne[1];
+    }
+    r->counters.bytes_per_cell = bytes;
+}
+
+/* With sliding windows there are two caches. A mask that lets a token see more than a window is that
+ * of the other one. */
+static int rkvli_mask_exceeds(rkv_llama *r, const struct ggml_tensor *mask, int n_swa)
+{
+    int64_t row, i;
+    int k;
+    for (k = 0; mask && k < RKVLI_CHAIN && (mask->view_src || mask->op != GGML_OP_NONE); k++)
+        mask = mask->view_src ? mask->view_src : mask->src[0];
+    if (!mask || (mask->type != GGML_TYPE_F32 && mask->type != GGML_TYPE_F16)) return 0;
+    if (!rkvli_grow(&r->raw, &r->raw_bytes, mask->nb[1], 1)) return 0;
+    for (row = 0; row < mask->ne[1]; row++) {
+        const size_t width = mask->nb[0];
+        int n_visible = 0;
+        ggml_backend_tensor_get(mask, r->raw, (size_t)row * mask->nb[1], mask->nb[1]);
+        for (i = 0; i < mask->ne[0]; i++) /* minus infinity: the sign is in the last byte */
+            n_visible += !(r->raw[(size_t)i * width + width - 1] & 0x80);
+        if (n_visible > n_swa) return 1;
+    }
+    return 0;
+}
+
+static void rkvli_see_mask(rkv_llama *r, const rkvli_layer *layer, const struct ggml_tensor *mask)
+{
+    if (!r->is_undecided || !rkvli_mask_exceeds(r, mask, r->n_swa)) return;
+    r->is_undecided = 0;
+    rkvli_set_full(r, layer->group);
+}
+
 static void rkvli_see_softmax(rkv_llama *r, const struct ggml_tensor *t)
 {
     float before, after, params[2];
@@ -612,6 +662,8 @@ static void rkvli_see_softmax(rkv_llama *r, const struct ggml_tensor *t)
     r->part.n_attention++;
     layer = rkvli_behind_softmax(r, t, &before, &after, &is_capped);
     if (!layer) return;
+    rkvli_see_mask(r, layer, t->src[1]);
+    if (r->is_checked) return;
     memcpy(params, t->op_params, sizeof params);
     layer->softcap = is_capped ? after * params[0] : 0;
     layer->scale = before * after * params[0];
@@ -710,11 +762,14 @@ static int rkvli_see(rkv_llama *r, struct ggml_tensor *t, int ask)
     if (!r->part.batch) return 0; /* not in rkv_llama_decode */
     if (ask && t->op == GGML_OP_SET_ROWS) rkvli_see_store(r, t);
     if (!r->part.wants_queries) return 0;
-    if (ask && !r->is_checked && t->op == GGML_OP_SOFT_MAX) rkvli_see_softmax(r, t);
+    if (ask && t->op == GGML_OP_SOFT_MAX && (!r->is_checked || r->is_undecided))
+        rkvli_see_softmax(r, t);
     if (ask && t->op == GGML_OP_FLASH_ATTN_EXT) r->part.n_attention++;
     if (!rkvli_attention(t, &queries, &keys)) return 0;
     layer = rkvli_find_layer(r, keys);
-    if (!layer || (r->is_checked && layer->group != r->full)) return 0;
+    if (!layer) return 0;
+    if (ask && t->op == GGML_OP_FLASH_ATTN_EXT) rkvli_see_mask(r, layer, t->src[3]);
+    if (r->is_checked && !r->is_undecided && layer->group != r->full) return 0;
     if (ask && !layer->dim) rkvli_describe(r, layer, t, queries);
     if (!ask) rkvli_see_queries(r, layer, queries);
     return 1;
@@ -872,7 +927,7 @@ void rkv_llama_hook(rkv_llama *r, struct llama_context_params *params)
     r->streams_wanted = params->n_seq_max > 1 && !params->kv_unified;
     params->cb_eval = rkvli_callback;
     params->cb_eval_user_data = r;
-    params->swa_full = false; /* two caches of one size could not be told apart */
+    params->swa_full = false; /* a cache of full size would make the saving void */
 }
 
 static const char *rkvli_check_model(const struct llama_model *model)
@@ -982,40 +1037,30 @@ static const char *rkvli_check_graph(rkv_llama *r)
     return NULL;
 }
 
-/* Two caches: the one for layers without a window is larger. */
+/* Two caches: the one for layers without a window is larger. Where it is not, masks will tell, once
+ * a sequence is longer than the window. */
 static int rkvli_choose_group(rkv_llama *r)
 {
     int64_t cells[RKVLI_GROUPS] = { 0, 0 };
-    int i;
+    int i, full;
     for (i = 0; i < r->n_layers; i++) cells[r->layers[i].group] = r->layers[i].keys->ne[1];
-    r->full = r->n_groups > 1 && cells[1] > cells[0];
-    if (r->n_groups > 1 && cells[0] == cells[1])
-        return rkvli_say(r, RKV_LLAMA_REFUSED,
-                         "the caches with and without a sliding window both have %d cells and "
-                         "cannot be told apart: make n_ctx larger than that, or n_ubatch smaller",
-                         (int)cells[0]);
-    if (cells[r->full] < r->n_cells)
+    full = r->n_groups > 1 && cells[1] > cells[0];
+    r->is_undecided = r->n_groups > 1 && cells[0] == cells[1];
+    if (cells[full] < r->n_cells)
         return rkvli_refuse(r, "the cache has fewer cells than the context says");
+    rkvli_set_full(r, full);
     return RKV_LLAMA_OK;
 }
 
 static int rkvli_self_test(rkv_llama *r)
 {
     const char *wrong = rkvli_check_graph(r);
-    size_t bytes = 0;
-    int i, status;
+    int status;
     if (wrong)
         return rkvli_say(r, RKV_LLAMA_REFUSED, "in this model's graph, of this llama.cpp: %s",
                          wrong);
     status = rkvli_choose_group(r);
     if (status) return status;
-    for (i = 0; i < r->n_layers; i++) {
-        const rkvli_layer *layer = &r->layers[i];
-        if (layer->group == r->full)
-            bytes += ggml_nbytes(layer->keys) / (size_t)layer->keys->ne[1] +
-                     ggml_nbytes(layer->values) / (size_t)layer->keys->ne[1];
-    }
-    r->counters.bytes_per_cell = bytes;
     r->is_checked = 1;
     return RKV_LLAMA_OK;
 }
@@ -1347,6 +1392,9 @@ static int rkvli_round(rkv_llama *r, llama_seq_id seq)
     int status, n_kept, tail;
     double start, copies = r->counters.seconds_copies;
     if (s->n <= r->budget) return RKV_LLAMA_OK;
+    if (r->is_undecided)
+        return rkvli_refuse(r, "the caches with and without a sliding window cannot be told apart: "
+                               "make n_ctx larger, or n_ubatch smaller");
     if (!rkvli_reserve_round(r, s->n)) return rkvli_no_memory(r);
     llama_synchronize(r->ctx);
     start = rkvli_seconds();
@@ -1514,7 +1562,7 @@ static int rkvli_plan_part(rkv_llama *r, int begin, int *n)
 static int rkvli_wants_queries(const rkv_llama *r)
 {
     int i;
-    if (!r->is_checked) return 1;
+    if (!r->is_checked || r->is_undecided) return 1;
     if (r->keeps_all || r->method != RKVLI_SCORED) return 0;
     for (i = 0; i < r->n_sequences; i++) {
         const rkvli_sequence *s = &r->sequences[i];
@@ -1964,6 +2012,8 @@ int rkv_llama_save(rkv_llama *r, llama_seq_id seq, void *memory, size_t bytes)
     int i, k, head;
     r->error[0] = 0;
     if (!s || !r->is_checked) return rkvli_refuse(r, "nothing has been decoded yet");
+    if (r->is_undecided)
+        return rkvli_refuse(r, "no sequence has been longer than the sliding window yet");
     if (bytes < rkv_llama_save_size(r, seq)) return rkvli_refuse(r, "too few bytes for the state");
     if (!rkvli_reserve_row(r)) return rkvli_no_memory(r);
     llama_synchronize(r->ctx);
@@ -2092,6 +2142,8 @@ int rkv_llama_load(rkv_llama *r, llama_seq_id seq, const void *memory, size_t by
     status = rkvli_warm_up(r);
     if (status) return status;
     rkv_llama_clear(r);
+    if (r->is_undecided)
+        return rkvli_refuse(r, "no sequence has been longer than the sliding window yet");
     wrong = rkvli_check_saved(r, memory, bytes, &header);
     if (wrong) return rkvli_refuse(r, wrong);
     if (!rkvli_reserve_row(r)) return rkvli_no_memory(r);
