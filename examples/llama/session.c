@@ -75,18 +75,6 @@ static enum llama_flash_attn_type flash_of(const char *name)
     die("--flash: on or off, not %s", name);
 }
 
-/* The layers of a sliding window have cells of their own, window + ubatch or so of them. The
- * adapter tells the two caches apart by their sizes: here the other one is larger. llama.cpp rounds
- * both up to CELL_STEP. */
-static int cells_of(const struct llama_model *model, int cells, int ubatch)
-{
-    enum { CELL_STEP = 256 };
-    const int window = llama_model_n_swa(model);
-    const int window_steps = (window + ubatch + CELL_STEP - 1) / CELL_STEP;
-    if (window == 0 || cells > window_steps * CELL_STEP) return cells;
-    return (window_steps + 1) * CELL_STEP;
-}
-
 static void make_adapter(session *s, const settings *set, const policy *p, int budget, int n_pinned)
 {
     const rkv_config config = p->config(budget);
@@ -109,11 +97,9 @@ void session_open(session *out, struct llama_model *model, const settings *set, 
     memset(out, 0, sizeof *out);
     out->chance = (uint64_t)set->seed;
     out->n_batch = 512;
-    const int n_ubatch = llama_model_n_swa(model) > 0 ? 128 : out->n_batch;
-    if (p->config) n_cells = cells_of(model, budget + set->buffer, n_ubatch);
+    if (p->config) n_cells = budget + set->buffer;
     params.n_ctx = (uint32_t)n_cells;
-    params.n_batch = (uint32_t)out->n_batch;
-    params.n_ubatch = (uint32_t)n_ubatch;
+    params.n_batch = params.n_ubatch = (uint32_t)out->n_batch;
     params.n_threads = params.n_threads_batch = set->n_threads;
     params.flash_attn_type = flash_of(set->flash);
     params.type_k = params.type_v = type_of(set->kv);
