@@ -25,8 +25,8 @@
  * llama_memory_*, llama_state_*set* behind the adapter's back make its list of cells wrong. It
  * compares positions at every decode and refuses when they differ.
  *
- * The prompt is pinned: the tokens of a sequence's first decode are never evicted, up to half of
- * the budget (pin_limit). Without that, R-KV evicts facts of the prompt; see rkv_llama_pin.
+ * The prompt is pinned: the tokens of a sequence's first decode are never evicted, up to about half
+ * of the budget (pin_limit). Without that, R-KV evicts facts of the prompt; see rkv_llama_pin.
  *
  * Kept set   One per sequence, for all layers and heads: a cell of llama.cpp is shared by all of
  *            them. Scores are those of rkv.h with RKV_PER_SEQUENCE.
@@ -97,7 +97,8 @@ typedef struct rkv_llama_options {
     int buffer;    /* tokens between two rounds; 0 means 128. A sequence holds at most budget +
                       buffer cells                                                               */
     int pin_limit; /* the most tokens of a prompt that are pinned by themselves, from its start;
-                      0 means half of the budget; -1 pins none                                   */
+                      0 means half of what the window, or a sliding window, leaves of the
+                      budget; -1 pins none. Never more than fit beside the window                */
     int n_threads; /* of a round; 0 means 1. More need RKV_PTHREADS, or config->parallel_for     */
     const rkv_config *config; /* method: lambda, window, pool, ...; copied. NULL means
                       rkv_config_default. Its budget, scope and error are the adapter's. pinned
@@ -207,8 +208,9 @@ int rkv_llama_clear(rkv_llama *r);
  *   load        into a context in which no other sequence holds tokens; what `seq` held is
  *               forgotten. The model, the types of the cache, and window must be the same; budget
  *               and buffer may differ as long as the tokens fit. With sliding windows, and caches
- *               of one size, only after a sequence has been longer than the window. RKV_LLAMA_REFUSED: damaged bytes,
- *               another model, other sequences there; the sequence is then empty. */
+ *               of one size, only after a sequence has been longer than the window.
+ *               RKV_LLAMA_REFUSED: damaged bytes, another model, other sequences there; the
+ *               sequence is then empty. */
 size_t rkv_llama_save_size(rkv_llama *r, llama_seq_id seq);
 int rkv_llama_save(rkv_llama *r, llama_seq_id seq, void *memory, size_t bytes);
 int rkv_llama_load(rkv_llama *r, llama_seq_id seq, const void *memory, size_t bytes);
@@ -625,8 +627,8 @@ static void rkvli_set_full(rkv_llama *r, int group)
     r->counters.bytes_per_cell = bytes;
 }
 
-/* With sliding windows there are two caches. A mask that lets a token see more than a window is that
- * of the other one. */
+/* With sliding windows there are two caches. A mask that lets a token see more than a window is
+ * that of the other one. */
 static int rkvli_mask_exceeds(rkv_llama *r, const struct ggml_tensor *mask, int n_swa)
 {
     int64_t row, i;
@@ -827,7 +829,6 @@ static const char *rkvli_configure(rkv_llama *r)
     r->keeps_all = o->budget < 0;
     r->budget = r->keeps_all ? RKVLI_MAX_TOKENS : o->budget;
     r->buffer = o->buffer ? o->buffer : 128;
-    r->pin_limit = o->pin_limit ? o->pin_limit : r->budget / 2;
     r->config = o->config ? *o->config : rkv_config_default(r->budget);
     if (r->config.window == 0) r->config.window = 8;
     r->method = o->score                         ? RKVLI_CALLBACK
@@ -960,12 +961,38 @@ static int rkvli_make_sequences(rkv_llama *r)
     return 1;
 }
 
+/* Do budget, buffer and window fit the context? */
+static int rkvli_check_sizes(rkv_llama *r)
+{
+    if (r->n_sequences < 1 || r->n_cells < 1) return rkvli_refuse(r, "the context has no cells");
+    if (r->keeps_all) return RKV_LLAMA_OK;
+    if (r->n_cells < r->budget + r->buffer)
+        return rkvli_say(r, RKV_LLAMA_REFUSED,
+                         "the context has %d cells; budget %d and buffer %d need %d", r->n_cells,
+                         r->budget, r->buffer, r->budget + r->buffer);
+    if (r->n_swa >= r->budget)
+        return rkvli_say(r, RKV_LLAMA_REFUSED,
+                         "the model's sliding window is %d tokens, which are never evicted: the "
+                         "budget (%d) must be larger",
+                         r->n_swa, r->budget);
+    return RKV_LLAMA_OK;
+}
+
+/* How much of a prompt is pinned: no more than fits beside the tokens that must stay. */
+static int rkvli_pin_limit(const rkv_llama *r)
+{
+    const int tail = r->config.window > r->n_swa ? r->config.window : r->n_swa;
+    const int most = r->budget - tail, wanted = r->options.pin_limit;
+    if (wanted == 0) return most / 2;
+    return wanted < most ? wanted : most;
+}
+
 int rkv_llama_attach(rkv_llama *r, struct llama_context *ctx)
 {
     const struct llama_model *model = llama_get_model(ctx);
     const char *wrong = rkvli_check_model(model);
     llama_seq_id seq;
-    int tail = r->config.protect > r->config.window ? r->config.protect : r->config.window;
+    int status;
     r->error[0] = 0;
     if (r->ctx) return rkvli_refuse(r, "this rkv_llama belongs to a context already");
     if (wrong) return rkvli_refuse(r, wrong);
@@ -979,18 +1006,10 @@ int rkv_llama_attach(rkv_llama *r, struct llama_context *ctx)
     r->n_embd = llama_model_n_embd(model);
     r->n_cells = (int)llama_n_ctx(ctx);
     r->max_batch = (int)llama_n_batch(ctx);
-    if (!r->keeps_all && r->n_cells < r->budget + r->buffer)
-        return rkvli_say(r, RKV_LLAMA_REFUSED,
-                         "the context has %d cells; budget %d and buffer %d need %d", r->n_cells,
-                         r->budget, r->buffer, r->budget + r->buffer);
-    if (r->n_swa > tail && r->method != RKVLI_NEWEST) tail = r->n_swa;
-    if (r->n_swa && !r->keeps_all && r->n_swa + r->config.window >= r->budget)
-        return rkvli_say(r, RKV_LLAMA_REFUSED,
-                         "the model's sliding window is %d tokens, which are never evicted: the "
-                         "budget (%d) must be larger",
-                         r->n_swa, r->budget);
     r->n_sequences = (int)llama_n_seq_max(ctx);
-    if (r->n_sequences < 1 || r->n_cells < 1) return rkvli_refuse(r, "the context has no cells");
+    status = rkvli_check_sizes(r);
+    if (status) return status;
+    r->pin_limit = rkvli_pin_limit(r);
     for (seq = 0; seq < r->n_sequences; seq++)
         if (llama_memory_seq_pos_max(r->memory, seq) >= 0)
             return rkvli_refuse(r, "the context is not empty");
