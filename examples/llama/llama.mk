@@ -122,7 +122,8 @@ test-llama-sanitize:
 	@$(MAKE) --no-print-directory test-llama BUILD=$(BUILD)/sanitize-llama OPT='$(SANITIZE)' | \
 	    sed 's/^skip  test-llama/skip  $@/'
 
-# The accuracy of the model that reasons, in llama.cpp.
+# The accuracy of the model that reasons, in llama.cpp: bench/results/llama-ponder.txt. About ten
+# minutes of one core for 100 problems (PROBLEMS=20 for a short one).
 $(BUILD)/llama-ponder: LIBS += $(LLAMA_LIBS)
 $(BUILD)/llama-ponder: $(BUILD)/obj/examples/llama/ponder.o \
         $(patsubst %,$(BUILD)/obj/examples/ponder/%.o,solve own_cache policy model gguf task \

@@ -495,7 +495,7 @@ static int rkvli_reserve(rkvli_sequence *s, int n)
 
 static rkvli_sequence *rkvli_sequence_of(const rkv_llama *r, llama_seq_id seq)
 {
-    return seq >= 0 && seq < r->n_sequences ? &r->sequences[seq] : NULL;
+    return r->sequences && seq >= 0 && seq < r->n_sequences ? &r->sequences[seq] : NULL;
 }
 
 /* ==== 5. The callback =======================================================================
@@ -883,7 +883,7 @@ void rkv_llama_destroy(rkv_llama *r)
     int i, g;
     if (!r) return;
     for (i = 0; i < r->n_layers; i++) free(r->layers[i].queries);
-    for (i = 0; i < r->n_sequences; i++) {
+    for (i = 0; r->sequences && i < r->n_sequences; i++) {
         rkvli_sequence *s = &r->sequences[i];
         for (g = 0; g < RKVLI_GROUPS; g++) free(s->cells[g]);
         free(s->positions);
