@@ -83,6 +83,13 @@ $(BUILD)/llama-minimal: LIBS += $(LLAMA_LIBS)
 $(BUILD)/llama-minimal: $(BUILD)/obj/examples/llama/minimal.o
 	$(link)
 
+LLAMA_PROGRAMS += $(BUILD)/rkv-llama
+$(BUILD)/rkv-llama: LIBS += $(LLAMA_LIBS)
+$(BUILD)/rkv-llama: $(patsubst %,$(BUILD)/obj/examples/llama/%.o, rkv-llama run compare eval \
+        document session settings chat tokens screen stats rkv_impl) \
+        $(patsubst %,$(BUILD)/obj/examples/ponder/%.o,plot options seconds)
+	$(link)
+
 llama:
 	$(call with_llama,$(LLAMA_PROGRAMS),ls $(LLAMA_PROGRAMS))
 
@@ -95,6 +102,16 @@ $(BUILD)/tests/llama_adapter: $(patsubst %,$(BUILD)/obj/%.o, tests/llama/adapter
 $(BUILD)/tests/llama_ponder: $(patsubst %,$(BUILD)/obj/tests/llama/%.o,ponder mind) \
         $(patsubst %,$(BUILD)/obj/examples/ponder/%.o,model gguf task kernels own_cache \
         policy seconds) $(BUILD)/obj/tests/harness.o $(BUILD)/obj/tests/rkv_impl.o
+	$(link)
+
+# The program, on a tiny model whose tokens are bytes.
+LLAMA_TESTS += $(BUILD)/tests/llama_program
+$(BUILD)/tests/llama_program: tests/llama/test_program.sh $(BUILD)/rkv-llama $(BUILD)/tiny_model
+	@mkdir -p $(@D)
+	$(BUILD)/tiny_model $(BUILD)/tests/bytes.gguf
+	@printf '#!/bin/sh\nexec sh $< $(BUILD)/rkv-llama $(BUILD)/tests/bytes.gguf\n' >$@ && chmod +x $@
+$(BUILD)/tiny_model: $(patsubst %,$(BUILD)/obj/%.o, tests/llama/tiny_model examples/ponder/gguf \
+        examples/ponder/options)
 	$(link)
 
 test-llama:

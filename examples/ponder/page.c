@@ -175,16 +175,16 @@ static void put_table(FILE *f, const page_row *rows, int n_rows)
     fprintf(f, "</table></div>\n");
 }
 
-static void add_size(plot_sizes *line, int tokens, double kib)
+static void add_size(plot_line *line, int tokens, double kib)
 {
-    if (line->n_points == PLOT_MAX_SIZES) return;
-    line->points[line->n_points].tokens = tokens;
-    line->points[line->n_points++].kib = kib;
+    if (line->n_points == PLOT_MAX_LINE) return;
+    line->points[line->n_points].x = tokens;
+    line->points[line->n_points++].y = kib;
 }
 
 void page_plot_sizes(FILE *f, const trace *t, double kib)
 {
-    static plot_sizes lines[2];
+    static plot_line lines[2];
     int n_tokens = 0, n_rows = 0;
     memset(lines, 0, sizeof lines);
     lines[0].name = "full";
@@ -200,7 +200,7 @@ void page_plot_sizes(FILE *f, const trace *t, double kib)
         add_size(&lines[1], n_tokens, kib * n_rows);
     }
     add_size(&lines[0], n_tokens, kib * n_tokens);
-    plot_cache_sizes(f, "KV cache of one chain of thought", lines, 2);
+    plot_lines(f, "KV cache of one chain of thought", "tokens", "KiB", lines, 2);
 }
 
 int page_write(const char *path, const char *model_name, const model *m, const trace *traces,

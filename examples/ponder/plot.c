@@ -7,15 +7,11 @@ enum { WIDTH = 720, HEIGHT = 400, LEFT = 64, RIGHT = 160, TOP = 44, BOTTOM = 52 
 
 static const struct {
     const char *name, *color;
-} colors[] = { { "full", "#444444" },
-               { "rkv", "#0060b0" },
-               { "rkv-pool7", "#4aa3e0" },
-               { "rkv-paper", "#6a51a3" },
-               { "rkv-paper-pool1", "#a78bda" },
-               { "snapkv", "#d55e00" },
-               { "h2o", "#009e73" },
-               { "streaming", "#cc79a7" },
-               { "random", "#999999" } };
+} colors[] = { { "full", "#444444" },      { "rkv", "#0060b0" },
+               { "rkv-pool7", "#4aa3e0" }, { "rkv-pool1", "#4aa3e0" },
+               { "rkv-paper", "#6a51a3" }, { "rkv-paper-pool1", "#a78bda" },
+               { "snapkv", "#d55e00" },    { "h2o", "#009e73" },
+               { "streaming", "#cc79a7" }, { "random", "#999999" } };
 
 static const char *color_of(const char *name)
 {
@@ -101,34 +97,47 @@ static void draw_level(FILE *f, const plot_series *s)
             LEFT, WIDTH - RIGHT, y, y, color_of(s->name));
 }
 
-static double last_accuracy(const plot_series *s)
-{
-    return s->points[s->n_points - 1].accuracy;
-}
+/* Where a line ends, and what it is called. */
+typedef struct line_end {
+    double y;
+    const char *color, *label;
+} line_end;
 
-/* Names at the right, in the order of the lines' ends, none on top of another. */
-static void draw_names(FILE *f, const plot_series *series, int n_series)
+enum { MAX_ENDS = 32 };
+
+/* Labels at the right, in the order of the lines' ends, none on top of another. */
+static void draw_labels(FILE *f, const line_end *ends, int n)
 {
-    enum { MAX_NAMES = 32, LINE = 16 };
-    const plot_series *ranked[MAX_NAMES];
-    double y[MAX_NAMES];
-    int n = 0;
-    for (int i = 0; i < n_series && n < MAX_NAMES; i++) {
-        if (series[i].n_points == 0) continue;
-        int at = n++;
-        for (; at > 0 && last_accuracy(ranked[at - 1]) < last_accuracy(&series[i]); at--)
-            ranked[at] = ranked[at - 1];
-        ranked[at] = &series[i];
+    enum { LINE = 16 };
+    line_end ranked[MAX_ENDS];
+    for (int i = 0; i < n; i++) {
+        int at = i;
+        for (; at > 0 && ranked[at - 1].y > ends[i].y; at--) ranked[at] = ranked[at - 1];
+        ranked[at] = ends[i];
     }
     for (int i = 0; i < n; i++) {
-        y[i] = y_of(last_accuracy(ranked[i])) + 4.0;
-        if (i > 0 && y[i] < y[i - 1] + LINE) y[i] = y[i - 1] + LINE;
+        ranked[i].y += 4.0;
+        if (i > 0 && ranked[i].y < ranked[i - 1].y + LINE) ranked[i].y = ranked[i - 1].y + LINE;
     }
     for (int i = n - 1, low = HEIGHT - LINE / 2; i >= 0; i--, low -= LINE)
-        if (y[i] > low) y[i] = low;
+        if (ranked[i].y > low) ranked[i].y = low;
     for (int i = 0; i < n; i++)
         fprintf(f, "<text x='%d' y='%.1f' fill='%s' font-weight='600'>%s</text>\n",
-                WIDTH - RIGHT + 12, y[i], color_of(ranked[i]->name), ranked[i]->name);
+                WIDTH - RIGHT + 12, ranked[i].y, ranked[i].color, ranked[i].label);
+}
+
+static void draw_names(FILE *f, const plot_series *series, int n_series)
+{
+    line_end ends[MAX_ENDS];
+    int n = 0;
+    for (int i = 0; i < n_series && n < MAX_ENDS; i++) {
+        const plot_series *s = &series[i];
+        if (s->n_points == 0) continue;
+        ends[n].y = y_of(s->points[s->n_points - 1].accuracy);
+        ends[n].color = color_of(s->name);
+        ends[n++].label = s->name;
+    }
+    draw_labels(f, ends, n);
 }
 
 static void begin(FILE *f, const char *title)
@@ -150,41 +159,93 @@ static double grid_step(double most)
     return step;
 }
 
-void plot_cache_sizes(FILE *f, const char *title, const plot_sizes *lines, int n_lines)
+/* What the axes span. */
+typedef struct span {
+    double x_most, y_least, y_most;
+} span;
+
+static span span_of(const plot_line *lines, int n_lines)
 {
-    const double width = WIDTH - LEFT - RIGHT, height = HEIGHT - TOP - BOTTOM;
-    struct plot_size most = { 1.0, 1.0 };
+    span s = { 0.0, 0.0, 0.0 };
     for (int i = 0; i < n_lines; i++)
         for (int k = 0; k < lines[i].n_points; k++) {
-            const struct plot_size *p = &lines[i].points[k];
-            if (p->tokens > most.tokens) most.tokens = p->tokens;
-            if (p->kib > most.kib) most.kib = p->kib;
+            const struct plot_xy *p = &lines[i].points[k];
+            const double low = p->low < p->high ? p->low : p->y;
+            const double high = p->low < p->high ? p->high : p->y;
+            if (p->x > s.x_most) s.x_most = p->x;
+            if (low < s.y_least) s.y_least = low;
+            if (high > s.y_most) s.y_most = high;
         }
-    begin(f, title);
-    for (double kib = 0.0; kib <= most.kib; kib += grid_step(most.kib)) {
-        const double y = TOP + (1.0 - kib / most.kib) * height;
+    if (s.x_most == 0.0) s.x_most = 1.0;
+    if (s.y_most == s.y_least) s.y_most = s.y_least + 1.0;
+    return s;
+}
+
+static double across(const span *s, double x)
+{
+    return LEFT + x / s->x_most * (WIDTH - LEFT - RIGHT);
+}
+
+static double up(const span *s, double y)
+{
+    return TOP + (s->y_most - y) / (s->y_most - s->y_least) * (HEIGHT - TOP - BOTTOM);
+}
+
+static void draw_grid(FILE *f, const span *s, const char *x_name, const char *y_name)
+{
+    const double x_step = grid_step(s->x_most), y_step = grid_step(s->y_most - s->y_least);
+    int first = 0;
+    while ((first - 1) * y_step >= s->y_least) first--;
+    for (int i = first; i * y_step <= s->y_most; i++)
         fprintf(f,
                 "<line x1='%d' y1='%.1f' x2='%d' y2='%.1f' stroke='#dddddd'/>"
                 "<text x='%d' y='%.1f' text-anchor='end'>%g</text>\n",
-                LEFT, y, WIDTH - RIGHT, y, LEFT - 8, y + 4, kib);
+                LEFT, up(s, i * y_step), WIDTH - RIGHT, up(s, i * y_step), LEFT - 8,
+                up(s, i * y_step) + 4, i * y_step);
+    for (int i = 0; i * x_step <= s->x_most; i++)
+        fprintf(f, "<text x='%.1f' y='%d' text-anchor='middle'>%g</text>\n", across(s, i * x_step),
+                HEIGHT - BOTTOM + 20, i * x_step);
+    fprintf(f, "<text x='%d' y='%d' text-anchor='middle'>%s</text>\n", (LEFT + WIDTH - RIGHT) / 2,
+            HEIGHT - 12, x_name);
+    fprintf(f, "<text x='%d' y='%d' text-anchor='end'>%s</text>\n", LEFT - 8, TOP - 14, y_name);
+}
+
+static void draw_line(FILE *f, const span *s, const plot_line *line)
+{
+    const char *color = color_of(line->name);
+    fprintf(f, "<polyline fill='none' stroke='%s' stroke-width='2.2'%s points='", color,
+            line->is_dashed ? " stroke-dasharray='6 4'" : "");
+    for (int k = 0; k < line->n_points; k++)
+        fprintf(f, "%.1f,%.1f ", across(s, line->points[k].x), up(s, line->points[k].y));
+    fprintf(f, "'/>\n");
+    for (int k = 0; k < line->n_points; k++) {
+        const struct plot_xy *p = &line->points[k];
+        if (!(p->low < p->high)) continue;
+        fprintf(f,
+                "<line x1='%.1f' x2='%.1f' y1='%.1f' y2='%.1f' stroke='%s'/>"
+                "<circle cx='%.1f' cy='%.1f' r='3.4' fill='%s'/>\n",
+                across(s, p->x), across(s, p->x), up(s, p->low), up(s, p->high), color,
+                across(s, p->x), up(s, p->y), color);
     }
-    for (double tokens = 0.0; tokens <= most.tokens; tokens += grid_step(most.tokens))
-        fprintf(f, "<text x='%.1f' y='%d' text-anchor='middle'>%g</text>\n",
-                LEFT + tokens / most.tokens * width, HEIGHT - BOTTOM + 20, tokens);
-    fprintf(f, "<text x='%d' y='%d' text-anchor='middle'>tokens</text>\n",
-            (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12);
-    fprintf(f, "<text x='%d' y='%d' text-anchor='end'>KiB</text>\n", LEFT - 8, TOP - 14);
+}
+
+void plot_lines(FILE *f, const char *title, const char *x_name, const char *y_name,
+                const plot_line *lines, int n_lines)
+{
+    const span s = span_of(lines, n_lines);
+    line_end ends[MAX_ENDS];
+    int n = 0;
+    begin(f, title);
+    draw_grid(f, &s, x_name, y_name);
     for (int i = 0; i < n_lines; i++) {
-        const char *color = color_of(lines[i].name);
-        double y = TOP;
-        fprintf(f, "<polyline fill='none' stroke='%s' stroke-width='2.2' points='", color);
-        for (int k = 0; k < lines[i].n_points; k++) {
-            y = TOP + (1.0 - lines[i].points[k].kib / most.kib) * height;
-            fprintf(f, "%.1f,%.1f ", LEFT + lines[i].points[k].tokens / most.tokens * width, y);
-        }
-        fprintf(f, "'/>\n<text x='%d' y='%.1f' fill='%s' font-weight='600'>%s</text>\n",
-                WIDTH - RIGHT + 12, y + 4, color, lines[i].label);
+        if (lines[i].n_points == 0) continue;
+        draw_line(f, &s, &lines[i]);
+        if (n == MAX_ENDS) continue;
+        ends[n].y = up(&s, lines[i].points[lines[i].n_points - 1].y);
+        ends[n].color = color_of(lines[i].name);
+        ends[n++].label = lines[i].label;
     }
+    draw_labels(f, ends, n);
     fprintf(f, "</svg>\n");
 }
 
