@@ -601,7 +601,6 @@ RKV_API rkv_status rkv_backend_register(const rkv_backend *backend, rkv_error *e
 #pragma float_control(precise, on, push)
 #endif
 
-#include <fenv.h>
 #include <float.h>
 #include <limits.h>
 #include <math.h>
@@ -787,7 +786,21 @@ static void rkvi_leave_float_mode(rkvi_float_mode saved)
                      : "r"(saved.control), "r"(saved.status)
                      : "memory");
 }
+#elif defined(_MSC_VER) && defined(_M_X64) && !defined(_M_ARM64EC)
+#include <xmmintrin.h>
+typedef unsigned rkvi_float_mode; /* MXCSR */
+static rkvi_float_mode rkvi_enter_float_mode(void)
+{
+    const unsigned saved = _mm_getcsr();
+    _mm_setcsr(0x1f80);
+    return saved;
+}
+static void rkvi_leave_float_mode(rkvi_float_mode saved)
+{
+    _mm_setcsr(saved);
+}
 #else
+#include <fenv.h>
 typedef fenv_t rkvi_float_mode;
 static rkvi_float_mode rkvi_enter_float_mode(void)
 {

@@ -75,9 +75,13 @@ done
 # the syntax: nothing is linked.
 windows="$out/windows"
 mkdir -p "$windows"
-for name in math stdlib string; do
+for name in fenv math stdlib string; do
     { echo '#include <stddef.h>'; echo '#ifdef __cplusplus'; echo 'extern "C" {'; echo '#endif'
       case $name in
+      fenv) echo 'typedef struct fenv { int control, status; } fenv_t;'
+          echo 'extern const fenv_t rkv_default_env;'
+          echo '#define FE_DFL_ENV (&rkv_default_env)'
+          echo 'int fegetenv(fenv_t *), fesetenv(const fenv_t *);' ;;
       math) echo 'float sqrtf(float), fabsf(float), fmaf(float, float, float);' ;;
       stdlib) echo 'void *malloc(size_t), free(void *);' ;;
       string) echo 'void *memcpy(void *, const void *, size_t), *memset(void *, int, size_t),'
