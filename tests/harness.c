@@ -111,6 +111,37 @@ int expect_status(const char *at, rkv_status got, rkv_status want)
     return 0;
 }
 
+int expect_same_config(const char *at, const rkv_config *got, const rkv_config *want)
+{
+    return expect_bytes(at, got, want, offsetof(rkv_config, variant) + sizeof got->variant) &
+           expect_true(at, got->device_error == want->device_error);
+}
+
+static int same_tensor(const rkv_tensor *a, const rkv_tensor *b)
+{
+    return a->data == b->data && a->dtype == b->dtype && a->heads == b->heads &&
+           a->tokens == b->tokens && a->dim == b->dim && a->head_stride == b->head_stride &&
+           a->token_stride == b->token_stride && a->dim_stride == b->dim_stride &&
+           a->element_bytes == b->element_bytes && a->block_table == b->block_table &&
+           a->block_tokens == b->block_tokens && a->block_stride == b->block_stride;
+}
+
+int expect_same_layer(const char *at, const rkv_layer *got, const rkv_layer *want)
+{
+    return expect_true(at, same_tensor(&got->keys, &want->keys) &&
+                               same_tensor(&got->values, &want->values) &&
+                               same_tensor(&got->queries, &want->queries) &&
+                               got->positions == want->positions && got->pins == want->pins &&
+                               got->kept == want->kept && got->scores == want->scores &&
+                               got->shared_scores == want->shared_scores) &
+           expect_bytes(at, &got->scale, &want->scale, sizeof got->scale) &
+           expect_bytes(at, &got->softcap, &want->softcap, sizeof got->softcap) &
+           expect_int(at, 0, got->n_tokens, want->n_tokens) &
+           expect_int(at, 1, got->n_kept, want->n_kept) &
+           expect_int(at, 2, got->row_stride, want->row_stride) &
+           expect_int(at, 3, got->sequence, want->sequence);
+}
+
 void skip(const char *format, ...)
 {
     va_list arguments;
@@ -964,9 +995,15 @@ static void write_mode(unsigned value)
 }
 #endif
 
+/* valgrind, say, lets no program set FTZ, DAZ or traps. */
 int float_mode_exists(float_mode mode)
 {
-    return mode == FLOAT_USUAL || mode_registers[mode] != mode_registers[FLOAT_USUAL];
+    unsigned now;
+    if (mode == FLOAT_USUAL) return 1;
+    write_mode(mode_registers[mode]);
+    now = read_mode();
+    write_mode(mode_registers[FLOAT_USUAL]);
+    return now == mode_registers[mode] && now != mode_registers[FLOAT_USUAL];
 }
 
 void float_mode_enter(float_mode mode)

@@ -24,6 +24,9 @@ int expect_int(const char *at, int i, int64_t got, int64_t want);
 int expect_near(const char *at, int i, double got, double want, double tolerance);
 int expect_bytes(const char *at, const void *got, const void *want, size_t bytes);
 int expect_status(const char *at, rkv_status got, rkv_status want);
+/* Every field, none of the padding. */
+int expect_same_config(const char *at, const rkv_config *got, const rkv_config *want);
+int expect_same_layer(const char *at, const rkv_layer *got, const rkv_layer *want);
 void skip(const char *format, ...);
 int cases_failed(void);
 int close_tests(void); /* prints the closing line; returns the exit status */

@@ -90,7 +90,7 @@ static void refuse(const char *at, stage_function call, const rkv_backend *backe
                       call_with(call, backend, &sc->config, sc->jobs, N_LAYERS, sc->workspace.data,
                                 sc->workspace.bytes),
                       want);
-        expect_bytes("config", &sc->config, &config, sizeof config);
+        expect_same_config("config", &sc->config, &config);
         expect_scene_unchanged(at, sc);
     }
     expect_int("error.status", 0, sc->error.status, want);
