@@ -4282,7 +4282,9 @@ static rkvi_range rkvi_range_of_view(const rkv_tensor *t)
 /* How far after a step of a the next step of b begins, for equal strides. */
 static size_t rkvi_apart(uintptr_t a, uintptr_t b, size_t stride)
 {
-    return b >= a ? (b - a) % stride : (stride - (a - b) % stride) % stride;
+    size_t apart = b >= a ? b - a : a - b;
+    if (apart >= stride) apart %= stride; /* rarely: divisions are slow */
+    return b >= a || apart == 0 ? apart : stride - apart;
 }
 
 /* Two views that interleave (K and V of one buffer, say) overlap as ranges without sharing a byte.
