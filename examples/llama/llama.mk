@@ -97,10 +97,13 @@ $(BUILD)/rkv-llama: $(patsubst %,$(BUILD)/obj/examples/llama/%.o, rkv-llama run 
 llama:
 	$(call with_llama,$(LLAMA_PROGRAMS),ls $(LLAMA_PROGRAMS))
 
-LLAMA_TESTS = $(patsubst %,$(BUILD)/tests/llama_%,adapter refusals ponder)
-$(BUILD)/obj/tests/llama/%.o: C_FLAGS += -DMODELS='"$(BUILD)/tests"' -DPONDER='"$(MODEL)"'
+LLAMA_TESTS = $(patsubst %,$(BUILD)/tests/llama_%,adapter refusals real ponder)
+$(BUILD)/obj/tests/llama/%.o: C_FLAGS += -DMODELS='"$(BUILD)/tests"' -DPONDER='"$(MODEL)"' \
+    -DREAL_MODELS='"$(LLAMA_MODELS)"'
 $(LLAMA_TESTS): LIBS += $(LLAMA_LIBS)
-$(BUILD)/tests/llama_adapter $(BUILD)/tests/llama_refusals: $(BUILD)/tests/llama_%: \
+$(BUILD)/tests/llama_real: $(BUILD)/obj/examples/llama/tokens.o \
+        $(BUILD)/obj/examples/ponder/options.o
+$(patsubst %,$(BUILD)/tests/llama_%,adapter refusals real): $(BUILD)/tests/llama_%: \
         $(BUILD)/obj/tests/llama/%.o $(patsubst %,$(BUILD)/obj/%.o,tests/llama/bed \
         tests/llama/tiny examples/ponder/gguf) $(TEST_SHARED)
 	$(link)

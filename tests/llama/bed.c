@@ -52,11 +52,12 @@ void bed_open(bed *b, const setup *s)
     memset(b, 0, sizeof *b);
     model.n_gpu_layers = 0;
     if (s->kind == TINY_QWEN2VL) model.kv_overrides = sections;
-    b->model = llama_model_load_from_file(tiny_write(s->kind), model);
+    b->model = llama_model_load_from_file(s->path ? s->path : tiny_write(s->kind), model);
     if (!b->model) {
-        printf("FAIL  %s: llama.cpp does not load it\n", tiny_name(s->kind));
+        printf("FAIL  %s: llama.cpp does not load it\n", s->path ? s->path : tiny_name(s->kind));
         exit(1);
     }
+    b->n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(b->model));
     params.n_ctx = (uint32_t)s->n_ctx;
     params.n_batch = (uint32_t)s->n_batch;
     params.n_ubatch = s->n_batch < 128 ? (uint32_t)s->n_batch : 128;
@@ -98,12 +99,12 @@ llama_token token_at(int i)
     return rng_below(&r, TINY_VOCABULARY);
 }
 
-int decode(bed *b, llama_seq_id seq, int begin, int n)
+int decode_tokens(bed *b, llama_seq_id seq, int begin, const llama_token *tokens, int n)
 {
     struct llama_batch batch = llama_batch_init(n, 0, 1);
     int i, status;
     for (i = 0; i < n; i++) {
-        batch.token[i] = token_at(begin + i);
+        batch.token[i] = tokens ? tokens[i] : token_at(begin + i);
         batch.pos[i] = begin + i;
         batch.n_seq_id[i] = 1;
         batch.seq_id[i][0] = seq;
@@ -113,6 +114,11 @@ int decode(bed *b, llama_seq_id seq, int begin, int n)
     status = b->r ? rkv_llama_decode(b->r, batch) : llama_decode(b->ctx, batch);
     llama_batch_free(batch);
     return status;
+}
+
+int decode(bed *b, llama_seq_id seq, int begin, int n)
+{
+    return decode_tokens(b, seq, begin, NULL, n);
 }
 
 int expect_decode(bed *b, llama_seq_id seq, int begin, int n)
@@ -127,7 +133,7 @@ int expect_decode(bed *b, llama_seq_id seq, int begin, int n)
 void expect_same_logits(const char *at, bed *a, bed *b)
 {
     expect_bytes(at, llama_get_logits_ith(a->ctx, -1), llama_get_logits_ith(b->ctx, -1),
-                 TINY_VOCABULARY * sizeof(float));
+                 (size_t)b->n_vocab * sizeof(float));
 }
 
 void expect_refusal(const char *at, bed *b, int status, const char *words)

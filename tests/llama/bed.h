@@ -10,6 +10,7 @@
 
 typedef struct setup {
     tiny_kind kind;
+    const char *path; /* of a model that is there already, NULL: a tiny one */
     enum ggml_type keys;
     int flash, n_ctx, n_batch, n_sequences;
     int is_plain; /* without an adapter */
@@ -22,7 +23,7 @@ typedef struct bed {
     struct llama_model *model;
     struct llama_context *ctx;
     rkv_llama *r;
-    int attached;
+    int attached, n_vocab;
 } bed;
 
 /* The first and the last call of a program; the last returns its exit status. llama.cpp's log is
@@ -35,8 +36,10 @@ void bed_open(bed *b, const setup *s); /* ends the program where the model canno
 void bed_close(bed *b);
 
 llama_token token_at(int i); /* of a text of random tokens */
-/* Decodes tokens of one sequence from position `begin` on, all outputs wanted. */
+/* Decodes tokens of one sequence from position `begin` on, all outputs wanted: `tokens`, or where
+ * that is NULL those of token_at. */
 int decode(bed *b, llama_seq_id seq, int begin, int n);
+int decode_tokens(bed *b, llama_seq_id seq, int begin, const llama_token *tokens, int n);
 int expect_decode(bed *b, llama_seq_id seq, int begin, int n);
 void expect_same_logits(const char *at, bed *a, bed *b); /* of the last token, to the bit */
 void expect_refusal(const char *at, bed *b, int status, const char *words);
