@@ -628,6 +628,34 @@ static void test_shortage(void)
     case_end();
 }
 
+static void test_threads(void)
+{
+    static const struct {
+        int context, options, config, want;
+    } cases[] = { { 2, 0, 0, 2 }, { 2, 1, 0, 1 }, { 1, 3, 0, 3 }, { 1, 0, 4, 4 }, { 1, 2, 4, 2 } };
+    size_t i;
+    case_begin("threads of rounds: the options', else the config's, else the context's");
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        rkv_config config = rkv_config_default(64);
+        setup s = setup_of(TINY_LLAMA, 64, 32);
+        bed b;
+        s.n_threads = cases[i].context;
+        s.options.n_threads = cases[i].options;
+        if (cases[i].config) {
+            config.n_threads = cases[i].config;
+            config.parallel_for = reversed_for;
+            s.options.config = &config;
+        }
+        bed_open(&b, &s);
+        expect_int("threads", (int)i, b.r->config.n_threads, cases[i].want);
+        expect_true("a pool", (b.r->config.parallel_for != NULL) == (cases[i].want > 1));
+        expect_decode(&b, 0, 0, 150);
+        expect_true("rounds", rkv_llama_get_counters(b.r).n_rounds > 1);
+        bed_close(&b);
+    }
+    case_end();
+}
+
 /* ---- policies, pins -------------------------------------------------------------------------- */
 
 static void test_policies(void)
@@ -861,6 +889,7 @@ int main(void)
     test_two_sequences();
     test_shared_prefix();
     test_shortage();
+    test_threads();
     test_policies();
     test_pins();
     test_drafts();

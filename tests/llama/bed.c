@@ -33,7 +33,7 @@ setup setup_of(tiny_kind kind, int budget, int buffer)
     s.flash = 1;
     s.n_ctx = 512;
     s.n_batch = 512;
-    s.n_sequences = 1;
+    s.n_sequences = s.n_threads = 1;
     s.options.budget = budget;
     s.options.buffer = buffer;
     return s;
@@ -63,7 +63,7 @@ void bed_open(bed *b, const setup *s)
     params.n_ubatch = s->n_batch < 128 ? (uint32_t)s->n_batch : 128;
     params.n_seq_max = (uint32_t)s->n_sequences;
     params.kv_unified = true;
-    params.n_threads = params.n_threads_batch = 1;
+    params.n_threads = params.n_threads_batch = s->n_threads;
     params.type_k = s->keys;
     params.type_v = GGML_TYPE_F16;
     params.flash_attn_type =

@@ -12,7 +12,7 @@ typedef struct setup {
     tiny_kind kind;
     const char *path; /* of a model that is there already, NULL: a tiny one */
     enum ggml_type keys;
-    int flash, n_ctx, n_batch, n_sequences;
+    int flash, n_ctx, n_batch, n_sequences, n_threads;
     int is_plain; /* without an adapter */
     rkv_llama_options options;
     ggml_backend_sched_eval_callback other;

@@ -178,20 +178,22 @@ static void test_sinks_unscored(void)
     case_end();
 }
 
-/* The hook sees one context's parameters, llama.cpp gets others. */
+/* The hook sees other parameters than llama.cpp. */
 static void open_with_streams(bed *b, const setup *s)
 {
     struct llama_context_params params = llama_context_default_params();
-    bed_open(b, s);
+    setup plain = *s;
+    plain.is_plain = 1;
+    bed_open(b, &plain);
     llama_free(b->ctx);
+    expect_true("create", rkv_llama_create(&b->r, &s->options) == NULL);
     params.n_ctx = 1024;
     params.n_seq_max = 2;
     params.kv_unified = true;
     rkv_llama_hook(b->r, &params);
     params.kv_unified = false;
     b->ctx = llama_init_from_model(b->model, params);
-    b->r->ctx = NULL;
-    b->attached = rkv_llama_attach(b->r, b->ctx);
+    expect_int("attach", 0, rkv_llama_attach(b->r, b->ctx), 0);
 }
 
 static void test_contexts(void)
