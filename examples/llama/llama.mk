@@ -101,8 +101,8 @@ LLAMA_TESTS = $(patsubst %,$(BUILD)/tests/llama_%,adapter refusals real ponder)
 $(BUILD)/obj/tests/llama/%.o: C_FLAGS += -DMODELS='"$(BUILD)/tests"' -DPONDER='"$(MODEL)"' \
     -DREAL_MODELS='"$(LLAMA_MODELS)"'
 $(LLAMA_TESTS): LIBS += $(LLAMA_LIBS)
-$(BUILD)/tests/llama_real: $(BUILD)/obj/examples/llama/tokens.o \
-        $(BUILD)/obj/examples/ponder/options.o
+$(BUILD)/tests/llama_real: $(patsubst %,$(BUILD)/obj/examples/%.o,llama/tokens llama/stats \
+        ponder/options)
 $(patsubst %,$(BUILD)/tests/llama_%,adapter refusals real): $(BUILD)/tests/llama_%: \
         $(BUILD)/obj/tests/llama/%.o $(patsubst %,$(BUILD)/obj/%.o,tests/llama/bed \
         tests/llama/tiny examples/ponder/gguf) $(TEST_SHARED)

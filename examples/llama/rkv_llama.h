@@ -41,8 +41,8 @@
  *            where they are looked for: the first decode makes sure.
  * Threads    One rkv_llama belongs to one context, and to the thread that uses it. A round runs on
  *            as many threads as the context has if RKV_PTHREADS is defined, else on one.
- * Versions   The tests pass with llama-cpp-python 0.3.20 (llama.cpp f49e91787, April 2026) and 0.3.36
- *            (0c1e57098, October 2026). Older ones were not tried.
+ * Versions   The tests pass with llama-cpp-python 0.3.20 (llama.cpp f49e91787, April 2026) and
+ *            0.3.36 (0c1e57098, October 2026). Older ones were not tried.
  * Memory     The adapter allocates: lists of cells, the newest queries of every sequence
  *            ([layers][query heads][2 * window][head_dim] floats), the workspace of rkv.h.
  */

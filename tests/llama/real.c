@@ -1,6 +1,7 @@
 /* real.c - examples/llama/rkv_llama.h with models that others have trained, where there are any.
  * make test-llama        (needs llama.cpp: make llama-cpp; models: make llama-models) */
 #include "bed.h"
+#include "stats.h"
 #include "tokens.h"
 
 #define RKV_LLAMA_IMPLEMENTATION
@@ -39,16 +40,6 @@ static void read_tokens(token_list *list, const bed *b)
     free(text);
 }
 
-static double loss_of(const bed *b, const float *logits, llama_token next)
-{
-    double largest = logits[0], sum = 0;
-    int i;
-    for (i = 1; i < b->n_vocab; i++)
-        if (logits[i] > largest) largest = logits[i];
-    for (i = 0; i < b->n_vocab; i++) sum += exp(logits[i] - largest);
-    return largest + log(sum) - logits[next];
-}
-
 /* All outputs, or the last one. */
 static int decode_text(bed *b, int begin, llama_token *tokens, int n, int all)
 {
@@ -74,19 +65,10 @@ static double read_all(bed *b, const token_list *text, const real_model *m)
         for (k = 0; k < n && is_scored; k++) {
             const float *logits =
                 b->r ? rkv_llama_logits(b->r, k) : llama_get_logits_ith(b->ctx, k);
-            sum += loss_of(b, logits, text->at[i + k + 1]);
+            sum += log_sum_exp(logits, b->n_vocab) - logits[text->at[i + k + 1]];
         }
     }
     return sum / (m->n_tokens - first);
-}
-
-static int best_token(const bed *b)
-{
-    const float *logits = llama_get_logits_ith(b->ctx, -1);
-    int i, best = 0;
-    for (i = 1; i < b->n_vocab; i++)
-        if (logits[i] > logits[best]) best = i;
-    return best;
 }
 
 static void test_hook(const real_model *m)
@@ -136,7 +118,7 @@ static void test_rounds(const real_model *m)
     expect_true("the model knows the language", full_loss < 0.5 * log(full.n_vocab));
     expect_near("loss, full cache and small", 0, small_loss, full_loss, m->worse);
     for (i = 0; i < GOES_ON; i++) {
-        token = best_token(&small);
+        token = arg_max(llama_get_logits_ith(small.ctx, -1), small.n_vocab);
         n_changes += token != last;
         last = token;
         if (decode_tokens(&small, 0, m->n_tokens - 1 + i, &token, 1) != 0) {

@@ -9,11 +9,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- faults: what calls of llama.cpp and of the C library answer, on demand ------------------- */
+/* ---- faults: what calls of llama.cpp and of the C library answer, on demand ------------------ */
 
 static struct {
     int seq_rm, state_get, state_set, no_cells, threads; /* not 0: fails */
-    int last_position;                                   /* above 0: the answer plus 1 */
+    int is_elsewhere;                                    /* 1: the last position is another one */
     int allocation;                                      /* n: the n-th from now on fails */
 } fault;
 
@@ -27,17 +27,30 @@ static bool seq_rm(llama_memory_t memory, llama_seq_id seq, llama_pos p0, llama_
     return !fault.seq_rm && llama_memory_seq_rm(memory, seq, p0, p1);
 }
 
-/* clang-format off */
-#define llama_memory_seq_rm                  seq_rm
-#define llama_state_seq_get_data(c, d, n, s) (fault.state_get ? 0 : (llama_state_seq_get_data)(c, d, n, s))
-#define llama_state_seq_set_data(c, d, n, s) (fault.state_set ? 0 : (llama_state_seq_set_data)(c, d, n, s))
-#define llama_memory_seq_pos_max(m, s)       ((llama_memory_seq_pos_max)(m, s) + (fault.last_position > 0))
-#define llama_n_ctx(c)                       (fault.no_cells ? 0 : (llama_n_ctx)(c))
-#define rkv_threads_create(out, n)           (fault.threads ? RKV_ERROR_MEMORY : (rkv_threads_create)(out, n))
-#define malloc(n)                            (allocation_fails() ? NULL : (malloc)(n))
-#define calloc(n, s)                         (allocation_fails() ? NULL : (calloc)(n, s))
-#define realloc(p, n)                        (allocation_fails() ? NULL : (realloc)(p, n))
-/* clang-format on */
+static llama_pos last_position(llama_memory_t memory, llama_seq_id seq)
+{
+    return llama_memory_seq_pos_max(memory, seq) + fault.is_elsewhere;
+}
+
+static size_t state_get(struct llama_context *ctx, uint8_t *to, size_t n, llama_seq_id seq)
+{
+    return fault.state_get ? 0 : llama_state_seq_get_data(ctx, to, n, seq);
+}
+
+static size_t state_set(struct llama_context *ctx, const uint8_t *from, size_t n, llama_seq_id seq)
+{
+    return fault.state_set ? 0 : llama_state_seq_set_data(ctx, from, n, seq);
+}
+
+#define llama_memory_seq_rm      seq_rm
+#define llama_memory_seq_pos_max last_position
+#define llama_state_seq_get_data state_get
+#define llama_state_seq_set_data state_set
+#define llama_n_ctx(c)           (fault.no_cells ? 0 : (llama_n_ctx)(c))
+#define rkv_threads_create(o, n) (fault.threads ? RKV_ERROR_MEMORY : (rkv_threads_create)(o, n))
+#define malloc(n)                (allocation_fails() ? NULL : (malloc)(n))
+#define calloc(n, s)             (allocation_fails() ? NULL : (calloc)(n, s))
+#define realloc(p, n)            (allocation_fails() ? NULL : (realloc)(p, n))
 
 #define RKV_LLAMA_IMPLEMENTATION
 #include "rkv_llama.h"
@@ -46,7 +59,7 @@ static bool seq_rm(llama_memory_t memory, llama_seq_id seq, llama_pos p0, llama_
 #undef calloc
 #undef realloc
 
-/* ---- what has been said ------------------------------------------------------------------------ */
+/* ---- what has been said ---------------------------------------------------------------------- */
 
 enum { MAX_HEARD = 400, LONGEST_SENTENCE = 512 };
 static char heard[MAX_HEARD][LONGEST_SENTENCE];
@@ -82,47 +95,42 @@ static void expect_said(const char *said, const char *words)
         case_fail("said \"%s\", not \"%s\"", said ? said : "", words);
 }
 
-/* ---- options ----------------------------------------------------------------------------------- */
-
-static void refuses_options(rkv_llama_options o, const char *words)
-{
-    rkv_llama *r = NULL;
-    expect_said(rkv_llama_create(&r, &o), words);
-    expect_true("no adapter", r == NULL);
-}
+/* ---- options --------------------------------------------------------------------------------- */
 
 static void test_options(void)
 {
-    const rkv_llama_options good = setup_of(TINY_LLAMA, 64, 0).options;
+    static const struct {
+        int budget, buffer, pin_limit, n_threads;
+        const char *words;
+    } wrong[] = { { 0, 0, 0, 0, "budget" },       { -2, 0, 0, 0, "budget" },
+                  { 64, -1, 0, 0, "buffer" },     { RKVLI_MAX_TOKENS + 1, 0, 0, 0, "below 2^28" },
+                  { 64, 0, -2, 0, "pin_limit" },  { 64, 0, 0, -1, "n_threads" },
+                  { 4, 0, 0, 0, "config.budget" } };
     rkv_config config = rkv_config_default(64);
-    rkv_llama_options o;
-    rkv_llama *r;
+    rkv_llama_options options;
+    rkv_llama *r = NULL;
+    size_t i;
     case_begin("refused: options that are wrong");
-    for (o = good, o.budget = 0; o.budget >= -2; o.budget -= 2) refuses_options(o, "budget");
-    for (o = good, o.buffer = -1; o.buffer < 0; o.buffer++) refuses_options(o, "buffer");
-    o = good;
-    o.budget = RKVLI_MAX_TOKENS + 1;
-    refuses_options(o, "below 2^28");
-    o = good;
-    o.pin_limit = -2;
-    refuses_options(o, "pin_limit");
-    o = good;
-    o.n_threads = -1;
-    refuses_options(o, "n_threads");
-    o = good;
-    o.budget = 4;
-    refuses_options(o, "config.budget");
-    o = good;
+    for (i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        memset(&options, 0, sizeof options);
+        options.budget = wrong[i].budget;
+        options.buffer = wrong[i].buffer;
+        options.pin_limit = wrong[i].pin_limit;
+        options.n_threads = wrong[i].n_threads;
+        expect_said(rkv_llama_create(&r, &options), wrong[i].words);
+        expect_true("no adapter", r == NULL);
+    }
+    options = setup_of(TINY_LLAMA, 64, 0).options;
     config.lambda = 2;
-    o.config = &config;
-    refuses_options(o, "config.lambda");
-    expect_said(rkv_llama_create(NULL, &good), "out is NULL");
+    options.config = &config;
+    expect_said(rkv_llama_create(&r, &options), "config.lambda");
+    expect_said(rkv_llama_create(NULL, &options), "out is NULL");
     expect_said(rkv_llama_create(&r, NULL), "options is NULL");
     rkv_llama_destroy(NULL);
     case_end();
 }
 
-/* ---- models, contexts -------------------------------------------------------------------------- */
+/* ---- models, contexts ------------------------------------------------------------------------ */
 
 /* attach, then a first decode: the first that refuses must say the words. */
 static void refused_with(const char *at, const setup *s, const char *words)
@@ -228,10 +236,10 @@ static void test_contexts(void)
     case_end();
 }
 
-/* ---- graphs ------------------------------------------------------------------------------------ */
+/* ---- graphs ---------------------------------------------------------------------------------- */
 
-/* A callback of the test's own renames what the adapter looks for. It comes after the adapter's: the
- * first layer is seen under its name, unless a decode without the adapter goes before. */
+/* A callback of the test's own renames what the adapter looks for. It comes after the adapter's:
+ * the first layer is seen under its name, unless a decode without the adapter goes before. */
 static bool rename_cache(struct ggml_tensor *t, bool ask, void *user)
 {
     const char *prefix = user;
@@ -336,7 +344,7 @@ static void test_doctored(void)
     case_end();
 }
 
-/* ---- rounds ------------------------------------------------------------------------------------ */
+/* ---- rounds ---------------------------------------------------------------------------------- */
 
 static void bad_score(void *user, llama_seq_id seq, int n, const int32_t *positions, float *scores)
 {
@@ -381,7 +389,7 @@ static void test_rounds(void)
     case_end();
 }
 
-/* ---- misuse ------------------------------------------------------------------------------------ */
+/* ---- misuse ---------------------------------------------------------------------------------- */
 
 static bool abort_at_once(void *user)
 {
@@ -481,7 +489,7 @@ static void test_misuse(void)
     case_end();
 }
 
-/* ---- saved states ------------------------------------------------------------------------------ */
+/* ---- saved states ---------------------------------------------------------------------------- */
 
 static void refuses_state(bed *b, unsigned char *bytes, size_t n, const char *words)
 {
@@ -534,9 +542,9 @@ static void test_states(void)
     fault.state_set = 1;
     refuses_state(&b, bytes, n, "set_data failed");
     fault.state_set = 0;
-    fault.last_position = 1;
+    fault.is_elsewhere = 1;
     refuses_state(&b, bytes, n, "restored other positions");
-    fault.last_position = 0;
+    fault.is_elsewhere = 0;
     expect_int("as it was", 0, rkv_llama_load(b.r, 0, bytes, n), 0);
     rkv_llama_clear(b.r);
     expect_decode(&b, 1, 0, 10);
@@ -560,7 +568,7 @@ static void test_states(void)
     case_end();
 }
 
-/* ---- memory ------------------------------------------------------------------------------------ */
+/* ---- memory ---------------------------------------------------------------------------------- */
 
 /* From nothing to a saved state, with the n-th allocation failing. Returns whether one did. */
 static int run_short(struct llama_model *model, int n)
@@ -623,7 +631,7 @@ static void test_memory(void)
     case_end();
 }
 
-/* ---- the source --------------------------------------------------------------------------------- */
+/* ---- the source ------------------------------------------------------------------------------ */
 
 static const struct {
     const char *sentence, *reason;
