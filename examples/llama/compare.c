@@ -143,10 +143,11 @@ static result result_at(const pair *p, int end, int tokens)
 
 static void print_row(const result *r)
 {
-    printf("| %d | %.1f | %.1f | %.3f (%.3f to %.3f) | %.3f | %.1f | %.1f | %.1f | %.2f | %.0f |\n",
+    printf("| %d | %.1f | %.1f | %.3f (%.3f to %.3f) | %.3f (%.3f to %.3f) | %.1f | %.1f | %.1f | "
+           "%.2f | %.0f |\n",
            r->position, r->full_rate, r->small_rate, r->ratio.mean, r->ratio.low, r->ratio.high,
-           r->cpu_ratio.mean, r->full_mib, r->small_mib, r->live_mib, r->rkv_percent,
-           r->same_percent);
+           r->cpu_ratio.mean, r->cpu_ratio.low, r->cpu_ratio.high, r->full_mib, r->small_mib,
+           r->live_mib, r->rkv_percent, r->same_percent);
     fflush(stdout);
 }
 
@@ -157,7 +158,8 @@ static void print_head(const pair *p, const settings *s)
         snprintf(budget, sizeof budget, "budget %d, buffer %d", s->budgets[0], s->buffer);
     printf("%s, %s, %s cache, flash attention %s, %d thread%s\n\n", s->model, budget, s->kv,
            s->flash, s->n_threads, s->n_threads > 1 ? "s" : "");
-    printf("| position | full, tokens/s | %s, tokens/s | times faster (95 %%) | in CPU time | "
+    printf("| position | full, tokens/s | %s, tokens/s | times faster (95 %%) | "
+           "in CPU time (95 %%) | "
            "full KV, MiB | %s KV, MiB: reserved | in use, at most | rkv, %% of time | "
            "same next token, %% |\n|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n",
            p->policy->name, p->policy->name);
@@ -238,8 +240,9 @@ static void run_turns(pair *p, const settings *s, const struct llama_vocab *voca
         take_turn(p, sampler, &ends, n_vocab);
         const int next = p->full.position + BLOCK;
         if (next <= mark && next <= s->n_tokens) continue;
-        const int tokens = 2 * s->buffer < s->every ? 2 * s->buffer : s->every;
-        const result r = result_at(p, p->n_turns, tokens);
+        const int two_rounds = 2 * s->buffer;
+        const int is_short = p->policy != &hook_alone && two_rounds < s->every;
+        const result r = result_at(p, p->n_turns, is_short ? two_rounds : s->every);
         print_row(&r);
         mark += s->every;
     }
