@@ -3,7 +3,8 @@
  *
  * The full cache is llama.cpp's own, without a callback. It samples the tokens; the other cache
  * decodes the same ones. They take turns in blocks, so that whatever else the machine does meets
- * both. Sampling is not timed.
+ * both. Sampling is not timed. With --policy full nothing is evicted: the difference is what the
+ * callback costs.
  */
 #define _POSIX_C_SOURCE 200809L
 #include "chat.h"
@@ -25,12 +26,16 @@ enum { BLOCK = 16 }; /* tokens in a turn */
 static const char default_prompt[] =
     "Tell me a long story about a lighthouse keeper who finds a map. Do not stop.";
 
+static const policy hook_alone = { "hook", "the callback, nothing evicted", rkv_config_default,
+                                   NULL };
+
 /* One turn of both. */
 typedef struct turn {
     double full, small;         /* seconds */
     double full_cpu, small_cpu; /* seconds of the processors */
     double rkv;                 /* of the small one's: rounds, copies of queries, freeing cells */
     int position, same;         /* after it; tokens on which the two agree */
+    int live;                   /* the small one's tokens, the most in the turn */
 } turn;
 
 typedef struct pair {
@@ -79,6 +84,7 @@ static void take_turn(pair *p, struct llama_sampler *sampler, const token_list *
     for (int i = 0; i < BLOCK; i++) {
         timed_decode(&p->small, &tokens[i], &t->small, &t->small_cpu);
         t->same += arg_max(session_logits(&p->small, -1), n_vocab) == expected[i];
+        if (session_live(&p->small) > t->live) t->live = session_live(&p->small);
     }
     t->rkv = adapter_seconds(&p->small) - before;
     t->position = p->full.position;
@@ -92,7 +98,7 @@ typedef struct result {
     double full_cpu_rate, small_cpu_rate; /* of processor time, all threads together */
     interval ratio, cpu_ratio;
     double rkv_percent, same_percent;
-    double full_mib, small_mib;
+    double full_mib, small_mib, live_mib; /* small: of the cells reserved; live: of those in use */
 } result;
 
 /* Over the last turns up to turn `end`, `tokens` of them. */
@@ -101,7 +107,7 @@ static result result_at(const pair *p, int end, int tokens)
     enum { MOST = 4096 };
     static double full[MOST], small[MOST], full_cpu[MOST], small_cpu[MOST];
     double sums[2] = { 0.0, 0.0 }, cpu_sums[2] = { 0.0, 0.0 }, rkv = 0.0;
-    int same = 0, n = tokens / BLOCK;
+    int same = 0, live = 0, n = tokens / BLOCK;
     result r;
     if (n < 1) n = 1;
     if (n > end) n = end;
@@ -118,6 +124,7 @@ static result result_at(const pair *p, int end, int tokens)
         cpu_sums[1] += t->small_cpu;
         rkv += t->rkv;
         same += t->same;
+        if (t->live > live) live = t->live;
     }
     r.position = p->turns[end - 1].position;
     r.full_rate = n * BLOCK / sums[0];
@@ -130,24 +137,31 @@ static result result_at(const pair *p, int end, int tokens)
     r.same_percent = 100.0 * same / (n * BLOCK);
     r.full_mib = (double)p->bytes_per_cell * r.position / 1048576.0;
     r.small_mib = (double)p->bytes_per_cell * session_cells(&p->small) / 1048576.0;
+    r.live_mib = (double)p->bytes_per_cell * live / 1048576.0;
     return r;
 }
 
 static void print_row(const result *r)
 {
-    printf("| %d | %.1f | %.1f | %.2f (%.2f to %.2f) | %.2f | %.1f | %.1f | %.2f | %.0f |\n",
+    printf("| %d | %.1f | %.1f | %.3f (%.3f to %.3f) | %.3f (%.3f to %.3f) | %.1f | %.1f | %.1f | "
+           "%.2f | %.0f |\n",
            r->position, r->full_rate, r->small_rate, r->ratio.mean, r->ratio.low, r->ratio.high,
-           r->cpu_ratio.mean, r->full_mib, r->small_mib, r->rkv_percent, r->same_percent);
+           r->cpu_ratio.mean, r->cpu_ratio.low, r->cpu_ratio.high, r->full_mib, r->small_mib,
+           r->live_mib, r->rkv_percent, r->same_percent);
     fflush(stdout);
 }
 
 static void print_head(const pair *p, const settings *s)
 {
-    printf("%s, budget %d, buffer %d, %s cache, flash attention %s, %d thread%s\n\n", s->model,
-           s->budgets[0], s->buffer, s->kv, s->flash, s->n_threads, s->n_threads > 1 ? "s" : "");
-    printf("| position | full, tokens/s | %s, tokens/s | times faster (95 %%) | in CPU time | "
-           "full KV, MiB | %s KV, MiB | rkv, %% of time | same next token, %% |\n"
-           "|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n",
+    char budget[64] = "nothing evicted";
+    if (p->policy != &hook_alone)
+        snprintf(budget, sizeof budget, "budget %d, buffer %d", s->budgets[0], s->buffer);
+    printf("%s, %s, %s cache, flash attention %s, %d thread%s\n\n", s->model, budget, s->kv,
+           s->flash, s->n_threads, s->n_threads > 1 ? "s" : "");
+    printf("| position | full, tokens/s | %s, tokens/s | times faster (95 %%) | "
+           "in CPU time (95 %%) | "
+           "full KV, MiB | %s KV, MiB: reserved | in use, at most | rkv, %% of time | "
+           "same next token, %% |\n|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n",
            p->policy->name, p->policy->name);
 }
 
@@ -156,12 +170,14 @@ static void write_csv(const char *path, const pair *p)
     FILE *f = fopen(path, "w");
     if (!f) die("cannot write %s", path);
     fprintf(f, "position,full_seconds,small_seconds,full_cpu_seconds,small_cpu_seconds,"
-               "rkv_seconds,full_kv_bytes,small_kv_bytes,same_tokens,block_tokens\n");
+               "rkv_seconds,full_kv_bytes,small_kv_bytes,small_live_bytes,same_tokens,"
+               "block_tokens\n");
     for (int i = 0; i < p->n_turns; i++) {
         const turn *t = &p->turns[i];
-        fprintf(f, "%d,%.6f,%.6f,%.6f,%.6f,%.6f,%.0f,%.0f,%d,%d\n", t->position, t->full, t->small,
-                t->full_cpu, t->small_cpu, t->rkv, (double)p->bytes_per_cell * t->position,
-                (double)p->bytes_per_cell * session_cells(&p->small), t->same, BLOCK);
+        const double cell = (double)p->bytes_per_cell;
+        fprintf(f, "%d,%.6f,%.6f,%.6f,%.6f,%.6f,%.0f,%.0f,%.0f,%d,%d\n", t->position, t->full,
+                t->small, t->full_cpu, t->small_cpu, t->rkv, cell * t->position,
+                cell * session_cells(&p->small), cell * t->live, t->same, BLOCK);
     }
     if (fclose(f) != 0) die("cannot write %s", path);
     printf("wrote %s\n", path);
@@ -224,8 +240,9 @@ static void run_turns(pair *p, const settings *s, const struct llama_vocab *voca
         take_turn(p, sampler, &ends, n_vocab);
         const int next = p->full.position + BLOCK;
         if (next <= mark && next <= s->n_tokens) continue;
-        const int tokens = 2 * s->buffer < s->every ? 2 * s->buffer : s->every;
-        const result r = result_at(p, p->n_turns, tokens);
+        const int two_rounds = 2 * s->buffer;
+        const int is_short = p->policy != &hook_alone && two_rounds < s->every;
+        const result r = result_at(p, p->n_turns, is_short ? two_rounds : s->every);
         print_row(&r);
         mark += s->every;
     }
@@ -252,8 +269,12 @@ int command_compare(const settings *s)
     pair p;
     token_list prompt = { NULL, 0, 0 };
     memset(&p, 0, sizeof p);
+    int budget = s->budgets[0];
     p.policy = policy_find(s->policy);
-    if (!p.policy->config) die("--policy: %s is what the others are compared with", s->policy);
+    if (!p.policy->config) {
+        p.policy = &hook_alone;
+        budget = -1;
+    }
     if (s->csv) check_writable(s->csv);
     struct llama_model *model = model_open(s->model);
     make_start(&prompt, model, s);
@@ -261,7 +282,8 @@ int command_compare(const settings *s)
     if (p.n_prompt + BLOCK > s->n_tokens) die("--tokens: the start alone has %d", p.n_prompt);
     p.turns = allocate((size_t)(s->n_tokens / BLOCK) + 1, sizeof *p.turns);
     session_open(&p.full, model, s, &policies[0], 0, s->n_tokens, PIN_NONE);
-    session_open(&p.small, model, s, p.policy, s->budgets[0], 0, s->no_pin ? PIN_NONE : PIN_PROMPT);
+    session_open(&p.small, model, s, p.policy, budget, s->n_tokens,
+                 s->no_pin ? PIN_NONE : PIN_PROMPT);
     session_decode(&p.full, prompt.at, p.n_prompt, NULL);
     session_decode(&p.small, prompt.at, p.n_prompt, NULL);
     p.bytes_per_cell = session_counters(&p.small).bytes_per_cell;

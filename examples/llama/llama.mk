@@ -3,10 +3,14 @@
 #   LLAMA_CPP=prefix   include/ and lib/ of an installation
 #   build/llama-cpp    what `make llama-cpp` has installed
 #   pkg-config llama   what the system has
+# Another release of the package, in a folder of its own, with objects of its own:
+#   make llama-cpp LLAMA_VENV=build/llama-cpp-X LLAMA_RELEASE=X
+#   make test-llama LLAMA_VENV=build/llama-cpp-X BUILD=build/llama-X
 
 LLAMA_CPP     ?=
 LLAMA_VENV    ?= build/llama-cpp
 LLAMA_RELEASE ?= 0.3.36
+LLAMA_OLDEST  ?= 0.3.20
 LLAMA_MODELS  ?= build/models
 
 LLAMA_SITE   = $(firstword $(wildcard $(LLAMA_VENV)/lib/python3*/site-packages/include/llama.h))
@@ -41,7 +45,7 @@ LLAMA_CMAKE = -DGGML_NATIVE=OFF $(LLAMA_CPU) -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF 
               -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF \
               -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_SERVER=OFF
 
-.PHONY: llama-cpp llama-models llama test-llama test-llama-sanitize llama-ponder
+.PHONY: llama-cpp llama-models llama test-llama test-llama-oldest test-llama-sanitize llama-ponder
 llama-cpp:
 	@if [ -n '$(LLAMA_SITE)' ]; then echo '$(LLAMA_VENV) has it already'; exit 0; fi; \
 	for program in $(PYTHON) $(CXX); do command -v $$program >/dev/null || { \
@@ -93,11 +97,15 @@ $(BUILD)/rkv-llama: $(patsubst %,$(BUILD)/obj/examples/llama/%.o, rkv-llama run 
 llama:
 	$(call with_llama,$(LLAMA_PROGRAMS),ls $(LLAMA_PROGRAMS))
 
-LLAMA_TESTS = $(BUILD)/tests/llama_adapter $(BUILD)/tests/llama_ponder
-$(BUILD)/obj/tests/llama/%.o: C_FLAGS += -DMODELS='"$(BUILD)/tests"' -DPONDER='"$(MODEL)"'
+LLAMA_TESTS = $(patsubst %,$(BUILD)/tests/llama_%,adapter refusals real ponder)
+$(BUILD)/obj/tests/llama/%.o: C_FLAGS += -DMODELS='"$(BUILD)/tests"' -DPONDER='"$(MODEL)"' \
+    -DREAL_MODELS='"$(LLAMA_MODELS)"'
 $(LLAMA_TESTS): LIBS += $(LLAMA_LIBS)
-$(BUILD)/tests/llama_adapter: $(patsubst %,$(BUILD)/obj/%.o, tests/llama/adapter tests/llama/tiny \
-        examples/ponder/gguf) $(TEST_SHARED)
+$(BUILD)/tests/llama_real: $(patsubst %,$(BUILD)/obj/examples/%.o,llama/tokens llama/stats \
+        ponder/options)
+$(patsubst %,$(BUILD)/tests/llama_%,adapter refusals real): $(BUILD)/tests/llama_%: \
+        $(BUILD)/obj/tests/llama/%.o $(patsubst %,$(BUILD)/obj/%.o,tests/llama/bed \
+        tests/llama/tiny examples/ponder/gguf) $(TEST_SHARED)
 	$(link)
 $(BUILD)/tests/llama_ponder: $(patsubst %,$(BUILD)/obj/tests/llama/%.o,ponder mind) \
         $(patsubst %,$(BUILD)/obj/examples/ponder/%.o,model gguf task kernels own_cache \
@@ -116,6 +124,15 @@ $(BUILD)/tiny_model: $(patsubst %,$(BUILD)/obj/%.o, tests/llama/tiny_model examp
 
 test-llama:
 	$(call with_llama,$(LLAMA_TESTS),sh tests/run.sh $(LLAMA_TESTS))
+
+# The same tests with the oldest release that passes them, half a year older than LLAMA_RELEASE.
+OLDEST_VENV = build/llama-cpp-$(LLAMA_OLDEST)
+test-llama-oldest:
+	@$(MAKE) --no-print-directory llama-cpp LLAMA_VENV=$(OLDEST_VENV) LLAMA_RELEASE=$(LLAMA_OLDEST)
+	@if ls $(OLDEST_VENV)/lib/python3*/site-packages/include/llama.h >/dev/null 2>&1; then \
+	    $(MAKE) --no-print-directory test-llama LLAMA_CPP= LLAMA_VENV=$(OLDEST_VENV) \
+	        BUILD=$(BUILD)/llama-$(LLAMA_OLDEST); \
+	else echo 'skip  $@: no llama-cpp-python $(LLAMA_OLDEST)'; fi
 
 # Our own code and tests; llama.cpp's libraries are as they are.
 test-llama-sanitize:

@@ -39,7 +39,10 @@
  *            sinks, models whose layers share keys, contexts whose sequences have streams of their
  *            own (set kv_unified), and a llama.cpp in whose graph keys and queries are not found
  *            where they are looked for: the first decode makes sure.
- * Threads    One rkv_llama belongs to one context, and to the thread that uses it.
+ * Threads    One rkv_llama belongs to one context, and to the thread that uses it. A round runs on
+ *            as many threads as the context has if RKV_PTHREADS is defined, else on one.
+ * Versions   The tests pass with llama-cpp-python 0.3.20 (llama.cpp f49e91787, April 2026) and
+ *            0.3.36 (0c1e57098, October 2026). Older ones were not tried.
  * Memory     The adapter allocates: lists of cells, the newest queries of every sequence
  *            ([layers][query heads][2 * window][head_dim] floats), the workspace of rkv.h.
  */
@@ -99,7 +102,9 @@ typedef struct rkv_llama_options {
     int pin_limit; /* the most tokens of a prompt that are pinned by themselves, from its start;
                       0 means half of what the window, or a sliding window, leaves of the
                       budget; -1 pins none. Never more than fit beside the window                */
-    int n_threads; /* of a round; 0 means 1. More need RKV_PTHREADS, or config->parallel_for     */
+    int n_threads; /* of a round; 0 means config->n_threads if that is above 1, else as many as
+                      the context has at attach. More than one need RKV_PTHREADS, or
+                      config->parallel_for; without them 0 means 1                               */
     const rkv_config *config; /* method: lambda, window, pool, ...; copied. NULL means
                       rkv_config_default. Its budget, scope and error are the adapter's. pinned
                       counts as pins on a sequence's first tokens, besides the prompt. A protect
@@ -311,6 +316,7 @@ struct rkv_llama {
     struct llama_context *ctx;
     llama_memory_t memory;
     int n_swa, n_vocab, n_embd, n_cells, max_batch, is_checked, is_broken;
+    int is_short; /* the callback was out of memory                                             */
     int streams_wanted; /* kv_unified was not set                                              */
     ggml_backend_sched_eval_callback other; /* that stood in the parameters                     */
     void *other_user;
@@ -568,7 +574,10 @@ static void rkvli_see_store(rkv_llama *r, const struct ggml_tensor *t)
         g = rkvli_group_of(r, cells, &is_new);
         if (g < 0) return; /* more caches than are known: the self-test will tell */
         layer = rkvli_add_layer(r, root);
-        if (!layer) return;
+        if (!layer) {
+            r->is_short = 1;
+            return;
+        }
         layer->group = g;
     }
     g = layer->group;
@@ -628,15 +637,17 @@ static void rkvli_set_full(rkv_llama *r, int group)
 }
 
 /* With sliding windows there are two caches. A mask that lets a token see more than a window is
- * that of the other one. */
+ * that of the other one. The mask must be in memory now: an input that was cast to f16 may be
+ * overwritten as soon as the cast is made, and the cast is there once its reader has been computed.
+ */
 static int rkvli_mask_exceeds(rkv_llama *r, const struct ggml_tensor *mask, int n_swa)
 {
     int64_t row, i;
-    int k;
-    for (k = 0; mask && k < RKVLI_CHAIN && (mask->view_src || mask->op != GGML_OP_NONE); k++)
-        mask = mask->view_src ? mask->view_src : mask->src[0];
     if (!mask || (mask->type != GGML_TYPE_F32 && mask->type != GGML_TYPE_F16)) return 0;
-    if (!rkvli_grow(&r->raw, &r->raw_bytes, mask->nb[1], 1)) return 0;
+    if (!rkvli_grow(&r->raw, &r->raw_bytes, mask->nb[1], 1)) {
+        r->is_short = 1;
+        return 0;
+    }
     for (row = 0; row < mask->ne[1]; row++) {
         const size_t width = mask->nb[0];
         int n_visible = 0;
@@ -657,14 +668,15 @@ static void rkvli_see_mask(rkv_llama *r, const rkvli_layer *layer, const struct 
 
 static void rkvli_see_softmax(rkv_llama *r, const struct ggml_tensor *t)
 {
+    const struct ggml_tensor *mask = rkvli_root(t->src[1]);
     float before, after, params[2];
     int is_capped;
     rkvli_layer *layer;
-    if (!t->src[1]) return; /* no mask: a router's */
+    if (!mask) return; /* no mask: a router's */
     r->part.n_attention++;
     layer = rkvli_behind_softmax(r, t, &before, &after, &is_capped);
     if (!layer) return;
-    rkvli_see_mask(r, layer, t->src[1]);
+    if (mask->op == GGML_OP_NONE) rkvli_see_mask(r, layer, mask); /* an input, still to be read */
     if (r->is_checked) return;
     memcpy(params, t->op_params, sizeof params);
     layer->softcap = is_capped ? after * params[0] : 0;
@@ -693,7 +705,7 @@ static void rkvli_describe(rkv_llama *r, rkvli_layer *layer, const struct ggml_t
     layer->kv_heads = layer->dim > 0 ? (int)(layer->keys->ne[0] / layer->dim) : 0;
     layer->queries = (float *)calloc((size_t)r->n_sequences * (size_t)layer->heads,
                                      (size_t)r->ring * (size_t)layer->dim * sizeof(float));
-    if (!layer->queries) r->is_broken = 1;
+    if (!layer->queries) r->is_short = 1;
     if (t->op != GGML_OP_FLASH_ATTN_EXT) return;
     memcpy(params, t->op_params, sizeof params);
     layer->scale = params[0];
@@ -734,7 +746,8 @@ static void rkvli_see_queries(rkv_llama *r, rkvli_layer *layer, const struct ggm
     const double start = rkvli_seconds();
     int i;
     layer->n_attended++;
-    if (!layer->queries || queries->type != GGML_TYPE_F32 || queries->ne[0] != layer->dim ||
+    if (!layer->queries) return;
+    if (queries->type != GGML_TYPE_F32 || queries->ne[0] != layer->dim ||
         queries->ne[2] != layer->heads || queries->ne[3] != 1 ||
         n != part->n_seen[layer->group] - at || at + n > part->n) {
         r->is_broken = 1;
@@ -743,7 +756,7 @@ static void rkvli_see_queries(rkv_llama *r, rkvli_layer *layer, const struct ggm
     if (!rkvli_is_host(queries)) {
         const size_t bytes = ggml_nbytes(queries);
         if (!rkvli_grow(&r->raw, &r->raw_bytes, bytes, 1)) {
-            r->is_broken = 1;
+            r->is_short = 1;
             return;
         }
         ggml_backend_tensor_get(queries, r->raw, 0, bytes);
@@ -770,7 +783,7 @@ static int rkvli_see(rkv_llama *r, struct ggml_tensor *t, int ask)
     if (!rkvli_attention(t, &queries, &keys)) return 0;
     layer = rkvli_find_layer(r, keys);
     if (!layer) return 0;
-    if (ask && t->op == GGML_OP_FLASH_ATTN_EXT) rkvli_see_mask(r, layer, t->src[3]);
+    if (!ask && t->op == GGML_OP_FLASH_ATTN_EXT) rkvli_see_mask(r, layer, t->src[3]);
     if (r->is_checked && !r->is_undecided && layer->group != r->full) return 0;
     if (ask && !layer->dim) rkvli_describe(r, layer, t, queries);
     if (!ask) rkvli_see_queries(r, layer, queries);
@@ -842,7 +855,6 @@ static const char *rkvli_configure(rkv_llama *r)
     r->config.scope = RKV_PER_SEQUENCE;
     r->config.error = &r->why;
     r->config.device_error = NULL;
-    if (o->n_threads) r->config.n_threads = o->n_threads;
     r->ring = 2 * r->config.window;
     return rkvli_check_config(r);
 }
@@ -861,14 +873,6 @@ const char *rkv_llama_create(rkv_llama **out, const rkv_llama_options *options)
     r->options = *options;
     wrong = rkvli_configure(r);
     r->options.config = NULL;
-#ifdef RKV_PTHREADS
-    if (!wrong && r->config.n_threads > 1 && !r->config.parallel_for) {
-        if (rkv_threads_create(&r->threads, r->config.n_threads) != RKV_OK)
-            wrong = "the threads could not be made";
-        else
-            rkv_threads_use(r->threads, &r->config);
-    }
-#endif
     if (wrong) {
         rkv_llama_destroy(r);
         return wrong;
@@ -987,6 +991,23 @@ static int rkvli_pin_limit(const rkv_llama *r)
     return wanted < most ? wanted : most;
 }
 
+/* Threads of rounds: those of the options, else of the caller's config, else of the context. */
+static int rkvli_make_threads(rkv_llama *r, struct llama_context *ctx)
+{
+    if (r->options.n_threads)
+        r->config.n_threads = r->options.n_threads;
+    else if (r->config.n_threads < 2)
+        r->config.n_threads = (int)llama_n_threads(ctx);
+    if (r->config.parallel_for || r->config.n_threads < 2) return 1;
+#ifdef RKV_PTHREADS
+    if (rkv_threads_create(&r->threads, r->config.n_threads) != RKV_OK) return 0;
+    rkv_threads_use(r->threads, &r->config);
+#else
+    r->config.n_threads = 1;
+#endif
+    return 1;
+}
+
 int rkv_llama_attach(rkv_llama *r, struct llama_context *ctx)
 {
     const struct llama_model *model = llama_get_model(ctx);
@@ -1013,6 +1034,8 @@ int rkv_llama_attach(rkv_llama *r, struct llama_context *ctx)
     for (seq = 0; seq < r->n_sequences; seq++)
         if (llama_memory_seq_pos_max(r->memory, seq) >= 0)
             return rkvli_refuse(r, "the context is not empty");
+    if (!rkvli_make_threads(r, ctx))
+        return rkvli_refuse(r, "the threads of rounds could not be made");
     if (!rkvli_make_sequences(r)) return rkvli_no_memory(r);
     r->ctx = ctx;
     return RKV_LLAMA_OK;
@@ -1690,6 +1713,10 @@ static int rkvli_decode_part(rkv_llama *r, const struct llama_batch *batch, int 
     if (status)
         return rkvli_say(r, status, "llama_decode returned %d for %d tokens with %d cells in use",
                          status, n, r->n_used);
+    if (r->is_short) {
+        r->is_broken = 1;
+        return rkvli_no_memory(r);
+    }
     if (!r->is_checked) {
         llama_synchronize(r->ctx);
         status = rkvli_self_test(r);

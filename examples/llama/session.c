@@ -97,7 +97,7 @@ void session_open(session *out, struct llama_model *model, const settings *set, 
     memset(out, 0, sizeof *out);
     out->chance = (uint64_t)set->seed;
     out->n_batch = 512;
-    if (p->config) n_cells = budget + set->buffer;
+    if (p->config && budget >= 0) n_cells = budget + set->buffer;
     params.n_ctx = (uint32_t)n_cells;
     params.n_batch = params.n_ubatch = (uint32_t)out->n_batch;
     params.n_threads = params.n_threads_batch = set->n_threads;

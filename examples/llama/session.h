@@ -31,9 +31,9 @@ typedef struct session {
 
 enum { PIN_NONE = 0, PIN_PROMPT = -1 };
 
-/* n_cells: for the policy that keeps every token; the others have budget + buffer. n_pinned: that
- * many first tokens are never evicted; PIN_PROMPT: those of the first call of session_decode, up
- * to half of the budget. */
+/* n_cells: where every token is kept, which a budget of -1 says too: the adapter is there then, but
+ * makes no rounds. Otherwise there are budget + buffer. n_pinned: that many first tokens are never
+ * evicted; PIN_PROMPT: those of the first call of session_decode, up to half of the budget. */
 void session_open(session *out, struct llama_model *model, const settings *s, const policy *p,
                   int budget, int n_cells, int n_pinned);
 void session_close(session *s);

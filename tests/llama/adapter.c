@@ -1,8 +1,16 @@
 /* adapter.c - examples/llama/rkv_llama.h inside llama.cpp, on tiny models with random weights.
  * make test-llama        (needs llama.cpp: make llama-cpp) */
-#include "harness.h"
+#include "bed.h"
 #include "oracle.h"
-#include "tiny.h"
+
+/* Whether buffers are taken for those of a GPU: keys and queries then come by copies. */
+static int is_on_device;
+
+static bool is_host(ggml_backend_buffer_t buffer)
+{
+    return !is_on_device && ggml_backend_buffer_is_host(buffer);
+}
+#define ggml_backend_buffer_is_host is_host
 
 #define RKV_LLAMA_IMPLEMENTATION
 #include "rkv_llama.h"
@@ -11,133 +19,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* ---- a context with an adapter --------------------------------------------------------------- */
-
-typedef struct setup {
-    tiny_kind kind;
-    enum ggml_type keys;
-    int flash, n_ctx, n_batch, n_sequences;
-    int is_plain; /* without an adapter */
-    rkv_llama_options options;
-    ggml_backend_sched_eval_callback other;
-    void *other_user;
-} setup;
-
-typedef struct bed {
-    struct llama_model *model;
-    struct llama_context *ctx;
-    rkv_llama *r;
-    int attached;
-} bed;
-
-static setup setup_of(tiny_kind kind, int budget, int buffer)
-{
-    setup s;
-    memset(&s, 0, sizeof s);
-    s.kind = kind;
-    s.keys = GGML_TYPE_F16;
-    s.flash = 1;
-    s.n_ctx = 512;
-    s.n_batch = 512;
-    s.n_sequences = 1;
-    s.options.budget = budget;
-    s.options.buffer = buffer;
-    return s;
-}
-
-static void bed_open(bed *b, const setup *s)
-{
-    struct llama_model_params model = llama_model_default_params();
-    struct llama_context_params params = llama_context_default_params();
-    const char *wrong;
-    memset(b, 0, sizeof *b);
-    model.n_gpu_layers = 0;
-    b->model = llama_model_load_from_file(tiny_write(s->kind), model);
-    if (!b->model) {
-        printf("FAIL  %s: llama.cpp does not load it\n", tiny_name(s->kind));
-        exit(1);
-    }
-    params.n_ctx = (uint32_t)s->n_ctx;
-    params.n_batch = (uint32_t)s->n_batch;
-    params.n_ubatch = s->n_batch < 128 ? (uint32_t)s->n_batch : 128;
-    params.n_seq_max = (uint32_t)s->n_sequences;
-    params.kv_unified = true;
-    params.n_threads = params.n_threads_batch = 1;
-    params.type_k = s->keys;
-    params.type_v = GGML_TYPE_F16;
-    params.flash_attn_type =
-        s->flash ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
-    params.no_perf = true;
-    params.swa_full = false;
-    params.cb_eval = s->other;
-    params.cb_eval_user_data = s->other_user;
-    if (!s->is_plain) {
-        wrong = rkv_llama_create(&b->r, &s->options);
-        if (wrong) case_fail("create: %s", wrong);
-        if (!b->r) exit(1);
-        rkv_llama_hook(b->r, &params);
-    }
-    b->ctx = llama_init_from_model(b->model, params);
-    if (!b->ctx) {
-        printf("FAIL  %s: no context\n", tiny_name(s->kind));
-        exit(1);
-    }
-    if (b->r) b->attached = rkv_llama_attach(b->r, b->ctx);
-}
-
-static void bed_close(bed *b)
-{
-    llama_free(b->ctx);
-    rkv_llama_destroy(b->r);
-    llama_model_free(b->model);
-}
-
-static llama_token token_at(int i)
-{
-    rng r = rng_seed(1000 + (uint64_t)i);
-    return rng_below(&r, TINY_VOCABULARY);
-}
-
-/* Decodes tokens of one sequence from position `begin` on, all outputs wanted. */
-static int decode(bed *b, llama_seq_id seq, int begin, int n)
-{
-    struct llama_batch batch = llama_batch_init(n, 0, 1);
-    int i, status;
-    for (i = 0; i < n; i++) {
-        batch.token[i] = token_at(begin + i);
-        batch.pos[i] = begin + i;
-        batch.n_seq_id[i] = 1;
-        batch.seq_id[i][0] = seq;
-        batch.logits[i] = 1;
-    }
-    batch.n_tokens = n;
-    status = b->r ? rkv_llama_decode(b->r, batch) : llama_decode(b->ctx, batch);
-    llama_batch_free(batch);
-    return status;
-}
-
-static int expect_decode(bed *b, llama_seq_id seq, int begin, int n)
-{
-    int status = decode(b, seq, begin, n);
-    if (status == 0) return 1;
-    case_fail("decode of %d tokens at %d: %d: %s", n, begin, status,
-              b->r ? rkv_llama_error(b->r) : "");
-    return 0;
-}
-
-static void expect_same_logits(const char *at, bed *a, bed *b)
-{
-    expect_bytes(at, llama_get_logits_ith(a->ctx, -1), llama_get_logits_ith(b->ctx, -1),
-                 TINY_VOCABULARY * sizeof(float));
-}
-
-static void expect_refusal(const char *at, bed *b, int status, const char *words)
-{
-    expect_int(at, 0, status, RKV_LLAMA_REFUSED);
-    if (!strstr(rkv_llama_error(b->r), words))
-        case_fail("%s: said \"%s\", not \"%s\"", at, rkv_llama_error(b->r), words);
-}
 
 /* ---- llama.cpp's own view of its memory -------------------------------------------------------
  * The first cache in the bytes of llama_state_seq_get_data: number of streams, number of cells, per
@@ -404,8 +285,11 @@ static void judge(void *user, const rkv_llama_round *round)
     free(kept);
 }
 
-static void run_judged(tiny_kind kind, enum ggml_type keys, int flash, int copies, int n_threads,
-                       int n_ctx)
+typedef enum key_place { IN_PLACE, COPIED, ON_DEVICE } key_place;
+static const char *const place_names[] = { "", ", copied", ", as in GPU memory" };
+
+static void run_judged(tiny_kind kind, enum ggml_type keys, int flash, key_place place,
+                       int n_threads, int n_ctx)
 {
     static witness w;
     setup s = setup_of(kind, 128, 64);
@@ -416,7 +300,7 @@ static void run_judged(tiny_kind kind, enum ggml_type keys, int flash, int copie
     s.flash = flash;
     s.other = watch;
     s.other_user = &w;
-    s.options.copy_keys = copies;
+    s.options.copy_keys = place == COPIED;
     s.options.n_threads = n_threads;
     s.options.pin_limit = 20;
     s.options.observe = judge;
@@ -432,8 +316,8 @@ static void run_judged(tiny_kind kind, enum ggml_type keys, int flash, int copie
         w.scale = 1; /* its queries come scaled */
     }
     case_begin("kept sets, %s, keys %s, flash attention %d%s, %d threads, n_ctx %d",
-               tiny_name(kind), ggml_type_name(keys), flash, copies ? ", copied" : "", n_threads,
-               n_ctx);
+               tiny_name(kind), ggml_type_name(keys), flash, place_names[place], n_threads, n_ctx);
+    is_on_device = place == ON_DEVICE;
     bed_open(&b, &s);
     expect_int("attach", 0, b.attached, 0);
     expect_decode(&b, 0, 0, 150);
@@ -444,6 +328,7 @@ static void run_judged(tiny_kind kind, enum ggml_type keys, int flash, int copie
     expect_int("tokens kept", 0, w.n_last_kept, 128);
     for (i = 0; i < 20; i++) expect_true("the prompt stays", holds(&b, 0, i));
     expect_same_tokens(&b, 0);
+    is_on_device = 0;
     bed_close(&b);
     case_end();
 }
@@ -454,16 +339,20 @@ static void test_kept_sets(void)
                                             GGML_TYPE_Q8_0 };
     int t, flash;
     for (t = 0; t < 4; t++)
-        for (flash = 0; flash < 2; flash++) run_judged(TINY_LLAMA, types[t], flash, 0, 1, 512);
-    run_judged(TINY_LLAMA, GGML_TYPE_F16, 1, 1, 1, 512);
-    run_judged(TINY_LLAMA, GGML_TYPE_F16, 1, 0, 2, 512);
-    run_judged(TINY_QWEN2, GGML_TYPE_F16, 1, 0, 1, 512);
-    run_judged(TINY_QWEN3, GGML_TYPE_F16, 0, 0, 1, 512);
-    run_judged(TINY_GEMMA3, GGML_TYPE_F16, 1, 0, 1, 512);
-    run_judged(TINY_GEMMA3, GGML_TYPE_F32, 0, 0, 1, 512);
+        for (flash = 0; flash < 2; flash++) {
+            run_judged(TINY_LLAMA, types[t], flash, IN_PLACE, 1, 512);
+            run_judged(TINY_LLAMA, types[t], flash, ON_DEVICE, 1, 512);
+        }
+    run_judged(TINY_LLAMA, GGML_TYPE_F16, 1, COPIED, 1, 512);
+    run_judged(TINY_LLAMA, GGML_TYPE_F16, 1, IN_PLACE, 2, 512);
+    run_judged(TINY_QWEN2, GGML_TYPE_F16, 1, IN_PLACE, 1, 512);
+    run_judged(TINY_QWEN3, GGML_TYPE_F16, 0, IN_PLACE, 1, 512);
+    run_judged(TINY_GEMMA3, GGML_TYPE_F16, 1, IN_PLACE, 1, 512);
+    run_judged(TINY_GEMMA3, GGML_TYPE_F32, 0, IN_PLACE, 1, 512);
+    run_judged(TINY_GEMMA3, GGML_TYPE_F16, 1, ON_DEVICE, 1, 512);
     /* Both caches have 256 cells: the masks tell which is which. */
-    run_judged(TINY_GEMMA3, GGML_TYPE_F16, 1, 0, 1, 256);
-    run_judged(TINY_GEMMA3, GGML_TYPE_F16, 0, 0, 1, 256);
+    run_judged(TINY_GEMMA3, GGML_TYPE_F16, 1, IN_PLACE, 1, 256);
+    run_judged(TINY_GEMMA3, GGML_TYPE_F16, 0, IN_PLACE, 1, 256);
 }
 
 /* ---- bounded memory -------------------------------------------------------------------------- */
@@ -739,6 +628,34 @@ static void test_shortage(void)
     case_end();
 }
 
+static void test_threads(void)
+{
+    static const struct {
+        int context, options, config, want;
+    } cases[] = { { 2, 0, 0, 2 }, { 2, 1, 0, 1 }, { 1, 3, 0, 3 }, { 1, 0, 4, 4 }, { 1, 2, 4, 2 } };
+    size_t i;
+    case_begin("threads of rounds: the options', else the config's, else the context's");
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        rkv_config config = rkv_config_default(64);
+        setup s = setup_of(TINY_LLAMA, 64, 32);
+        bed b;
+        s.n_threads = cases[i].context;
+        s.options.n_threads = cases[i].options;
+        if (cases[i].config) {
+            config.n_threads = cases[i].config;
+            config.parallel_for = reversed_for;
+            s.options.config = &config;
+        }
+        bed_open(&b, &s);
+        expect_int("threads", (int)i, b.r->config.n_threads, cases[i].want);
+        expect_true("a pool", (b.r->config.parallel_for != NULL) == (cases[i].want > 1));
+        expect_decode(&b, 0, 0, 150);
+        expect_true("rounds", rkv_llama_get_counters(b.r).n_rounds > 1);
+        bed_close(&b);
+    }
+    case_end();
+}
+
 /* ---- policies, pins -------------------------------------------------------------------------- */
 
 static void test_policies(void)
@@ -893,7 +810,7 @@ static void test_aborted(void)
 
 /* ---- save and load --------------------------------------------------------------------------- */
 
-static void test_saved(tiny_kind kind, enum ggml_type keys)
+static void test_saved(tiny_kind kind, enum ggml_type keys, key_place place)
 {
     setup s = setup_of(kind, 96, 32);
     bed a, b, c, other;
@@ -901,7 +818,9 @@ static void test_saved(tiny_kind kind, enum ggml_type keys)
     size_t n, k;
     int i;
     double worst = 0;
-    case_begin("save and load, %s, keys %s", tiny_name(kind), ggml_type_name(keys));
+    case_begin("save and load, %s, keys %s%s", tiny_name(kind), ggml_type_name(keys),
+               place_names[place]);
+    is_on_device = place == ON_DEVICE;
     s.keys = keys;
     bed_open(&a, &s);
     bed_open(&b, &s);
@@ -952,186 +871,14 @@ static void test_saved(tiny_kind kind, enum ggml_type keys)
     bed_close(&a);
     bed_close(&b);
     bed_close(&c);
+    is_on_device = 0;
     free(bytes);
     case_end();
 }
 
-/* ---- refusals -------------------------------------------------------------------------------- */
-
-static void test_options(void)
-{
-    static const struct {
-        int budget, buffer, pin_limit, n_threads;
-        const char *words;
-    } wrong[] = { { 0, 0, 0, 0, "budget" },      { -2, 0, 0, 0, "budget" },
-                  { 64, -1, 0, 0, "buffer" },    { 64, 0, -2, 0, "pin_limit" },
-                  { 64, 0, 0, -1, "n_threads" }, { 4, 0, 0, 0, "config.budget" } };
-    rkv_llama_options options;
-    rkv_llama *r = NULL;
-    size_t i;
-    case_begin("options that are wrong");
-    for (i = 0; i < sizeof wrong / sizeof *wrong; i++) {
-        const char *said;
-        memset(&options, 0, sizeof options);
-        options.budget = wrong[i].budget;
-        options.buffer = wrong[i].buffer;
-        options.pin_limit = wrong[i].pin_limit;
-        options.n_threads = wrong[i].n_threads;
-        said = rkv_llama_create(&r, &options);
-        if (!said || !strstr(said, wrong[i].words) || r)
-            case_fail("%s: said \"%s\"", wrong[i].words, said ? said : "");
-    }
-    expect_true("out", rkv_llama_create(NULL, &options) != NULL);
-    expect_true("options", rkv_llama_create(&r, NULL) != NULL);
-    rkv_llama_destroy(NULL);
-    case_end();
-}
-
-/* attach, then a first decode: the first that refuses must say the words. */
-static void refused_with(const char *at, const setup *s, const char *words)
-{
-    bed b;
-    int status;
-    case_begin("refused: %s", at);
-    bed_open(&b, s);
-    status = b.attached ? b.attached : decode(&b, 0, 0, 10);
-    expect_refusal(at, &b, status, words);
-    expect_int("nothing stays", 0, rkv_llama_live(b.r, 0), 0);
-    bed_close(&b);
-    case_end();
-}
-
-static bool rename_keys(struct ggml_tensor *t, bool ask, void *user)
-{
-    (void)user;
-    if (ask && t->op == GGML_OP_SET_ROWS) {
-        struct ggml_tensor *root = t;
-        while (root->view_src) root = root->view_src;
-        if (strncmp(root->name, "cache_k_l", 9) == 0) root->name[0] = 'x';
-    }
-    return !ask;
-}
-
-/* What no tiny model has: doctored after a first decode, then checked again. */
-static void test_doctored(void)
-{
-    setup s = setup_of(TINY_LLAMA, 96, 32);
-    const char *said;
-    rkvli_layer *layer;
-    bed b;
-    case_begin("refused: what only a graph shows");
-    bed_open(&b, &s);
-    expect_decode(&b, 0, 0, 10);
-    layer = &b.r->layers[1];
-    expect_true("as it is", rkvli_check_layer(b.r, layer) == NULL);
-    layer->has_sinks = 1;
-    said = rkvli_check_layer(b.r, layer);
-    expect_true("sinks", said && strstr(said, "sinks"));
-    layer->has_sinks = 0;
-    layer->n_attended++;
-    said = rkvli_check_layer(b.r, layer);
-    expect_true("shared keys", said && strstr(said, "share keys"));
-    layer->n_attended -= 2;
-    said = rkvli_check_layer(b.r, layer);
-    expect_true("no attention", said && strstr(said, "not found"));
-    layer->n_attended++;
-    layer->heads++;
-    said = rkvli_check_layer(b.r, layer);
-    expect_true("shapes", said && strstr(said, "shapes"));
-    layer->heads--;
-    layer->scale = 0;
-    said = rkvli_check_layer(b.r, layer);
-    expect_true("scale", said && strstr(said, "scale"));
-    b.r->part.n_attention++;
-    layer->scale = 1;
-    said = rkvli_check_graph(b.r);
-    expect_true("other attention", said && strstr(said, "without cached keys"));
-    bed_close(&b);
-    case_end();
-}
-
-static void test_refusals(void)
-{
-    setup s = setup_of(TINY_MAMBA, 96, 32);
-    int flash;
-    refused_with("a recurrent model", &s, "recurrent");
-    for (flash = 0; flash < 2; flash++) {
-        s = setup_of(TINY_MPT, 96, 32);
-        s.flash = flash;
-        refused_with("ALiBi", &s, "ALiBi");
-    }
-    s = setup_of(TINY_LLAMA, 480, 64);
-    refused_with("too few cells", &s, "need 544");
-    s = setup_of(TINY_GEMMA3, 32, 64);
-    refused_with("a budget within the sliding window", &s, "sliding window");
-    s = setup_of(TINY_LLAMA, 96, 32);
-    s.other = rename_keys;
-    refused_with("other names", &s, "was not found");
-    test_doctored();
-}
-
-static void test_misuse(void)
-{
-    setup s = setup_of(TINY_LLAMA, 96, 32);
-    bed b, c;
-    case_begin("misuse: positions, sequences, memory changed behind the adapter's back");
-    s.n_sequences = 2;
-    bed_open(&b, &s);
-    bed_open(&c, &s);
-    expect_decode(&b, 0, 0, 10);
-    expect_int("a gap", 0, decode(&b, 0, 11, 1), -1);
-    expect_int("again", 0, decode(&b, 0, 9, 1), -1);
-    expect_int("no such sequence", 0, decode(&b, 2, 0, 1), -1);
-    expect_int("no tokens", 0, decode(&b, 0, 10, 0), -1);
-    expect_refusal("seq_rm", &b, rkv_llama_seq_rm(b.r, 5, -1, -1), "no such sequence");
-    expect_refusal("seq_cp", &b, rkv_llama_seq_cp(b.r, 0, 7, -1, -1), "no such sequence");
-    expect_refusal("seq_keep", &b, rkv_llama_seq_keep(b.r, -1), "no such sequence");
-    expect_refusal("pin", &b, rkv_llama_pin(b.r, 2, 0, 1), "no such sequence");
-    expect_refusal("attach", &b, rkv_llama_attach(b.r, b.ctx), "already");
-    expect_refusal("a context in use", &c, (c.r->ctx = NULL, rkv_llama_attach(c.r, b.ctx)),
-                   "not empty");
-    expect_decode(&b, 0, 10, 1);
-    expect_same_tokens(&b, 0);
-    llama_memory_seq_rm(llama_get_memory(b.ctx), 0, 8, -1);
-    expect_refusal("behind its back", &b, decode(&b, 0, 11, 1), "behind rkv_llama's back");
-    expect_int("clear", 0, rkv_llama_clear(b.r), 0);
-    expect_decode(&b, 0, 0, 10);
-    bed_close(&c);
-    bed_close(&b);
-    case_end();
-}
-
-static void test_streams(void)
-{
-    setup s = setup_of(TINY_LLAMA, 96, 32);
-    struct llama_context_params params = llama_context_default_params();
-    rkv_llama *r;
-    bed b;
-    case_begin("refused: sequences with streams of their own");
-    s.is_plain = 1;
-    bed_open(&b, &s);
-    expect_true("create", rkv_llama_create(&r, &s.options) == NULL);
-    params.n_seq_max = 2;
-    params.kv_unified = false;
-    rkv_llama_hook(r, &params);
-    b.r = r;
-    expect_refusal("streams", &b, rkv_llama_attach(r, b.ctx), "streams");
-    bed_close(&b);
-    case_end();
-}
-
-/* llama.cpp says much about aborted and refused calls, which are wanted here. */
-static void quiet(enum ggml_log_level level, const char *text, void *user)
-{
-    (void)level;
-    (void)user;
-    if (getenv("RKV_TEST_LOG")) fputs(text, stderr);
-}
-
 int main(void)
 {
-    llama_log_set(quiet, NULL);
-    llama_backend_init();
+    beds_begin();
     test_same_logits();
     test_kept_sets();
     test_bounded();
@@ -1142,17 +889,14 @@ int main(void)
     test_two_sequences();
     test_shared_prefix();
     test_shortage();
+    test_threads();
     test_policies();
     test_pins();
     test_drafts();
     test_aborted();
-    test_saved(TINY_LLAMA, GGML_TYPE_F16);
-    test_saved(TINY_QWEN3, GGML_TYPE_Q8_0);
-    test_saved(TINY_GEMMA3, GGML_TYPE_F32);
-    test_options();
-    test_refusals();
-    test_misuse();
-    test_streams();
-    llama_backend_free();
-    return close_tests();
+    test_saved(TINY_LLAMA, GGML_TYPE_F16, IN_PLACE);
+    test_saved(TINY_LLAMA, GGML_TYPE_F16, ON_DEVICE);
+    test_saved(TINY_QWEN3, GGML_TYPE_Q8_0, IN_PLACE);
+    test_saved(TINY_GEMMA3, GGML_TYPE_F32, IN_PLACE);
+    return beds_end();
 }

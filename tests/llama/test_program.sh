@@ -61,7 +61,6 @@ refuses 'on or off' run -m "$model" -p x --flash maybe
 refuses 'cannot read' run -m "$dir/none.gguf" -p x
 refuses 'the prompt is empty' run -m "$model" -p '' --raw
 refuses 'budget: must hold' run -m "$model" -p x --budget 4
-refuses 'what the others are compared with' compare -m "$model" --policy full
 refuses 'the start alone' compare -m "$model" --tokens 32
 refuses 'go together' compare -m "$model" --from 32
 refuses 'cannot write' compare -m "$model" --csv "$dir/none/x.csv"
@@ -106,6 +105,12 @@ says "$dir/c-memory.svg" '</svg>'
 works 'compare, behind a text' compare -m "$model" --text README.md --from 300 --tokens 400 \
     --every 50 --budget 64 --buffer 32
 says "$dir/out" '^| 3[0-9][0-9] |'
+
+works 'compare, the callback alone' compare -m "$model" --tokens 200 --every 100 --policy full
+says "$dir/out" 'nothing evicted'
+same=$(sed -n 's/.*| \([0-9]*\) |$/\1/p' "$dir/out" | sort -u)
+[ "$same" = 100 ]
+check "the callback changes no token, got '$same'" $?
 
 # ---- eval ----
 cat README.md README.md README.md >"$dir/text.txt"

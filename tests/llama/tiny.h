@@ -5,11 +5,17 @@
 
 typedef enum tiny_kind {
     TINY_LLAMA,
-    TINY_QWEN2,  /* biases on queries, keys and values                             */
-    TINY_QWEN3,  /* norms on queries and keys                                      */
-    TINY_GEMMA3, /* five of its six layers have a sliding window of 32 tokens      */
-    TINY_MPT,    /* ALiBi                                                          */
-    TINY_MAMBA,  /* recurrent                                                      */
+    TINY_QWEN2,   /* biases on queries, keys and values                             */
+    TINY_QWEN3,   /* norms on queries and keys                                      */
+    TINY_GEMMA3,  /* five of its six layers have a sliding window of 32 tokens      */
+    TINY_MPT,     /* ALiBi                                                          */
+    TINY_MAMBA,   /* recurrent                                                      */
+    TINY_FALCON,  /* hybrid: each layer has attention and a recurrent state         */
+    TINY_QWEN2VL, /* M-RoPE                                                        */
+    TINY_LLADA,   /* diffusion: no cache                                            */
+    TINY_BERT,    /* no cache                                                       */
+    TINY_T5,      /* an encoder                                                     */
+    TINY_SINKS,   /* attention sinks; every other layer has a sliding window        */
     N_TINY
 } tiny_kind;
 
