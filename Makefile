@@ -116,7 +116,7 @@ $(BUILD)/examples/cuda: $(BUILD)/obj/examples/cuda.o $(CUDA_DIR)/shim/kernels.o
 $(BUILD)/obj/bench/bench.o $(BUILD)/obj/bench/decode.o: C_FLAGS += -DBENCH_FLAGS='"$(OPT) $(CFLAGS)"'
 $(BUILD)/bench/bench: LIBS += -ldl
 $(BUILD)/bench/bench: $(patsubst %,$(BUILD)/obj/%.o, \
-        bench/bench bench/job bench/machine tests/harness tests/golden_file tests/rkv_impl)
+        bench/bench bench/job bench/machine bench/stages tests/harness tests/golden_file tests/rkv_impl)
 	$(link)
 
 $(BUILD)/bench/decode: $(patsubst %,$(BUILD)/obj/%.o, bench/decode bench/job bench/machine \
@@ -124,8 +124,8 @@ $(BUILD)/bench/decode: $(patsubst %,$(BUILD)/obj/%.o, bench/decode bench/job ben
         model_put backprop own_cache policy model gguf kernels seconds options))
 	$(link)
 
-$(BUILD)/bench/libpeer.so: bench/peer.c bench/job.c tests/harness.c tests/rkv_impl.c rkv.h \
-        bench/job.h tests/harness.h
+$(BUILD)/bench/libpeer.so: bench/peer.c bench/job.c tests/harness.c tests/golden_file.c \
+        tests/rkv_impl.c rkv.h bench/job.h tests/harness.h tests/golden_file.h
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) -shared -fPIC $(filter %.c,$^) -o $@ $(LIBS)
 

@@ -1075,27 +1075,44 @@ typedef struct rkvi_dot_tile {
     rkvi_fetch *fetch;
 } rkvi_dot_tile;
 
+/* Dot products of n_rows rows with one vector or two, in lanes: with[v] NULL stands for the row
+ * itself, out[1] NULL for no second vector. */
+typedef struct rkvi_dot_rows {
+    const float *rows;
+    size_t stride, dim;
+    int n_rows;
+    const float *with[2];
+    float *out[2]; /* [n_rows] */
+} rkvi_dot_rows;
+
+/* Dot products of n_rows rows with n <= 64 columns, n a multiple of 16:
+ * x[r][v] *= row_inverse[r] * inverse[v]; bit v of above[r] says x[r][v] > threshold. */
+typedef struct rkvi_cosines {
+    float *x;
+    size_t stride;
+    int n_rows, n;
+    const float *row_inverse, *inverse;
+    float threshold;
+    uint64_t *above;
+} rkvi_cosines;
+
 typedef struct rkvi_kernels {
     int (*usable)(void);
     /* dst[i] = src[i] for n elements of any count and alignment. */
     void (*load_f16)(float *dst, const unsigned char *src, size_t n);
     void (*load_bf16)(float *dst, const unsigned char *src, size_t n);
-    /* out[r] = dot(row r, row r), in lanes. */
-    void (*sum_squares)(const float *rows, size_t stride, int n_rows, size_t dim, float *out);
+    void (*dot_rows)(const rkvi_dot_rows *dots);
     /* inverse[i] = 1 / (sqrt(square[i]) + 1e-8), self[i] = (sqrt(square[i]) * inverse[i])^2 */
     void (*normalise)(const float *square, size_t n, float *inverse, float *self);
     /* sum[i] += weights[r] * rows[r][i], r ascending. */
     void (*add_rows)(float *sum, const float *rows, size_t stride, const float *weights, int n_rows,
                      size_t n);
+    /* Eight rows beside each other: panel[i * width + r] = rows[r * stride + i]. */
+    void (*interleave)(float *panel, size_t width, const float *rows, size_t stride, size_t dim);
     /* One chain over i, ascending, per dot product: no lanes. */
     void (*dot_tile)(const rkvi_dot_tile *tile);
-    /* Four adjacent rows a against RKVI_CHUNK rows b, in lanes:
-     * out[b][a] = dot(a, b) * (inv_a[a] * inv_b[b]) */
-    void (*cosine_tile)(const float *a, const float *inv_a, const float *b, size_t b_stride,
-                        const float *inv_b, size_t dim, float *out);
-    /* x[v] *= inv * inverse[v] for n <= 64 dot products of one row; bit v of the result says
-     * x[v] > threshold. */
-    uint64_t (*cosine_row)(float *x, float inv, const float *inverse, int n, float threshold);
+    /* Dot products become cosines, and are compared with the threshold. */
+    void (*cosines)(const rkvi_cosines *rows);
     /* RKVI_CHUNK rows of tile[row][g * window + v] become out[v][row] = scale * the max over the
      * `group` values of g. Reads up to 7 floats behind a row. */
     void (*fold_group)(const float *tile, size_t tile_stride, int group, int window, float scale,
@@ -1147,11 +1164,13 @@ static float rkvi_dot_scalar(const float *a, const float *b, size_t dim)
     return rkvi_reduce_scalar(lanes);
 }
 
-static void rkvi_sum_squares_scalar(const float *rows, size_t stride, int n_rows, size_t dim,
-                                    float *out)
+static void rkvi_dot_rows_scalar(const rkvi_dot_rows *dots)
 {
-    int r;
-    for (r = 0; r < n_rows; r++, rows += stride) out[r] = rkvi_dot_scalar(rows, rows, dim);
+    const float *row = dots->rows;
+    int r, v;
+    for (r = 0; r < dots->n_rows; r++, row += dots->stride)
+        for (v = 0; v < 2 && dots->out[v]; v++)
+            dots->out[v][r] = rkvi_dot_scalar(dots->with[v] ? dots->with[v] : row, row, dots->dim);
 }
 
 static void rkvi_normalise_scalar(const float *square, size_t n, float *inverse, float *self)
@@ -1174,6 +1193,16 @@ static void rkvi_add_rows_scalar(float *sum, const float *rows, size_t stride, c
         for (i = 0; i < n; i++) sum[i] = rkvi_fma(weights[r], rows[i], sum[i]);
 }
 
+#define RKVI_INTERLEAVED 8 /* rows of interleave */
+
+static void rkvi_interleave_scalar(float *panel, size_t width, const float *rows, size_t stride,
+                                   size_t dim)
+{
+    size_t i, r;
+    for (i = 0; i < dim; i++)
+        for (r = 0; r < RKVI_INTERLEAVED; r++) panel[i * width + r] = rows[r * stride + i];
+}
+
 static void rkvi_dot_tile_scalar(const rkvi_dot_tile *tile)
 {
     const float *rows = tile->rows;
@@ -1189,7 +1218,7 @@ static void rkvi_dot_tile_scalar(const rkvi_dot_tile *tile)
 }
 
 /* The rows of a tile from `first` on, for paths that need several steps for a tile. */
-RKVI_INLINE rkvi_dot_tile rkvi_dot_rows_from(const rkvi_dot_tile *tile, int first)
+RKVI_INLINE rkvi_dot_tile rkvi_tile_rows_from(const rkvi_dot_tile *tile, int first)
 {
     rkvi_dot_tile rest = *tile;
     rest.rows += (size_t)first * tile->stride;
@@ -1197,25 +1226,17 @@ RKVI_INLINE rkvi_dot_tile rkvi_dot_rows_from(const rkvi_dot_tile *tile, int firs
     return rest;
 }
 
-static void rkvi_cosine_tile_scalar(const float *a, const float *inv_a, const float *b,
-                                    size_t b_stride, const float *inv_b, size_t dim, float *out)
+static void rkvi_cosines_scalar(const rkvi_cosines *c)
 {
-    int i, j;
-    for (j = 0; j < RKVI_CHUNK; j++, b += b_stride, out += 4)
-        for (i = 0; i < 4; i++)
-            out[i] = rkvi_dot_scalar(a + (size_t)i * dim, b, dim) * (inv_a[i] * inv_b[j]);
-}
-
-static uint64_t rkvi_cosine_row_scalar(float *x, float inv, const float *inverse, int n,
-                                       float threshold)
-{
-    uint64_t above = 0;
-    int v;
-    for (v = 0; v < n; v++) {
-        x[v] *= inv * inverse[v];
-        if (x[v] > threshold) above |= (uint64_t)1 << v;
+    float *x = c->x;
+    int r, v;
+    for (r = 0; r < c->n_rows; r++, x += c->stride) {
+        c->above[r] = 0;
+        for (v = 0; v < c->n; v++) {
+            x[v] *= c->row_inverse[r] * c->inverse[v];
+            if (x[v] > c->threshold) c->above[r] |= (uint64_t)1 << v;
+        }
     }
-    return above;
 }
 
 static void rkvi_fold_group_scalar(const float *tile, size_t tile_stride, int group, int window,
@@ -1321,8 +1342,6 @@ RKVI_TARGET_AVX2 RKVI_INLINE float rkvi_reduce8_avx2(__m256 sums_x8)
     return _mm_cvtss_f32(_mm_add_ss(x2, _mm_shuffle_ps(x2, x2, 1)));
 }
 
-/* fold_group takes eight rows at a time: it folds the groups in registers, eight window queries
- * wide, and transposes the 8 x 8 result. */
 RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_transpose8_avx2(__m256 row[8])
 {
     __m256 pair[8], quad[8];
@@ -1346,6 +1365,23 @@ RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_transpose8_avx2(__m256 row[8])
     }
 }
 
+RKVI_TARGET_AVX2 static void rkvi_interleave_avx2(float *panel, size_t width, const float *rows,
+                                                  size_t stride, size_t dim)
+{
+    __m256 row[8];
+    size_t i;
+    int r;
+    for (i = 0; i < dim; i += 8) {
+        RKVI_UNROLL
+        for (r = 0; r < 8; r++) row[r] = _mm256_loadu_ps(rows + (size_t)r * stride + i);
+        rkvi_transpose8_avx2(row);
+        RKVI_UNROLL
+        for (r = 0; r < 8; r++) _mm256_storeu_ps(panel + (i + (size_t)r) * width, row[r]);
+    }
+}
+
+/* fold_group takes eight rows at a time: it folds the groups in registers, eight window queries
+ * wide, and transposes the 8 x 8 result. */
 RKVI_TARGET_AVX2 RKVI_INLINE __m256 rkvi_fold_row_avx2(const float *row, int group, int window)
 {
     __m256 best_x8 = _mm256_loadu_ps(row);
@@ -1384,32 +1420,46 @@ RKVI_TARGET_AVX2 static void rkvi_max_into_avx2(float *dst, const float *src, si
     }
 }
 
-/* The end of cosine_tile: scales the raw dot products in out. */
-RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_scale_cosines_avx2(const float *inv_a, const float *inv_b,
-                                                          float *out)
+#ifndef RKV_NO_AVX2
+/* One row with n = 1 or 2 vectors, both halves of the lanes added up. */
+RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_lanes_avx2(const float *row, const float *const with[2],
+                                                  int n, size_t dim, __m256 sum_x8[2])
 {
-    __m128 inv_a_x4 = _mm_loadu_ps(inv_a);
-    int j;
-    for (j = 0; j < RKVI_CHUNK; j++) {
-        __m128 weight_x4 = _mm_mul_ps(inv_a_x4, _mm_set1_ps(inv_b[j]));
-        _mm_storeu_ps(out + 4 * j, _mm_mul_ps(_mm_loadu_ps(out + 4 * j), weight_x4));
+    __m256 half_x8[2][2];
+    size_t i;
+    int v, h;
+    RKVI_UNROLL
+    for (v = 0; v < n; v++) half_x8[v][0] = half_x8[v][1] = _mm256_setzero_ps();
+    for (i = 0; i < dim; i += 16) {
+        RKVI_UNROLL
+        for (h = 0; h < 2; h++) {
+            __m256 row_x8 = _mm256_loadu_ps(row + i + 8 * h);
+            RKVI_UNROLL
+            for (v = 0; v < n; v++)
+                half_x8[v][h] =
+                    _mm256_fmadd_ps(_mm256_loadu_ps(with[v] + i + 8 * h), row_x8, half_x8[v][h]);
+        }
     }
+    RKVI_UNROLL
+    for (v = 0; v < n; v++) sum_x8[v] = _mm256_add_ps(half_x8[v][0], half_x8[v][1]);
 }
 
-#ifndef RKV_NO_AVX2
-RKVI_TARGET_AVX2 static void rkvi_sum_squares_avx2(const float *rows, size_t stride, int n_rows,
-                                                   size_t dim, float *out)
+RKVI_TARGET_AVX2 static void rkvi_dot_rows_avx2(const rkvi_dot_rows *dots)
 {
-    size_t i;
+    const float *row = dots->rows;
+    __m256 sum_x8[2];
     int r;
-    for (r = 0; r < n_rows; r++, rows += stride) {
-        __m256 low_x8 = _mm256_setzero_ps(), high_x8 = _mm256_setzero_ps();
-        for (i = 0; i < dim; i += 16) {
-            __m256 a_x8 = _mm256_loadu_ps(rows + i), b_x8 = _mm256_loadu_ps(rows + i + 8);
-            low_x8 = _mm256_fmadd_ps(a_x8, a_x8, low_x8);
-            high_x8 = _mm256_fmadd_ps(b_x8, b_x8, high_x8);
+    for (r = 0; r < dots->n_rows; r++, row += dots->stride) {
+        const float *with[2];
+        with[0] = dots->with[0] ? dots->with[0] : row;
+        with[1] = dots->with[1] ? dots->with[1] : row;
+        if (dots->out[1]) {
+            rkvi_lanes_avx2(row, with, 2, dots->dim, sum_x8);
+            dots->out[1][r] = rkvi_reduce8_avx2(sum_x8[1]);
+        } else {
+            rkvi_lanes_avx2(row, with, 1, dots->dim, sum_x8);
         }
-        out[r] = rkvi_reduce8_avx2(_mm256_add_ps(low_x8, high_x8));
+        dots->out[0][r] = rkvi_reduce8_avx2(sum_x8[0]);
     }
 }
 
@@ -1457,8 +1507,8 @@ RKVI_TARGET_AVX2 static void rkvi_add_rows_avx2(float *sum, const float *rows, s
 
 /* n_rows x n_vectors accumulators: 3 x 4 or 6 x 2, twelve of the sixteen registers. The smaller
  * operand stays in the others; the larger is streamed. */
-RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dot_rows_avx2(const rkvi_dot_tile *tile, int n_rows,
-                                                     int n_vectors)
+RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_tile_rows_avx2(const rkvi_dot_tile *tile, int n_rows,
+                                                      int n_vectors)
 {
     const int n_held = n_rows < n_vectors ? n_rows : n_vectors;
     const int n_streamed = n_rows < n_vectors ? n_vectors : n_rows;
@@ -1505,72 +1555,31 @@ RKVI_TARGET_AVX2 static void rkvi_dot_tile_avx2(const rkvi_dot_tile *tile)
     const int n_rows = tile->width == 32 ? 3 : 6;
     int first;
     for (first = 0; first < RKVI_TILE_ROWS; first += n_rows) {
-        rkvi_dot_tile some = rkvi_dot_rows_from(tile, first);
+        rkvi_dot_tile some = rkvi_tile_rows_from(tile, first);
         if (n_rows == 3)
-            rkvi_dot_rows_avx2(&some, 3, 4);
+            rkvi_tile_rows_avx2(&some, 3, 4);
         else
-            rkvi_dot_rows_avx2(&some, 6, 2);
+            rkvi_tile_rows_avx2(&some, 6, 2);
     }
 }
 
-/* Two rows a against three rows b: twelve accumulators. out gets raw dot products. */
-RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_dots_2x3_avx2(const float *a, const float *b,
-                                                     size_t b_stride, size_t dim, float *out)
+RKVI_TARGET_AVX2 static void rkvi_cosines_avx2(const rkvi_cosines *c)
 {
-    __m256 dot_x8[2][3][2];
-    size_t i;
-    int r, j, h;
-    RKVI_UNROLL
-    for (r = 0; r < 2; r++) {
-        RKVI_UNROLL
-        for (j = 0; j < 3; j++) dot_x8[r][j][0] = dot_x8[r][j][1] = _mm256_setzero_ps();
-    }
-    for (i = 0; i < dim; i += 16) {
-        RKVI_UNROLL
-        for (h = 0; h < 2; h++) {
-            __m256 a0_x8 = _mm256_loadu_ps(a + i + 8 * h);
-            __m256 a1_x8 = _mm256_loadu_ps(a + dim + i + 8 * h);
-            RKVI_UNROLL
-            for (j = 0; j < 3; j++) {
-                __m256 b_x8 = _mm256_loadu_ps(b + (size_t)j * b_stride + i + 8 * h);
-                dot_x8[0][j][h] = _mm256_fmadd_ps(a0_x8, b_x8, dot_x8[0][j][h]);
-                dot_x8[1][j][h] = _mm256_fmadd_ps(a1_x8, b_x8, dot_x8[1][j][h]);
-            }
+    __m256 threshold_x8 = _mm256_set1_ps(c->threshold);
+    float *x = c->x;
+    int r, v;
+    for (r = 0; r < c->n_rows; r++, x += c->stride) {
+        __m256 inv_x8 = _mm256_set1_ps(c->row_inverse[r]);
+        uint64_t above = 0;
+        for (v = 0; v < c->n; v += 8) {
+            __m256 weight_x8 = _mm256_mul_ps(inv_x8, _mm256_loadu_ps(c->inverse + v));
+            __m256 cosine_x8 = _mm256_mul_ps(_mm256_loadu_ps(x + v), weight_x8);
+            __m256 above_x8 = _mm256_cmp_ps(cosine_x8, threshold_x8, _CMP_GT_OQ);
+            _mm256_storeu_ps(x + v, cosine_x8);
+            above |= (uint64_t)(unsigned)_mm256_movemask_ps(above_x8) << v;
         }
+        c->above[r] = above;
     }
-    RKVI_UNROLL
-    for (j = 0; j < 3; j++) RKVI_UNROLL
-    for (r = 0; r < 2; r++)
-        out[4 * j + r] = rkvi_reduce8_avx2(_mm256_add_ps(dot_x8[r][j][0], dot_x8[r][j][1]));
-}
-
-RKVI_TARGET_AVX2 static void rkvi_cosine_tile_avx2(const float *a, const float *inv_a,
-                                                   const float *b, size_t b_stride,
-                                                   const float *inv_b, size_t dim, float *out)
-{
-    int j;
-    for (j = 0; j < RKVI_CHUNK; j += 3) {
-        const float *b_rows = b + (size_t)j * b_stride;
-        rkvi_dots_2x3_avx2(a, b_rows, b_stride, dim, out + 4 * j);
-        rkvi_dots_2x3_avx2(a + 2 * dim, b_rows, b_stride, dim, out + 4 * j + 2);
-    }
-    rkvi_scale_cosines_avx2(inv_a, inv_b, out);
-}
-
-RKVI_TARGET_AVX2 static uint64_t rkvi_cosine_row_avx2(float *x, float inv, const float *inverse,
-                                                      int n, float threshold)
-{
-    __m256 inv_x8 = _mm256_set1_ps(inv), threshold_x8 = _mm256_set1_ps(threshold);
-    uint64_t above = 0;
-    int v;
-    for (v = 0; v < n; v += 8) {
-        __m256 weight_x8 = _mm256_mul_ps(inv_x8, _mm256_loadu_ps(inverse + v));
-        __m256 cosine_x8 = _mm256_mul_ps(_mm256_loadu_ps(x + v), weight_x8);
-        __m256 above_x8 = _mm256_cmp_ps(cosine_x8, threshold_x8, _CMP_GT_OQ);
-        _mm256_storeu_ps(x + v, cosine_x8);
-        above |= (uint64_t)(unsigned)_mm256_movemask_ps(above_x8) << v;
-    }
-    return above;
 }
 
 RKVI_TARGET_AVX2 RKVI_INLINE __m256 rkvi_exp_avx2(__m256 x_x8)
@@ -1645,6 +1654,7 @@ RKVI_TARGET_AVX2 static float rkvi_maximum_avx2(const float *x, size_t n)
 #endif
 
 /* No faster in 512 bits: bound by loads and shuffles. */
+#define rkvi_interleave_avx512 rkvi_interleave_avx2
 #define rkvi_fold_group_avx512 rkvi_fold_group_avx2
 #define rkvi_max_into_avx512   rkvi_max_into_avx2
 
@@ -1679,19 +1689,77 @@ RKVI_TARGET_AVX512 RKVI_INLINE float rkvi_reduce16_avx512(__m512 sums_x16)
     return rkvi_reduce8_avx2(_mm256_add_ps(_mm512_castps512_ps256(sums_x16), high_x8));
 }
 
-RKVI_TARGET_AVX512 static void rkvi_sum_squares_avx512(const float *rows, size_t stride, int n_rows,
-                                                       size_t dim, float *out)
+/* Four dot products at once, from their sixteen lanes each, by the tree. */
+RKVI_TARGET_AVX512 RKVI_INLINE __m128 rkvi_reduce_four_avx512(const __m512 d[4])
 {
+    __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    __m512 d01 = _mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x44),
+                               _mm512_shuffle_f32x4(d[0], d[1], 0xee)); /* l and l + 8 */
+    __m512 d23 = _mm512_add_ps(_mm512_shuffle_f32x4(d[2], d[3], 0x44),
+                               _mm512_shuffle_f32x4(d[2], d[3], 0xee));
+    __m512 sum = _mm512_add_ps(_mm512_shuffle_f32x4(d01, d23, 0x88),
+                               _mm512_shuffle_f32x4(d01, d23, 0xdd)); /* l and l + 4 */
+    sum = _mm512_add_ps(sum, _mm512_shuffle_ps(sum, sum, 0x4e));      /* l and l + 2 */
+    sum = _mm512_add_ps(sum, _mm512_shuffle_ps(sum, sum, 0xb1));      /* l and l + 1 */
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, sum));
+}
+
+/* Four rows with n = 1 or 2 vectors; fetches the rows 8 further on. */
+RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_dot_four_avx512(const rkvi_dot_rows *dots,
+                                                         const float *rows, int n, int is_self,
+                                                         int r0)
+{
+    const uintptr_t ahead = 8 * dots->stride * sizeof *rows; /* f32 keys in place: not in L1 yet */
+    __m512 sum_x16[2][4];
     size_t i;
-    int r;
-    for (r = 0; r < n_rows; r++, rows += stride) {
-        __m512 sum_x16 = _mm512_setzero_ps();
-        for (i = 0; i < dim; i += 16) {
-            __m512 a_x16 = _mm512_loadu_ps(rows + i);
-            sum_x16 = _mm512_fmadd_ps(a_x16, a_x16, sum_x16);
+    int r, v;
+    RKVI_UNROLL
+    for (r = 0; r < 4; r++) sum_x16[0][r] = sum_x16[1][r] = _mm512_setzero_ps();
+    for (i = 0; i < dots->dim; i += 16) {
+        RKVI_UNROLL
+        for (r = 0; r < 4; r++) {
+            const float *row = rows + (size_t)r * dots->stride + i;
+            __m512 row_x16 = _mm512_loadu_ps(row);
+            _mm_prefetch((const char *)((uintptr_t)row + ahead), _MM_HINT_T0);
+            RKVI_UNROLL
+            for (v = 0; v < n; v++)
+                sum_x16[v][r] = _mm512_fmadd_ps(
+                    is_self && v == 0 ? row_x16 : _mm512_loadu_ps(dots->with[v] + i), row_x16,
+                    sum_x16[v][r]);
         }
-        out[r] = rkvi_reduce16_avx512(sum_x16);
     }
+    RKVI_UNROLL
+    for (v = 0; v < n; v++) _mm_storeu_ps(dots->out[v] + r0, rkvi_reduce_four_avx512(sum_x16[v]));
+}
+
+RKVI_TARGET_AVX512 RKVI_INLINE float rkvi_dot_avx512(const float *a, const float *b, size_t dim)
+{
+    __m512 sum_x16 = _mm512_setzero_ps();
+    size_t i;
+    for (i = 0; i < dim; i += 16)
+        sum_x16 = _mm512_fmadd_ps(_mm512_loadu_ps(a + i), _mm512_loadu_ps(b + i), sum_x16);
+    return rkvi_reduce16_avx512(sum_x16);
+}
+
+RKVI_TARGET_AVX512 static void rkvi_dot_rows_avx512(const rkvi_dot_rows *dots)
+{
+    const int is_self = !dots->with[0], n = dots->out[1] ? 2 : 1;
+    const float *rows = dots->rows;
+    int r, v;
+    for (r = 0; r + 4 <= dots->n_rows; r += 4, rows += 4 * dots->stride) {
+        if (is_self && n == 2)
+            rkvi_dot_four_avx512(dots, rows, 2, 1, r);
+        else if (is_self)
+            rkvi_dot_four_avx512(dots, rows, 1, 1, r);
+        else if (n == 2)
+            rkvi_dot_four_avx512(dots, rows, 2, 0, r);
+        else
+            rkvi_dot_four_avx512(dots, rows, 1, 0, r);
+    }
+    for (; r < dots->n_rows; r++, rows += dots->stride)
+        for (v = 0; v < n; v++)
+            dots->out[v][r] =
+                rkvi_dot_avx512(dots->with[v] ? dots->with[v] : rows, rows, dots->dim);
 }
 
 RKVI_TARGET_AVX512 static void rkvi_normalise_avx512(const float *square, size_t n, float *inverse,
@@ -1732,11 +1800,13 @@ RKVI_TARGET_AVX512 static void rkvi_add_rows_avx512(float *sum, const float *row
     size_t i;
     for (i = 0; i + 128 <= n; i += 128)
         rkvi_add_columns_avx512(sum + i, rows + i, stride, weights, n_rows, 8);
+    for (; i + 64 <= n; i += 64)
+        rkvi_add_columns_avx512(sum + i, rows + i, stride, weights, n_rows, 4);
     for (; i < n; i += 16) rkvi_add_columns_avx512(sum + i, rows + i, stride, weights, n_rows, 1);
 }
 
 /* 12 x 2 accumulators, or 12 x 1, of the 32 registers. */
-RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_dot_rows_avx512(const rkvi_dot_tile *tile, int n_vectors)
+RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_tile_rows_avx512(const rkvi_dot_tile *tile, int n_vectors)
 {
     const float *panel = tile->panel, *third[RKVI_TILE_ROWS / 3];
     const size_t stride = tile->stride, dim = tile->dim;
@@ -1773,75 +1843,27 @@ RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_dot_rows_avx512(const rkvi_dot_tile *ti
 RKVI_TARGET_AVX512 static void rkvi_dot_tile_avx512(const rkvi_dot_tile *tile)
 {
     if (tile->width == 32)
-        rkvi_dot_rows_avx512(tile, 2);
+        rkvi_tile_rows_avx512(tile, 2);
     else
-        rkvi_dot_rows_avx512(tile, 1);
+        rkvi_tile_rows_avx512(tile, 1);
 }
 
-/* Four dot products at once, from their sixteen lanes each, by the tree. */
-RKVI_TARGET_AVX512 RKVI_INLINE __m128 rkvi_reduce_four_avx512(__m512 d0, __m512 d1, __m512 d2,
-                                                              __m512 d3)
+RKVI_TARGET_AVX512 static void rkvi_cosines_avx512(const rkvi_cosines *c)
 {
-    __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-    __m512 d01 = _mm512_add_ps(_mm512_shuffle_f32x4(d0, d1, 0x44),
-                               _mm512_shuffle_f32x4(d0, d1, 0xee)); /* l and l + 8 */
-    __m512 d23 =
-        _mm512_add_ps(_mm512_shuffle_f32x4(d2, d3, 0x44), _mm512_shuffle_f32x4(d2, d3, 0xee));
-    __m512 sum = _mm512_add_ps(_mm512_shuffle_f32x4(d01, d23, 0x88),
-                               _mm512_shuffle_f32x4(d01, d23, 0xdd)); /* l and l + 4 */
-    sum = _mm512_add_ps(sum, _mm512_shuffle_ps(sum, sum, 0x4e));      /* l and l + 2 */
-    sum = _mm512_add_ps(sum, _mm512_shuffle_ps(sum, sum, 0xb1));      /* l and l + 1 */
-    return _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, sum));
-}
-
-RKVI_TARGET_AVX512 static void rkvi_cosine_tile_avx512(const float *a, const float *inv_a,
-                                                       const float *b, size_t b_stride,
-                                                       const float *inv_b, size_t dim, float *out)
-{
-    int j0, j, r;
-    for (j0 = 0; j0 < RKVI_CHUNK; j0 += 6) { /* four rows a x six rows b: 24 accumulators */
-        const float *b_rows = b + (size_t)j0 * b_stride;
-        __m512 dot_x16[6][4];
-        size_t i;
-        RKVI_UNROLL
-        for (j = 0; j < 6; j++) {
-            RKVI_UNROLL
-            for (r = 0; r < 4; r++) dot_x16[j][r] = _mm512_setzero_ps();
+    __m512 threshold_x16 = _mm512_set1_ps(c->threshold);
+    float *x = c->x;
+    int r, v;
+    for (r = 0; r < c->n_rows; r++, x += c->stride) {
+        __m512 inv_x16 = _mm512_set1_ps(c->row_inverse[r]);
+        uint64_t above = 0;
+        for (v = 0; v < c->n; v += 16) {
+            __m512 weight_x16 = _mm512_mul_ps(inv_x16, _mm512_loadu_ps(c->inverse + v));
+            __m512 cosine_x16 = _mm512_mul_ps(_mm512_loadu_ps(x + v), weight_x16);
+            _mm512_storeu_ps(x + v, cosine_x16);
+            above |= (uint64_t)_mm512_cmp_ps_mask(cosine_x16, threshold_x16, _CMP_GT_OQ) << v;
         }
-        for (i = 0; i < dim; i += 16) {
-            __m512 a_x16[4];
-            RKVI_UNROLL
-            for (r = 0; r < 4; r++) a_x16[r] = _mm512_loadu_ps(a + (size_t)r * dim + i);
-            RKVI_UNROLL
-            for (j = 0; j < 6; j++) {
-                __m512 b_x16 = _mm512_loadu_ps(b_rows + (size_t)j * b_stride + i);
-                RKVI_UNROLL
-                for (r = 0; r < 4; r++)
-                    dot_x16[j][r] = _mm512_fmadd_ps(a_x16[r], b_x16, dot_x16[j][r]);
-            }
-        }
-        RKVI_UNROLL
-        for (j = 0; j < 6; j++)
-            _mm_storeu_ps(out + 4 * (j0 + j),
-                          rkvi_reduce_four_avx512(dot_x16[j][0], dot_x16[j][1], dot_x16[j][2],
-                                                  dot_x16[j][3]));
+        c->above[r] = above;
     }
-    rkvi_scale_cosines_avx2(inv_a, inv_b, out);
-}
-
-RKVI_TARGET_AVX512 static uint64_t rkvi_cosine_row_avx512(float *x, float inv, const float *inverse,
-                                                          int n, float threshold)
-{
-    __m512 inv_x16 = _mm512_set1_ps(inv), threshold_x16 = _mm512_set1_ps(threshold);
-    uint64_t above = 0;
-    int v;
-    for (v = 0; v < n; v += 16) {
-        __m512 weight_x16 = _mm512_mul_ps(inv_x16, _mm512_loadu_ps(inverse + v));
-        __m512 cosine_x16 = _mm512_mul_ps(_mm512_loadu_ps(x + v), weight_x16);
-        _mm512_storeu_ps(x + v, cosine_x16);
-        above |= (uint64_t)_mm512_cmp_ps_mask(cosine_x16, threshold_x16, _CMP_GT_OQ) << v;
-    }
-    return above;
 }
 
 RKVI_TARGET_AVX512 RKVI_INLINE __m512 rkvi_exp_avx512(__m512 x_x16)
@@ -1940,24 +1962,25 @@ RKVI_INLINE float rkvi_reduce16_neon(float32x4_t l0, float32x4_t l4, float32x4_t
     return vget_lane_f32(sum_x2, 0) + vget_lane_f32(sum_x2, 1);
 }
 
-static void rkvi_sum_squares_neon(const float *rows, size_t stride, int n_rows, size_t dim,
-                                  float *out)
+static void rkvi_dot_rows_neon(const rkvi_dot_rows *dots)
 {
+    const float *row = dots->rows;
     size_t i;
-    int r, v;
-    for (r = 0; r < n_rows; r++, rows += stride) {
-        float32x4_t sum_x4[4];
-        RKVI_UNROLL
-        for (v = 0; v < 4; v++) sum_x4[v] = vdupq_n_f32(0);
-        for (i = 0; i < dim; i += 16) {
+    int r, v, l;
+    for (r = 0; r < dots->n_rows; r++, row += dots->stride)
+        for (v = 0; v < 2 && dots->out[v]; v++) {
+            const float *with = dots->with[v] ? dots->with[v] : row;
+            float32x4_t sum_x4[4];
             RKVI_UNROLL
-            for (v = 0; v < 4; v++) {
-                float32x4_t a_x4 = vld1q_f32(rows + i + 4 * v);
-                sum_x4[v] = vfmaq_f32(sum_x4[v], a_x4, a_x4);
+            for (l = 0; l < 4; l++) sum_x4[l] = vdupq_n_f32(0);
+            for (i = 0; i < dots->dim; i += 16) {
+                RKVI_UNROLL
+                for (l = 0; l < 4; l++)
+                    sum_x4[l] = vfmaq_f32(sum_x4[l], vld1q_f32(with + i + 4 * l),
+                                          vld1q_f32(row + i + 4 * l));
             }
+            dots->out[v][r] = rkvi_reduce16_neon(sum_x4[0], sum_x4[1], sum_x4[2], sum_x4[3]);
         }
-        out[r] = rkvi_reduce16_neon(sum_x4[0], sum_x4[1], sum_x4[2], sum_x4[3]);
-    }
 }
 
 static void rkvi_normalise_neon(const float *square, size_t n, float *inverse, float *self)
@@ -1998,8 +2021,23 @@ static void rkvi_add_rows_neon(float *sum, const float *rows, size_t stride, con
     for (; i < n; i += 16) rkvi_add_columns_neon(sum + i, rows + i, stride, weights, n_rows, 4);
 }
 
+/* Four rows at a time: what is i-th of each stands together after the structured load. */
+static void rkvi_interleave_neon(float *panel, size_t width, const float *rows, size_t stride,
+                                 size_t dim)
+{
+    size_t i, r, k;
+    for (r = 0; r < RKVI_INTERLEAVED; r += 4)
+        for (i = 0; i < dim; i += 4) {
+            float row[16];
+            float32x4x4_t by_row;
+            for (k = 0; k < 4; k++) vst1q_f32(row + 4 * k, vld1q_f32(rows + (r + k) * stride + i));
+            by_row = vld4q_f32(row);
+            for (k = 0; k < 4; k++) vst1q_f32(panel + (i + k) * width + r, by_row.val[k]);
+        }
+}
+
 /* n_rows x n_vectors accumulators: 3 x 8 or 6 x 4, of the 32 registers. */
-RKVI_INLINE void rkvi_dot_rows_neon(const rkvi_dot_tile *tile, int n_rows, int n_vectors)
+RKVI_INLINE void rkvi_tile_rows_neon(const rkvi_dot_tile *tile, int n_rows, int n_vectors)
 {
     const float *panel = tile->panel, *rows = tile->rows;
     const size_t stride = tile->stride, dim = tile->dim;
@@ -2036,85 +2074,32 @@ static void rkvi_dot_tile_neon(const rkvi_dot_tile *tile)
     const int n_rows = tile->width == 32 ? 3 : 6;
     int first;
     for (first = 0; first < RKVI_TILE_ROWS; first += n_rows) {
-        rkvi_dot_tile some = rkvi_dot_rows_from(tile, first);
+        rkvi_dot_tile some = rkvi_tile_rows_from(tile, first);
         if (n_rows == 3)
-            rkvi_dot_rows_neon(&some, 3, 8);
+            rkvi_tile_rows_neon(&some, 3, 8);
         else
-            rkvi_dot_rows_neon(&some, 6, 4);
+            rkvi_tile_rows_neon(&some, 6, 4);
     }
 }
 
-/* Two rows a against three rows b: 24 accumulators. out gets raw dot products. */
-RKVI_INLINE void rkvi_dots_2x3_neon(const float *a, const float *b, size_t b_stride, size_t dim,
-                                    float *out)
-{
-    float32x4_t dot_x4[2][3][4];
-    size_t i;
-    int r, j, v;
-    RKVI_UNROLL
-    for (r = 0; r < 2; r++) {
-        RKVI_UNROLL
-        for (j = 0; j < 3; j++) {
-            RKVI_UNROLL
-            for (v = 0; v < 4; v++) dot_x4[r][j][v] = vdupq_n_f32(0);
-        }
-    }
-    for (i = 0; i < dim; i += 16) {
-        RKVI_UNROLL
-        for (v = 0; v < 4; v++) {
-            float32x4_t a0_x4 = vld1q_f32(a + i + 4 * v);
-            float32x4_t a1_x4 = vld1q_f32(a + dim + i + 4 * v);
-            RKVI_UNROLL
-            for (j = 0; j < 3; j++) {
-                float32x4_t b_x4 = vld1q_f32(b + (size_t)j * b_stride + i + 4 * v);
-                dot_x4[0][j][v] = vfmaq_f32(dot_x4[0][j][v], a0_x4, b_x4);
-                dot_x4[1][j][v] = vfmaq_f32(dot_x4[1][j][v], a1_x4, b_x4);
-            }
-        }
-    }
-    RKVI_UNROLL
-    for (r = 0; r < 2; r++) {
-        RKVI_UNROLL
-        for (j = 0; j < 3; j++)
-            out[4 * j + r] = rkvi_reduce16_neon(dot_x4[r][j][0], dot_x4[r][j][1], dot_x4[r][j][2],
-                                                dot_x4[r][j][3]);
-    }
-}
-
-/* x[0..3] *= inv * inverse[0..3] */
-RKVI_INLINE float32x4_t rkvi_cosine4_neon(float *x, float inv, const float *inverse)
-{
-    float32x4_t cosine_x4 = vmulq_f32(vld1q_f32(x), vmulq_n_f32(vld1q_f32(inverse), inv));
-    vst1q_f32(x, cosine_x4);
-    return cosine_x4;
-}
-
-static void rkvi_cosine_tile_neon(const float *a, const float *inv_a, const float *b,
-                                  size_t b_stride, const float *inv_b, size_t dim, float *out)
-{
-    int j;
-    for (j = 0; j < RKVI_CHUNK; j += 3) {
-        const float *b_rows = b + (size_t)j * b_stride;
-        rkvi_dots_2x3_neon(a, b_rows, b_stride, dim, out + 4 * j);
-        rkvi_dots_2x3_neon(a + 2 * dim, b_rows, b_stride, dim, out + 4 * j + 2);
-    }
-    for (j = 0; j < RKVI_CHUNK; j++) (void)rkvi_cosine4_neon(out + 4 * j, inv_b[j], inv_a);
-}
-
-static uint64_t rkvi_cosine_row_neon(float *x, float inv, const float *inverse, int n,
-                                     float threshold)
+static void rkvi_cosines_neon(const rkvi_cosines *c)
 {
     const uint32_t bits[4] = { 1, 2, 4, 8 };
     uint32x4_t bit_x4 = vld1q_u32(bits);
-    float32x4_t threshold_x4 = vdupq_n_f32(threshold);
-    uint64_t above = 0;
-    int v;
-    for (v = 0; v < n; v += 4) {
-        float32x4_t cosine_x4 = rkvi_cosine4_neon(x + v, inv, inverse + v);
-        uint32x4_t above_x4 = vandq_u32(vcgtq_f32(cosine_x4, threshold_x4), bit_x4);
-        above |= (uint64_t)vaddvq_u32(above_x4) << v;
+    float32x4_t threshold_x4 = vdupq_n_f32(c->threshold);
+    float *x = c->x;
+    int r, v;
+    for (r = 0; r < c->n_rows; r++, x += c->stride) {
+        uint64_t above = 0;
+        for (v = 0; v < c->n; v += 4) {
+            float32x4_t weight_x4 = vmulq_n_f32(vld1q_f32(c->inverse + v), c->row_inverse[r]);
+            float32x4_t cosine_x4 = vmulq_f32(vld1q_f32(x + v), weight_x4);
+            uint32x4_t above_x4 = vandq_u32(vcgtq_f32(cosine_x4, threshold_x4), bit_x4);
+            vst1q_f32(x + v, cosine_x4);
+            above |= (uint64_t)vaddvq_u32(above_x4) << v;
+        }
+        c->above[r] = above;
     }
-    return above;
 }
 
 /* Four window queries at a time: fold the groups of four rows, transpose 4 x 4. */
@@ -2209,12 +2194,12 @@ static void rkvi_max_into_neon(float *dst, const float *src, size_t n)
 #endif /* RKVI_NEON */
 
 /* The tables. rkvi_cpu_backends, in room 18, wraps each of them. */
-#define RKVI_KERNELS(isa)                                                                     \
-    {                                                                                         \
-        rkvi_usable_##isa, rkvi_load_f16_##isa, rkvi_load_bf16_##isa, rkvi_sum_squares_##isa, \
-            rkvi_normalise_##isa, rkvi_add_rows_##isa, rkvi_dot_tile_##isa,                   \
-            rkvi_cosine_tile_##isa, rkvi_cosine_row_##isa, rkvi_fold_group_##isa,             \
-            rkvi_softcap_##isa, rkvi_exp_sum_##isa, rkvi_maximum_##isa, rkvi_max_into_##isa   \
+#define RKVI_KERNELS(isa)                                                                          \
+    {                                                                                              \
+        rkvi_usable_##isa, rkvi_load_f16_##isa, rkvi_load_bf16_##isa, rkvi_dot_rows_##isa,         \
+            rkvi_normalise_##isa, rkvi_add_rows_##isa, rkvi_interleave_##isa, rkvi_dot_tile_##isa, \
+            rkvi_cosines_##isa, rkvi_fold_group_##isa, rkvi_softcap_##isa, rkvi_exp_sum_##isa,     \
+            rkvi_maximum_##isa, rkvi_max_into_##isa                                                \
     }
 static const rkvi_kernels rkvi_kernels_scalar = RKVI_KERNELS(scalar);
 #ifdef RKVI_NEON
@@ -2257,7 +2242,8 @@ typedef struct rkvi_scratch {
     float *waiting;        /* packed keys of rows that search together, likewise               */
     float *rows;           /* a chunk of K as f32, [RKVI_CHUNK][dim]                           */
     float *gathered;       /* rows of K from anywhere as f32, [RKVI_TILE_ROWS][dim]            */
-    float *probes;         /* what the second pass multiplies K with, [4][dim]                 */
+    float *newest;         /* the newest keys as f32, [RKVI_LANES][dim]                        */
+    float *first_key;      /* the first key as f32, [dim]                                      */
     float *tile;           /* dot products of a chunk, [RKVI_CHUNK][queries]                   */
     float *logits;         /* [window][tokens], later probabilities                            */
     float *signal;         /* [2][tokens]: importance, redundancy                              */
@@ -2370,7 +2356,7 @@ static void rkvi_carve_scoring(rkvi_arena *arena, const rkv_config *config, cons
     size_t queries = rkvi_round_up(needs->queries, RKVI_LANES), rows = RKVI_CHUNK * dim;
     size_t panel, tile, logits;
     if (!rkvi_mul_size(queries, dim, &panel) ||
-        !rkvi_mul_size(queries + RKVI_FOLD_LANES, RKVI_CHUNK, &tile) ||
+        !rkvi_mul_size(queries + RKVI_LANES, RKVI_CHUNK, &tile) ||
         !rkvi_mul_size(needs->queries ? (size_t)config->window : 0, tokens, &logits))
         arena->overflow = 1;
     if (arena->overflow) return;
@@ -2379,7 +2365,8 @@ static void rkvi_carve_scoring(rkvi_arena *arena, const rkv_config *config, cons
     s->waiting = rkvi_take_floats(arena, rows);
     s->rows = rkvi_take_floats(arena, rows);
     s->gathered = rkvi_take_floats(arena, RKVI_TILE_ROWS * dim);
-    s->probes = rkvi_take_floats(arena, 4 * dim);
+    s->newest = rkvi_take_floats(arena, RKVI_LANES * dim);
+    s->first_key = rkvi_take_floats(arena, dim);
     s->tile = rkvi_take_floats(arena, tile);
     s->logits = rkvi_take_floats(arena, logits);
     s->signal = rkvi_take_floats(arena, 2 * tokens);
@@ -2513,6 +2500,8 @@ typedef struct rkvi_head {
     int index, group;
     int n_tokens, n_candidates, n_span; /* all; those outside the window; those redundancy sees */
     int n_queries;                      /* group * window, or 0: importance does not count      */
+    int n_newest;                       /* newest keys that the first pass compares all with    */
+    int n_spare;                        /* of them in the panel of queries: all or none         */
     int wants_redundancy;
     float scale, softcap;
     size_t dim; /* padded to whole registers */
@@ -2542,6 +2531,15 @@ typedef struct rkvi_rows {
     size_t stride; /* floats */
 } rkvi_rows;
 
+/* Adjacent rows as f32. */
+static rkvi_rows rkvi_staged(const rkvi_head *h, const float *data)
+{
+    rkvi_rows rows;
+    rows.data = data;
+    rows.stride = h->dim;
+    return rows;
+}
+
 /* Can key rows be used in place? They must be f32, aligned, evenly spaced and need no padding. A
  * spacing of a multiple of 4 KiB would put a chunk's rows into the same few cache sets. */
 static int rkvi_rows_in_place(const rkvi_head *h)
@@ -2570,8 +2568,7 @@ static rkvi_rows rkvi_key_chunk(const rkvi_head *h, int first, float *stage)
         rows.stride = h->keys->token_stride / sizeof(float);
         return rows;
     }
-    rows.data = stage;
-    rows.stride = h->dim;
+    rows = rkvi_staged(h, stage);
     if (first + RKVI_CHUNK <= h->n_tokens && rkvi_rows_adjacent(h)) {
         rkvi_load(h->kernels, h->keys->dtype, stage, rkvi_row(h->keys, h->index, first),
                   RKVI_CHUNK * h->dim);
@@ -2580,6 +2577,23 @@ static rkvi_rows rkvi_key_chunk(const rkvi_head *h, int first, float *stage)
     for (r = 0; r < RKVI_CHUNK; r++)
         rkvi_load_key(h, first + r < h->n_tokens ? first + r : -1, stage + (size_t)r * h->dim);
     return rows;
+}
+
+/* out[r] = dot(key, row r) for n rows, in lanes; key NULL: of each row with itself. The second key
+ * and its dot products may be left out. */
+static void rkvi_dot_rows_with(const rkvi_head *h, rkvi_rows rows, int n, const float *key,
+                               float *out, const float *second, float *second_out)
+{
+    rkvi_dot_rows dots;
+    dots.rows = rows.data;
+    dots.stride = rows.stride;
+    dots.dim = h->dim;
+    dots.n_rows = n;
+    dots.with[0] = key;
+    dots.with[1] = second;
+    dots.out[0] = out;
+    dots.out[1] = second_out;
+    h->kernels->dot_rows(&dots);
 }
 
 static rkv_status rkvi_nonfinite(rkvi_scratch *s, const rkvi_head *h, const char *rule, int head,
@@ -2608,40 +2622,76 @@ static void rkvi_clear_panel(float *panel, int n, size_t dim)
     memset(panel, 0, rkvi_round_up((size_t)n, RKVI_LANES) * dim * sizeof *panel);
 }
 
-/* Vector v of a panel of n. */
-static void rkvi_pack(float *panel, int n, int v, const float *vector, size_t dim)
+/* Tokens whose keys are packed into a panel: a row of K meets all of them at once. Ascending, where
+ * they serve as columns. */
+typedef struct rkvi_packed {
+    const float *panel;
+    int n;
+    int token[RKVI_CHUNK];
+    float inverse[RKVI_CHUNK];
+} rkvi_packed;
+
+#define RKVI_NEWEST 2 /* newest keys that all rows meet, where the panel has no place for more */
+
+/* Places of the last block that n vectors leave free. */
+static int rkvi_spare_vectors(int n)
 {
-    int block = v / (2 * RKVI_LANES) * (2 * RKVI_LANES);
-    size_t width = (size_t)rkvi_block_width(n, block), i;
-    panel += (size_t)block * dim + (size_t)(v - block);
-    for (i = 0; i < dim; i++) panel[i * width] = vector[i];
+    return (int)rkvi_round_up((size_t)n, RKVI_LANES) - n;
+}
+
+/* n_rows rows become the vectors v, v + 1, ... of a panel of n; v is a multiple of 8. */
+static void rkvi_pack(const rkvi_head *h, float *panel, int n, int v, rkvi_rows rows, int n_rows)
+{
+    int end = v + n_rows;
+    for (; v < end; v += RKVI_INTERLEAVED, rows.data += RKVI_INTERLEAVED * rows.stride) {
+        int block = v / (2 * RKVI_LANES) * (2 * RKVI_LANES), r;
+        size_t width = (size_t)rkvi_block_width(n, block), i;
+        float *at = panel + (size_t)block * h->dim + (size_t)(v - block);
+        if (v + RKVI_INTERLEAVED <= end) {
+            h->kernels->interleave(at, width, rows.data, rows.stride, h->dim);
+            continue;
+        }
+        for (r = 0; r < end - v; r++)
+            for (i = 0; i < h->dim; i++)
+                at[i * width + (size_t)r] = rows.data[(size_t)r * rows.stride + i];
+    }
 }
 
 /* Query q of the group: head index * group + q / window, row q % window. */
 static rkv_status rkvi_pack_queries(const rkvi_head *h, rkvi_scratch *s)
 {
     const size_t dim = (size_t)h->queries->dim;
-    float *row = s->rows, square;
-    int q;
+    float square[RKVI_CHUNK];
+    int first, n, r;
     if (h->n_queries == 0) return RKV_OK; /* the view may be anything */
-    rkvi_clear_panel(s->panel, h->n_queries, h->dim);
-    memset(row + dim, 0, (h->dim - dim) * sizeof *row);
-    for (q = 0; q < h->n_queries; q++) {
-        int head = h->index * h->group + q / h->config->window, token = q % h->config->window;
-        rkvi_load(h->kernels, h->queries->dtype, row, rkvi_row(h->queries, head, token), dim);
-        h->kernels->sum_squares(row, h->dim, 1, h->dim, &square);
-        if (!(square <= RKVI_MAX_SQUARE)) return rkvi_nonfinite(s, h, RKVI_RULE_QUERY, head, token);
-        rkvi_pack(s->panel, h->n_queries, q, row, h->dim);
+    rkvi_clear_panel(s->panel, h->n_queries + h->n_spare, h->dim);
+    for (first = 0; first < h->n_queries; first += n) {
+        n = rkvi_min(h->n_queries - first, RKVI_CHUNK);
+        for (r = 0; r < n; r++) {
+            int head = h->index * h->group + (first + r) / h->config->window;
+            int token = (first + r) % h->config->window;
+            float *row = s->rows + (size_t)r * h->dim;
+            rkvi_load(h->kernels, h->queries->dtype, row, rkvi_row(h->queries, head, token), dim);
+            memset(row + dim, 0, (h->dim - dim) * sizeof *row);
+        }
+        rkvi_dot_rows_with(h, rkvi_staged(h, s->rows), n, NULL, square, NULL, NULL);
+        for (r = 0; r < n; r++)
+            if (!(square[r] <= RKVI_MAX_SQUARE))
+                return rkvi_nonfinite(s, h, RKVI_RULE_QUERY,
+                                      h->index * h->group + (first + r) / h->config->window,
+                                      (first + r) % h->config->window);
+        rkvi_pack(h, s->panel, h->n_queries + h->n_spare, first, rkvi_staged(h, s->rows), n);
     }
     return RKV_OK;
 }
 
-/* Norms of a chunk; finds keys that are not finite. */
-static rkv_status rkvi_chunk_norms(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first)
+/* Norms of a chunk; finds keys that are not finite. With a key, also its dot products. */
+static rkv_status rkvi_chunk_norms(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first,
+                                   const float *key, float *dots)
 {
     float square[RKVI_CHUNK];
     int r;
-    h->kernels->sum_squares(rows.data, rows.stride, RKVI_CHUNK, h->dim, square);
+    rkvi_dot_rows_with(h, rows, RKVI_CHUNK, NULL, square, key, key ? dots : NULL);
     for (r = 0; r < RKVI_CHUNK; r++)
         if (!(square[r] <= RKVI_MAX_SQUARE))
             return rkvi_nonfinite(s, h, RKVI_RULE_KEY, h->index, first + r);
@@ -2663,15 +2713,37 @@ static rkvi_fetch rkvi_fetch_keys(const rkvi_head *h, int first,
     return fetch;
 }
 
-/* Logits of a chunk, folded over the group: logits[v][first ...]. */
-static void rkvi_chunk_logits(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first,
-                              size_t logit_stride)
+/* The newest keys of the span, which the first pass compares all rows with: packed into the places
+ * that the queries leave free in the panel, or, where there are none, RKVI_NEWEST as they are. */
+static void rkvi_take_newest(const rkvi_head *h, rkvi_scratch *s, rkvi_packed *newest)
 {
-    size_t tile_stride = rkvi_round_up((size_t)h->n_queries, RKVI_LANES) + RKVI_FOLD_LANES;
-    int q0, r;
+    float square[RKVI_LANES] = { 0 }, self[RKVI_LANES];
+    rkvi_rows rows = rkvi_staged(h, s->newest);
+    int v;
+    memset(newest, 0, sizeof *newest);
+    newest->n = h->wants_redundancy ? h->n_newest : 0;
+    for (v = 0; v < newest->n; v++) {
+        newest->token[v] = h->n_span - newest->n + v;
+        rkvi_load_key(h, newest->token[v], s->newest + (size_t)v * h->dim);
+    }
+    rkvi_dot_rows_with(h, rows, newest->n, NULL, square, NULL, NULL);
+    h->kernels->normalise(square, RKVI_LANES, newest->inverse, self);
+    if (h->n_spare) rkvi_pack(h, s->panel, h->n_queries + newest->n, h->n_queries, rows, newest->n);
+}
+
+static size_t rkvi_tile_stride(const rkvi_head *h)
+{
+    return rkvi_round_up((size_t)h->n_queries, RKVI_LANES) + RKVI_LANES;
+}
+
+/* Dot products of a chunk with all vectors of the panel: tile[row][vector]. */
+static void rkvi_chunk_dots(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first)
+{
     const unsigned char *next_rows[RKVI_TILE_ROWS];
+    const size_t tile_stride = rkvi_tile_stride(h);
     rkvi_dot_tile tile;
     rkvi_fetch fetch;
+    int q0, r;
     tile.panel = s->panel;
     tile.stride = rows.stride;
     tile.dim = h->dim;
@@ -2687,33 +2759,59 @@ static void rkvi_chunk_logits(const rkvi_head *h, rkvi_scratch *s, rkvi_rows row
         }
         tile.panel += h->dim * (size_t)tile.width;
     }
+}
+
+/* Logits of a chunk, folded over the group: logits[v][first ...]. */
+static void rkvi_chunk_logits(const rkvi_head *h, rkvi_scratch *s, int first, size_t logit_stride)
+{
+    const size_t tile_stride = rkvi_tile_stride(h);
+    int r;
     if (h->softcap > 0)
         for (r = 0; r < RKVI_CHUNK; r++)
-            h->kernels->softcap(s->tile + (size_t)r * tile_stride, tile_stride - RKVI_FOLD_LANES,
+            h->kernels->softcap(s->tile + (size_t)r * tile_stride, tile_stride - RKVI_LANES,
                                 h->scale / h->softcap, h->softcap);
     h->kernels->fold_group(s->tile, tile_stride, h->group, h->config->window,
                            h->softcap > 0 ? 1.0f : h->scale, s->logits + first, logit_stride);
 }
 
-/* The first pass over K: norms, the sum of the unit keys, and the logits. The sum is made chunk by
- * chunk, which fixes the order of additions and keeps the error small for any n. */
-static rkv_status rkvi_read_keys(const rkvi_head *h, rkvi_scratch *s, size_t logit_stride)
+/* Room 15: the rows [first, end) of a chunk meet their first columns, the newest keys. dots: with
+ * the very newest, unless the tile has them. */
+static void rkvi_meet_newest(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first,
+                             int end, const rkvi_packed *newest, float *dots);
+
+/* Adds the unit keys of a chunk to the sum. Chunk by chunk, which fixes the order of additions and
+ * keeps the error small for any n. */
+static void rkvi_chunk_sum(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first, int end)
 {
     size_t i;
-    int first;
+    memset(s->part, 0, h->dim * sizeof *s->part);
+    h->kernels->add_rows(s->part, rows.data, rows.stride, s->inverse + first, end - first, h->dim);
+    for (i = 0; i < h->dim; i++) s->sum[i] += s->part[i];
+}
+
+/* The first pass over K: norms, the sum of the unit keys, the logits, and the cosines with the
+ * newest keys. */
+static rkv_status rkvi_read_keys(const rkvi_head *h, rkvi_scratch *s, size_t logit_stride)
+{
+    rkvi_packed newest;
+    const float *key; /* the newest, or NULL */
+    float dots[RKVI_CHUNK];
+    int first, end, is_met; /* by the newest: it is part of the span */
+    rkvi_take_newest(h, s, &newest);
+    key = newest.n && !h->n_spare ? s->newest + (size_t)(newest.n - 1) * h->dim : NULL;
     memset(s->sum, 0, h->dim * sizeof *s->sum);
+    memset(s->exempt, 0, (size_t)h->n_span * sizeof *s->exempt);
     for (first = 0; first < h->n_tokens; first += RKVI_CHUNK) {
         rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
-        rkv_status status = rkvi_chunk_norms(h, s, rows, first);
+        rkv_status status = rkvi_chunk_norms(h, s, rows, first, key, dots);
         if (status != RKV_OK) return status;
-        if (h->wants_redundancy && first < h->n_span) {
-            memset(s->part, 0, h->dim * sizeof *s->part);
-            h->kernels->add_rows(s->part, rows.data, rows.stride, s->inverse + first,
-                                 rkvi_min(RKVI_CHUNK, h->n_span - first), h->dim);
-            for (i = 0; i < h->dim; i++) s->sum[i] += s->part[i];
-        }
-        if (h->n_queries && first < h->n_candidates)
-            rkvi_chunk_logits(h, s, rows, first, logit_stride);
+        end = rkvi_min(first + RKVI_CHUNK, h->n_span);
+        is_met = h->wants_redundancy && first < end;
+        if (is_met) rkvi_chunk_sum(h, s, rows, first, end);
+        if (h->n_queries && (first < h->n_candidates || (is_met && h->n_spare)))
+            rkvi_chunk_dots(h, s, rows, first);
+        if (is_met) rkvi_meet_newest(h, s, rows, first, end, &newest, dots);
+        if (h->n_queries && first < h->n_candidates) rkvi_chunk_logits(h, s, first, logit_stride);
     }
     return RKV_OK;
 }
@@ -2768,7 +2866,7 @@ static rkv_status rkvi_importance(const rkvi_head *h, rkvi_scratch *s, size_t lo
  * keys, so the matrix is never built: the sums factor through the sum of the unit keys, and room 15
  * finds the similar keys. Exempted cosines are summed as 64-bit integers, so it does not matter in
  * which order they are found. */
-#define RKVI_EXEMPT_UNIT 4294967296.0 /* 2^32 per 1.0: sums of 2^30 cosines are exact */
+#define RKVI_EXEMPT_UNIT 4294967296.0f /* 2^32 per 1.0: sums of 2^30 cosines are exact */
 
 static void rkvi_find_similar_keys(const rkvi_head *h, rkvi_scratch *s); /* room 15 */
 
@@ -2777,13 +2875,13 @@ static void rkvi_find_similar_keys(const rkvi_head *h, rkvi_scratch *s); /* room
 static void rkvi_redundancy(const rkvi_head *h, rkvi_scratch *s, float *redundancy, float *total)
 {
     const int span = h->n_span, recent = h->config->recent;
-    const double unit = 1.0 / RKVI_EXEMPT_UNIT, share = (double)1 / span;
+    const double unit = 1.0 / (double)RKVI_EXEMPT_UNIT, share = (double)1 / span;
     int i;
     rkvi_find_similar_keys(h, s);
     if (h->config->variant == RKV_PUBLISHED)
         for (i = 1; i < span; i++)
             if (s->wanted[i] < 0 || s->wanted[i] == recent) /* found none */
-                s->exempt[0] += (int64_t)((double)s->first[i] * RKVI_EXEMPT_UNIT);
+                s->exempt[0] += (int64_t)(s->first[i] * RKVI_EXEMPT_UNIT);
     for (i = 0; i < span; i++) {
         double exempt = (double)s->exempt[i] * unit; /* exact: unit is a power of two */
         redundancy[i] = (float)(((double)s->column[i] - (double)s->self[i] - exempt) * share);
@@ -2822,9 +2920,11 @@ static rkv_status rkvi_score_head(const rkvi_head *h, rkvi_scratch *s)
  * Row i searches the columns j of the matrix from the newest to the oldest and stops when it has
  * found enough. On real keys almost all rows stop within the newest few columns, so these come
  * first, and cheaply:
- *   1. the 2 newest columns, for all rows: part of a pass over K that is needed anyway
- *      (rkvi_read_columns);
- *   2. the 16 columns before, for the rows that are still open (rkvi_find_similar_keys);
+ *   1. the newest columns, for all rows, in the first pass over K: as many as the panel of queries
+ *      has places to spare, or 2 (rkvi_meet_newest). The second pass needs the cosines with row 0,
+ *      so this row has then met all columns (rkvi_search_first);
+ *   2. 16 columns at a time for the rows still open, while that closes many of them
+ *      (rkvi_find_similar_keys);
  *   3. chunks of 48 columns, from the newest to the oldest (rkvi_search_all), packed while many
  *      rows search, where they lie for the last few (rkvi_search_few):
  *
@@ -2843,15 +2943,26 @@ static rkv_status rkvi_score_head(const rkvi_head *h, rkvi_scratch *s)
  *   - a row meets its columns from the newest to the oldest, and each once.
  * So the first matches a row finds are its newest. */
 
+/* What an exempted cosine takes from a column's sum. */
+RKVI_INLINE int64_t rkvi_weight(float cosine)
+{
+    return (int64_t)(cosine * RKVI_EXEMPT_UNIT);
+}
+
 /* Token j is similar to row i. The diagonal of the matrix is 0: with a negative threshold it counts
  * as one of the row's matches, of no weight. */
-static void rkvi_record_match(const rkvi_head *h, rkvi_scratch *s, int i, int j, float cosine)
+RKVI_INLINE void rkvi_record_match(const rkvi_head *h, rkvi_scratch *s, int i, int j, float cosine)
 {
-    int at = h->config->variant == RKV_PAPER ? i : j;
     if (s->wanted[i] <= 0 || (i == j && h->config->threshold >= 0)) return;
     s->wanted[i]--;
-    if (i == j) return;
-    s->exempt[at] += (int64_t)((double)cosine * RKVI_EXEMPT_UNIT);
+    if (i != j) s->exempt[h->config->variant == RKV_PAPER ? i : j] += rkvi_weight(cosine);
+}
+
+/* A key so short that none of its cosines can exceed the threshold. */
+static int rkvi_cannot_match(const rkvi_head *h, const rkvi_scratch *s, int token)
+{
+    float threshold = h->config->threshold;
+    return threshold >= 0 && s->self[token] * 1.0001f <= threshold * threshold;
 }
 
 /* Drops the rows that have found enough from a list of rows; returns the new length. */
@@ -2862,15 +2973,6 @@ static int rkvi_drop_finished(const rkvi_scratch *s, int *rows, int n_rows)
         if (s->wanted[rows[i]] > 0) rows[n++] = rows[i];
     return n;
 }
-
-/* Tokens whose keys are packed into a panel: a row of K meets all of them at once. Ascending, where
- * they serve as columns. */
-typedef struct rkvi_packed {
-    const float *panel;
-    int n;
-    int token[RKVI_CHUNK];
-    float inverse[RKVI_CHUNK];
-} rkvi_packed;
 
 static void rkvi_start_packing(rkvi_packed *packed, float *panel, int n, size_t dim)
 {
@@ -2892,10 +2994,8 @@ static void rkvi_pack_columns(const rkvi_head *h, rkvi_scratch *s, int first, in
     rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
     int v;
     rkvi_start_packing(packed, s->columns, end - first, h->dim);
-    for (v = 0; v < end - first; v++) {
-        rkvi_pack(s->columns, end - first, v, rows.data + (size_t)v * rows.stride, h->dim);
-        rkvi_add_packed(s, packed, first + v);
-    }
+    rkvi_pack(h, s->columns, end - first, 0, rows, end - first);
+    for (v = first; v < end; v++) rkvi_add_packed(s, packed, v);
 }
 
 /* Who searches when rows of K meet packed keys: the rows (the packed keys are their columns), the
@@ -2912,11 +3012,12 @@ static uint64_t rkvi_open_packed(const rkvi_scratch *s, const rkvi_packed *packe
     return open;
 }
 
-/* n rows of K, ascending; what follows them up to a whole tile is ignored. */
+/* n rows of K, ascending: at most a tile, of which what follows them is ignored, or, where their
+ * dot products are known, a chunk. */
 typedef struct rkvi_tile_rows {
     const float *data;
     size_t stride;
-    int n, token[RKVI_TILE_ROWS];
+    int n, token[RKVI_CHUNK];
 } rkvi_tile_rows;
 
 /* dots[r * RKVI_CHUNK + v] */
@@ -2940,31 +3041,49 @@ static void rkvi_tile_dots(const rkvi_head *h, const rkvi_tile_rows *rows,
     }
 }
 
-static void rkvi_search_tile(const rkvi_head *h, rkvi_scratch *s, const rkvi_tile_rows *rows,
-                             const rkvi_packed *packed, int who)
+/* The rows meet the packed keys. dots[r * stride + v] become cosines. */
+static void rkvi_search_dots(const rkvi_head *h, rkvi_scratch *s, const rkvi_tile_rows *rows,
+                             const rkvi_packed *packed, int who, float *dots, size_t stride)
 {
-    const int n = (int)rkvi_round_up((size_t)packed->n, RKVI_LANES);
     const uint64_t in_use = ~(uint64_t)0 >> (64 - packed->n);
-    uint64_t open = who & RKVI_PACKED_SEARCH ? rkvi_open_packed(s, packed) : 0, above, left;
-    float cosines[RKVI_TILE_ROWS * RKVI_CHUNK], *cosine;
+    uint64_t open = who & RKVI_PACKED_SEARCH ? rkvi_open_packed(s, packed) : 0, left;
+    uint64_t above[RKVI_CHUNK];
+    float inverse[RKVI_CHUNK];
+    rkvi_cosines cosines;
     int v, r;
-    rkvi_tile_dots(h, rows, packed, cosines);
+    for (r = 0; r < rows->n; r++) inverse[r] = s->inverse[rows->token[r]];
+    cosines.x = dots;
+    cosines.stride = stride;
+    cosines.n_rows = rows->n;
+    cosines.n = (int)rkvi_round_up((size_t)packed->n, RKVI_LANES);
+    cosines.row_inverse = inverse;
+    cosines.inverse = packed->inverse;
+    cosines.threshold = h->config->threshold;
+    cosines.above = above;
+    h->kernels->cosines(&cosines);
     for (r = rows->n - 1; r >= 0; r--) { /* newest first, for the packed keys */
         const int token = rows->token[r];
-        cosine = cosines + r * RKVI_CHUNK;
-        above = in_use & h->kernels->cosine_row(cosine, s->inverse[token], packed->inverse, n,
-                                                h->config->threshold);
-        for (left = above & open; left; left ^= (uint64_t)1 << v) {
+        const float *cosine = dots + (size_t)r * stride;
+        above[r] &= in_use;
+        for (left = above[r] & open; left; left ^= (uint64_t)1 << v) {
             v = rkvi_top_bit(left);
             rkvi_record_match(h, s, packed->token[v], token, cosine[v]);
             if (s->wanted[packed->token[v]] <= 0) open ^= (uint64_t)1 << v;
         }
-        left = who & RKVI_ROWS_SEARCH ? above : 0;
+        left = who & RKVI_ROWS_SEARCH ? above[r] : 0;
         for (; left && s->wanted[token] > 0; left ^= (uint64_t)1 << v) {
             v = rkvi_top_bit(left);
             rkvi_record_match(h, s, token, packed->token[v], cosine[v]);
         }
     }
+}
+
+static void rkvi_search_tile(const rkvi_head *h, rkvi_scratch *s, const rkvi_tile_rows *rows,
+                             const rkvi_packed *packed, int who)
+{
+    float dots[RKVI_TILE_ROWS * RKVI_CHUNK];
+    rkvi_tile_dots(h, rows, packed, dots);
+    rkvi_search_dots(h, s, rows, packed, who, dots, RKVI_CHUNK);
 }
 
 /* The n listed keys: in place if they are adjacent and usable there, else gathered. */
@@ -3013,62 +3132,150 @@ static void rkvi_search_chunk(const rkvi_head *h, rkvi_scratch *s, int first, in
     }
 }
 
-/* dot_tile's order of additions decides who is similar, everywhere. cosine_tile adds in another
- * order; its result counts only where it is further from the threshold than this, so that both must
- * agree: each is off by less than (dim + 8) * 2^-24, the rounding of that many operations. */
+/* dot_tile's order of additions decides who is similar, everywhere. dot_rows adds in another
+ * order, in lanes; its result counts only where it is further from the threshold than this, so that
+ * both must agree: each is off by less than (dim + 8) * 2^-24, the rounding of that many
+ * operations. */
 static float rkvi_rounding_band(const rkvi_head *h)
 {
     return 2.0f * (float)(h->dim + 8) / 16777216.0f;
 }
 
-/* The rows [first, end) of a chunk meet the two newest columns of the span. The cosines are in
- * cosines[4 * row + 1] and [4 * row + 2]. */
-static void rkvi_search_newest(const rkvi_head *h, rkvi_scratch *s, int first, int end,
-                               const float *cosines)
+/* Their cosine in dot_tile's order. */
+static float rkvi_exact_cosine(const float *row, float row_inverse, const float *column,
+                               float inverse, size_t dim)
 {
-    const float threshold = h->config->threshold, band = rkvi_rounding_band(h);
-    const int span = h->n_span;
-    rkvi_packed newest;
-    int r, undecided = 0;
+    float dot = 0;
+    size_t d;
+    for (d = 0; d < dim; d++) dot = rkvi_fma(row[d], column[d], dot);
+    return dot * (row_inverse * inverse);
+}
+
+/* Records token j if it is similar to row i. */
+static void rkvi_record_exactly(const rkvi_head *h, rkvi_scratch *s, int i, const float *row, int j,
+                                const float *column)
+{
+    float cosine = rkvi_exact_cosine(row, s->inverse[i], column, s->inverse[j], h->dim);
+    if (cosine > h->config->threshold) rkvi_record_match(h, s, i, j, cosine);
+}
+
+/* Dot products of a key, whose 1 / norm is `inverse`, with the chunk at `first`, in lanes, become
+ * cosines. Bit r of the result says > threshold. */
+static uint64_t rkvi_lane_cosines(const rkvi_head *h, const rkvi_scratch *s, float *dots,
+                                  float inverse, int first, float threshold)
+{
+    rkvi_cosines row;
+    uint64_t above;
+    row.x = dots;
+    row.stride = 0;
+    row.n_rows = 1;
+    row.n = RKVI_CHUNK;
+    row.row_inverse = &inverse;
+    row.inverse = s->inverse + first;
+    row.threshold = threshold;
+    row.above = &above;
+    h->kernels->cosines(&row);
+    return above;
+}
+
+/* The rows [first, end) of a chunk have met no column. Bit r of the result: row first + r is open. */
+static uint64_t rkvi_open_rows(const rkvi_head *h, rkvi_scratch *s, int first, int end)
+{
+    uint64_t open = ~(uint64_t)0 >> (64 - (end - first));
+    const int recent = h->config->recent;
+    int r;
+    for (r = 0; r < RKVI_CHUNK; r++) s->wanted[first + r] = recent;
     for (r = 0; r < end - first; r++)
-        undecided |= (fabsf(cosines[4 * r + 1] - threshold) <= band) |
-                     (fabsf(cosines[4 * r + 2] - threshold) <= band);
-    if (undecided) {
-        rkvi_pack_columns(h, s, span > 1 ? span - 2 : 0, span, &newest);
-        rkvi_search_chunk(h, s, first, end, &newest, RKVI_ROWS_SEARCH);
+        if (rkvi_cannot_match(h, s, first + r)) {
+            s->wanted[first + r] = -1;
+            open ^= (uint64_t)1 << r;
+        }
+    return open;
+}
+
+/* The open rows of the chunk at `first` meet the column newest->token[v], of which dots are the dot
+ * products in lanes. Returns those that are still open. */
+static uint64_t rkvi_search_column(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first,
+                                   uint64_t open, const rkvi_packed *newest, int v, float *dots)
+{
+    const float band = rkvi_rounding_band(h), threshold = h->config->threshold;
+    const float inverse = newest->inverse[v], *column = s->newest + (size_t)v * h->dim;
+    const int j = newest->token[v], is_paper = h->config->variant == RKV_PAPER;
+    uint64_t left = open & rkvi_lane_cosines(h, s, dots, inverse, first, threshold - band);
+    int64_t weight, sum = 0;
+    int r;
+    if (threshold >= 0 && j - first >= 0 && j - first < RKVI_CHUNK)
+        left &= ~((uint64_t)1 << (j - first)); /* the diagonal is 0 */
+    for (; left; left ^= (uint64_t)1 << r) {
+        float cosine;
+        r = rkvi_top_bit(left);
+        cosine = dots[r];
+        if (cosine <= threshold + band)
+            cosine = rkvi_exact_cosine(rows.data + (size_t)r * rows.stride, s->inverse[first + r],
+                                       column, inverse, h->dim);
+        if (cosine <= threshold) continue;
+        if (--s->wanted[first + r] == 0) open ^= (uint64_t)1 << r;
+        weight = first + r == j ? 0 : rkvi_weight(cosine);
+        if (is_paper) s->exempt[first + r] += weight;
+        sum += weight;
+    }
+    if (!is_paper) s->exempt[j] += sum;
+    return open;
+}
+
+/* The tile has the dot products with the newest keys in the places of spare vectors. */
+static void rkvi_meet_spare(const rkvi_head *h, rkvi_scratch *s, int first, int end,
+                            const rkvi_packed *newest)
+{
+    rkvi_tile_rows rows;
+    for (rows.n = 0; rows.n < end - first; rows.n++) rows.token[rows.n] = first + rows.n;
+    rkvi_search_dots(h, s, &rows, newest, RKVI_ROWS_SEARCH, s->tile + h->n_queries,
+                     rkvi_tile_stride(h));
+}
+
+static void rkvi_meet_newest(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first,
+                             int end, const rkvi_packed *newest, float *dots)
+{
+    uint64_t open = rkvi_open_rows(h, s, first, end);
+    int v;
+    if (h->n_spare) {
+        rkvi_meet_spare(h, s, first, end, newest);
         return;
     }
-    for (r = 0; r < end - first; r++, cosines += 4) {
-        if (cosines[1] > threshold) rkvi_record_match(h, s, first + r, span - 1, cosines[1]);
-        if (cosines[2] > threshold && span > 1 && s->wanted[first + r] > 0)
-            rkvi_record_match(h, s, first + r, span - 2, cosines[2]);
+    for (v = newest->n - 1; v >= 0 && open; v--) {
+        if (v < newest->n - 1)
+            rkvi_dot_rows_with(h, rows, RKVI_CHUNK, s->newest + (size_t)v * h->dim, dots, NULL,
+                               NULL);
+        open = rkvi_search_column(h, s, rows, first, open, newest, v, dots);
     }
 }
 
-/* The second pass over K: the sum of every column and, in the same pass, the cosines with the two
- * newest tokens of the span (RKVI_NEWEST) and with the first. */
+/* The second pass over K: the sum of every column, and its cosine with row 0. */
 static void rkvi_read_columns(const rkvi_head *h, rkvi_scratch *s)
 {
-    const int span = h->n_span, token[4] = { -1, span - 1, span - 2, 0 };
-    float inverse[4], cosines[4 * RKVI_CHUNK];
-    int first, end, r, v;
-    memcpy(s->probes, s->sum, h->dim * sizeof *s->probes);
-    inverse[0] = 1.0f;
-    for (v = 1; v < 4; v++) {
-        rkvi_load_key(h, token[v], s->probes + (size_t)v * h->dim);
-        inverse[v] = token[v] < 0 ? 0 : s->inverse[token[v]];
-    }
-    for (first = 0; first < span; first = end) {
+    int first;
+    rkvi_load_key(h, 0, s->first_key);
+    for (first = 0; first < h->n_span; first += RKVI_CHUNK) {
         rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
-        h->kernels->cosine_tile(s->probes, inverse, rows.data, rows.stride, s->inverse + first,
-                                h->dim, cosines);
-        end = rkvi_min(first + RKVI_CHUNK, span);
-        for (r = 0; r < end - first; r++) {
-            s->column[first + r] = cosines[4 * r];
-            s->first[first + r] = cosines[4 * r + 3];
-        }
-        rkvi_search_newest(h, s, first, end, cosines);
+        rkvi_dot_rows_with(h, rows, RKVI_CHUNK, s->sum, s->column + first, s->first_key,
+                           s->first + first);
+        rkvi_lane_cosines(h, s, s->column + first, 1.0f, first, 0);
+        rkvi_lane_cosines(h, s, s->first + first, s->inverse[0], first, 0);
     }
+}
+
+/* Row 0 searches all columns before `end`: the second pass has met them. In most heads of real
+ * models the first token's key resembles none. */
+static void rkvi_search_first(const rkvi_head *h, rkvi_scratch *s, int end)
+{
+    const float maybe = h->config->threshold - rkvi_rounding_band(h);
+    int j;
+    for (j = end - 1; j >= 0 && s->wanted[0] > 0; j--) {
+        if (s->first[j] <= maybe) continue;
+        rkvi_load_key(h, j, s->gathered);
+        rkvi_record_exactly(h, s, 0, s->first_key, j, s->gathered);
+    }
+    s->wanted[0] = 0;
 }
 
 static int rkvi_chunk_before(int end)
@@ -3119,15 +3326,17 @@ static int rkvi_next_waiting(const rkvi_waiting *waiting, int *next)
 static void rkvi_pack_waiting(const rkvi_head *h, rkvi_scratch *s, const rkvi_waiting *waiting,
                               const int *next, int n, rkvi_packed *packed)
 {
-    int i, v, n_same = 0;
+    int i, r, v, n_same = 0;
     for (v = 0; v < packed->n && n_same < n; v++)
         n_same += packed->token[v] == waiting->token[next[n_same]];
     if (n_same == n && rkvi_n_vectors(n) == rkvi_n_vectors(packed->n)) return;
     rkvi_start_packing(packed, s->waiting, n, h->dim);
-    for (i = 0; i < n; i++) {
-        rkvi_load_key(h, waiting->token[next[i]], s->gathered);
-        rkvi_pack(s->waiting, n, i, s->gathered, h->dim);
-        rkvi_add_packed(s, packed, waiting->token[next[i]]);
+    for (i = 0; i < n; i += RKVI_INTERLEAVED) {
+        for (r = 0; r < RKVI_INTERLEAVED && i + r < n; r++) {
+            rkvi_load_key(h, waiting->token[next[i + r]], s->gathered + (size_t)r * h->dim);
+            rkvi_add_packed(s, packed, waiting->token[next[i + r]]);
+        }
+        rkvi_pack(h, s->waiting, n, i, rkvi_staged(h, s->gathered), r);
     }
 }
 
@@ -3147,41 +3356,38 @@ static void rkvi_stop_waiting(const rkvi_scratch *s, rkvi_waiting *waiting)
  * key has no similar key. */
 #define RKVI_FEW 12
 
-/* Records token j if it is similar to row i. Adds in dot_tile's order. */
-static void rkvi_match_exactly(const rkvi_head *h, rkvi_scratch *s, int i, const float *row, int j,
-                               const float *column)
+/* The waiting row i meets the tokens [first, end), a chunk of columns; dots: with them, in lanes. What
+ * may be similar is decided exactly. */
+static void rkvi_search_one(const rkvi_head *h, rkvi_scratch *s, int i, const float *row,
+                            rkvi_rows columns, int first, int end, float *dots)
 {
-    float cosine = 0;
-    size_t d;
-    for (d = 0; d < h->dim; d++) cosine = rkvi_fma(row[d], column[d], cosine);
-    cosine *= s->inverse[i] * s->inverse[j];
-    if (cosine > h->config->threshold) rkvi_record_match(h, s, i, j, cosine);
+    const float maybe = h->config->threshold - rkvi_rounding_band(h);
+    uint64_t left = rkvi_lane_cosines(h, s, dots, s->inverse[i], first, maybe);
+    int j;
+    left &= ~(uint64_t)0 >> (64 - (end - first));
+    for (; left && s->wanted[i] > 0; left ^= (uint64_t)1 << j) {
+        j = rkvi_top_bit(left);
+        rkvi_record_exactly(h, s, i, row, first + j, columns.data + (size_t)j * columns.stride);
+    }
 }
 
-/* n <= RKVI_FEW waiting rows meet the tokens [first, end), at most RKVI_CHUNK. Four rows at a time
- * meet the columns where they lie; what may be similar is decided exactly. */
+/* n <= RKVI_FEW waiting rows, two at a time, meet the tokens [first, end) where these lie. */
 static void rkvi_search_few(const rkvi_head *h, rkvi_scratch *s, const rkvi_waiting *waiting,
                             const int *next, int n, int first, int end)
 {
-    const float maybe = h->config->threshold - rkvi_rounding_band(h);
     const rkvi_rows columns = rkvi_key_chunk(h, first, s->rows);
-    float cosines[4 * RKVI_CHUNK], inverse[4];
-    int r, v, j;
-    for (r = 0; r < n; r += 4) {
-        for (v = 0; v < 4; v++) {
-            int token = r + v < n ? waiting->token[next[r + v]] : -1;
-            rkvi_load_key(h, token, s->gathered + (size_t)v * h->dim);
-            inverse[v] = token < 0 ? 0 : s->inverse[token];
-        }
-        h->kernels->cosine_tile(s->gathered, inverse, columns.data, columns.stride,
-                                s->inverse + first, h->dim, cosines);
-        for (v = 0; v < 4 && r + v < n; v++) {
-            const int row = waiting->token[next[r + v]];
-            for (j = end - first - 1; j >= 0 && s->wanted[row] > 0; j--)
-                if (cosines[4 * j + v] > maybe)
-                    rkvi_match_exactly(h, s, row, s->gathered + (size_t)v * h->dim, first + j,
-                                       columns.data + (size_t)j * columns.stride);
-        }
+    float dots[2 * RKVI_CHUNK], *row = s->gathered, *second = row + h->dim;
+    int i, is_pair;
+    for (i = 0; i < n; i += 2) {
+        is_pair = i + 1 < n;
+        rkvi_load_key(h, waiting->token[next[i]], row);
+        if (is_pair) rkvi_load_key(h, waiting->token[next[i + 1]], second);
+        rkvi_dot_rows_with(h, columns, RKVI_CHUNK, row, dots, is_pair ? second : NULL,
+                           is_pair ? dots + RKVI_CHUNK : NULL);
+        rkvi_search_one(h, s, waiting->token[next[i]], row, columns, first, end, dots);
+        if (is_pair)
+            rkvi_search_one(h, s, waiting->token[next[i + 1]], second, columns, first, end,
+                            dots + RKVI_CHUNK);
     }
 }
 
@@ -3256,33 +3462,26 @@ static void rkvi_search_all(const rkvi_head *h, rkvi_scratch *s, int *rows, int 
     rkvi_search_waiting(h, s, &search.waiting, 0, 1);
 }
 
-/* A key so short that none of its cosines can exceed the threshold. */
-static int rkvi_cannot_match(const rkvi_head *h, const rkvi_scratch *s, int token)
-{
-    float threshold = h->config->threshold;
-    return threshold >= 0 && s->self[token] * 1.0001f <= threshold * threshold;
-}
-
-#define RKVI_NEWEST 2          /* columns of step 1 */
-#define RKVI_NARROW RKVI_LANES /* columns of step 2 */
+#define RKVI_NARROW RKVI_LANES /* columns at a time of step 2 */
 
 static void rkvi_find_similar_keys(const rkvi_head *h, rkvi_scratch *s)
 {
-    const int span = h->n_span, recent = h->config->recent;
+    int i, n_open, n_before, first, end = h->n_span - h->n_newest;
     rkvi_packed narrow;
-    int i, n_open, first, end;
-    memset(s->exempt, 0, (size_t)span * sizeof *s->exempt);
-    for (i = 0; i < span; i++) s->wanted[i] = rkvi_cannot_match(h, s, i) ? -1 : recent;
     rkvi_read_columns(h, s);
-    for (i = 0; i < span; i++) s->open[i] = i;
-    n_open = rkvi_drop_finished(s, s->open, span);
-    if (n_open == 0 || span <= RKVI_NEWEST) return;
-    end = span - RKVI_NEWEST;
-    first = end > RKVI_NARROW ? end - RKVI_NARROW : 0;
-    rkvi_pack_columns(h, s, first, end, &narrow);
-    rkvi_search_columns(h, s, s->open, n_open, &narrow);
-    n_open = rkvi_drop_finished(s, s->open, n_open);
-    rkvi_search_all(h, s, s->open, n_open, first);
+    rkvi_search_first(h, s, end);
+    for (i = 0; i < h->n_span; i++) s->open[i] = i;
+    n_open = rkvi_drop_finished(s, s->open, h->n_span);
+    do {
+        if (n_open == 0 || end == 0) return;
+        n_before = n_open;
+        first = end > RKVI_NARROW ? end - RKVI_NARROW : 0;
+        rkvi_pack_columns(h, s, first, end, &narrow);
+        rkvi_search_columns(h, s, s->open, n_open, &narrow);
+        n_open = rkvi_drop_finished(s, s->open, n_open);
+        end = first;
+    } while (n_open > RKVI_FEW && n_before - n_open > n_open / 3); /* closed a quarter or more */
+    rkvi_search_all(h, s, s->open, n_open, end);
 }
 
 /* ==== 16. Selection =========================================================================
@@ -3459,11 +3658,10 @@ static void rkvi_run(const rkvi_job *job, rkvi_item item, rkvi_per per)
         job->config->parallel_for(job->config->pool_handle, job->n_workers, rkvi_task, &phase);
 }
 
-static void rkvi_score_item(const rkvi_job *job, rkvi_scratch *s, int l, int index)
+static rkvi_head rkvi_head_of(const rkvi_job *job, int l, int index)
 {
     const rkvi_plan *plan = &job->plans[l];
     rkvi_head h;
-    if (!plan->scored || s->error.status != RKV_OK) return;
     h.kernels = job->kernels;
     h.config = job->config;
     h.keys = &plan->keys;
@@ -3475,10 +3673,20 @@ static void rkvi_score_item(const rkvi_job *job, rkvi_scratch *s, int l, int ind
     h.n_span = job->config->variant == RKV_PUBLISHED ? h.n_tokens : h.n_candidates;
     h.n_queries = rkvi_reads_queries(job->config) ? plan->group * job->config->window : 0;
     h.wants_redundancy = job->config->lambda < 1;
+    h.n_spare = h.wants_redundancy ? rkvi_min(rkvi_spare_vectors(h.n_queries), h.n_span) : 0;
+    h.n_newest = h.n_spare ? h.n_spare : rkvi_min(RKVI_NEWEST, h.n_span);
     h.scale = plan->scale;
     h.softcap = job->layers[l].softcap;
     h.dim = rkvi_round_up((size_t)plan->keys.dim, RKVI_LANES);
     h.scores = plan->scores + (size_t)index * plan->score_stride;
+    return h;
+}
+
+static void rkvi_score_item(const rkvi_job *job, rkvi_scratch *s, int l, int index)
+{
+    rkvi_head h;
+    if (!job->plans[l].scored || s->error.status != RKV_OK) return;
+    h = rkvi_head_of(job, l, index);
     if (rkvi_score_head(&h, s) != RKV_OK) s->error.layer = l;
 }
 

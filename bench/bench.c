@@ -1,8 +1,9 @@
 /* Times rkv on this machine, beside what the machine can do at most and the scalar definition.
- * make bench      or:  build/bench [--full | --smoke] [--csv FILE] */
+ * make bench      or:  build/bench/bench [--full | --smoke | --real | --stages] [--csv FILE] */
 #define _POSIX_C_SOURCE 200809L
 #include "bench/job.h"
 #include "bench/machine.h"
+#include "bench/stages.h"
 #include "tests/golden_file.h"
 #include <dlfcn.h>
 #include <math.h>
@@ -212,32 +213,48 @@ static void table_keys(bench *b)
                          BENCH_COMPRESS);
 }
 
+/* Keys of a real model, as the golden files have them. */
+static const char *const real_files[][2] = {
+    { "real_prose_layer00_f16", "real L0" },
+    { "real_prose_layer02_f16", "real L2" },
+    { "real_prose_layer15_f16", "real L15" },
+    { "real_trace_layer22_f16", "real L22" },
+};
+enum { N_REAL = sizeof real_files / sizeof *real_files };
+
+/* Returns 0 and says so where the file is not there. */
+static int read_real(golden *g, int i)
+{
+    if (golden_read(g, "tests/golden", real_files[i][0])) return 1;
+    printf("# %s: not run, tests/golden has no such file\n", real_files[i][1]);
+    return 0;
+}
+
 /* One golden file in one number format; budget and pooling are the file's. */
-static void bench_real(bench *b, const golden *g, const char *name, rkv_dtype dtype)
+static void make_real(bench_job *job, const golden *g, int i, rkv_dtype dtype)
 {
     const bench_shape shape = { BENCH_GIVEN, dtype,    g->n_tokens, g->budget,
                                 g->kv_heads, g->group, g->dim };
     rkv_config config = rkv_config_default(g->budget);
-    bench_job job;
     config.window = g->window;
     config.pool = g->pool;
-    bench_job_make_from(&job, &shape, &config, name, g->round[0].keys, g->round[0].queries);
-    if (check(b, &job, b->best)) {
+    bench_job_make_from(job, &shape, &config, real_files[i][1], g->round[0].keys,
+                        g->round[0].queries);
+}
+
+/* Checks, then times score and compress on the best path. Frees the job. */
+static void bench_score_and_compress(bench *b, bench_job *job)
+{
+    if (check(b, job, b->best)) {
         bench_machine_measure(&b->machine, b->best->name, 1);
-        time_stage(b, &job, b->best, BENCH_SCORE);
-        time_stage(b, &job, b->best, BENCH_COMPRESS);
+        time_stage(b, job, b->best, BENCH_SCORE);
+        time_stage(b, job, b->best, BENCH_COMPRESS);
     }
-    bench_job_free(&job);
+    bench_job_free(job);
 }
 
 static void table_real(bench *b)
 {
-    static const char *const files[][2] = {
-        { "real_prose_layer00_f16", "real L0" },
-        { "real_prose_layer02_f16", "real L2" },
-        { "real_prose_layer15_f16", "real L15" },
-        { "real_trace_layer22_f16", "real L22" },
-    };
     print_columns(
         "real keys: layers 0, 2, 15, 22 of SmolLM2-135M-Instruct, f16 as stored\n"
         "# 3 kv heads, 9 query heads, 640 -> 256, 1152 -> 768, 1152 -> 1024 and 900 -> 512\n"
@@ -246,13 +263,103 @@ static void table_real(bench *b)
         "# 4 heads are hard: up to 164 of 1152 rows look back more than 512 tokens. In 53\n"
         "# heads one row, the first token, resembles none. So isotropic keys are the worst\n"
         "# case, not a typical one, and cosine 0.7 without an outlier is not typical either.");
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < N_REAL; i++) {
         golden g;
-        if (golden_read(&g, "tests/golden", files[i][0]))
-            for (int t = 0; t < N_DTYPES; t++) bench_real(b, &g, files[i][1], dtypes[t]);
-        else
-            printf("# %s: not run, tests/golden has no such file\n", files[i][1]);
+        if (!read_real(&g, i)) continue;
+        for (int t = 0; t < N_DTYPES; t++) {
+            bench_job job;
+            make_real(&job, &g, i, dtypes[t]);
+            bench_score_and_compress(b, &job);
+        }
         golden_free(&g);
+    }
+}
+
+/* kv heads, group, head dim of small models and large */
+static const int model_shapes[][3] = { { 3, 3, 64 }, { 2, 6, 128 }, { 1, 2, 256 } };
+enum { N_MODEL_SHAPES = sizeof model_shapes / sizeof *model_shapes };
+
+static bench_shape model_shape(int i, rkv_dtype dtype)
+{
+    bench_shape shape = shape_of(BENCH_COSINE_07, dtype, 1152);
+    shape.kv_heads = model_shapes[i][0];
+    shape.group = model_shapes[i][1];
+    shape.head_dim = model_shapes[i][2];
+    return shape;
+}
+
+static void table_shapes(bench *b)
+{
+    print_columns("shapes of models: 3 kv heads, group 3, d 64; 2, 6, 128; 1, 2, 256");
+    for (int i = 0; i < N_MODEL_SHAPES; i++)
+        for (int t = 0; t < N_DTYPES; t++) {
+            const bench_shape shape = model_shape(i, dtypes[t]);
+            bench_job job;
+            bench_job_make(&job, &shape);
+            bench_score_and_compress(b, &job);
+        }
+}
+
+/* ==== Where the time of the score stage goes (--stages) ===================================== */
+
+static void print_parts(const bench *b, const bench_job *job, const rkv_backend *backend)
+{
+    bench_machine machine = { 0, 0, 0, 0 }; /* the peak of this path */
+    bench_part parts[BENCH_N_PARTS];
+    double roof_us = 0;
+    bench_machine_measure(&machine, backend->name, 1);
+    bench_time_parts(job, backend->name, 4 * b->seconds, parts);
+    printf("\n# %s, %s, %s, n %d, %d kv heads, group %d, d %d\n# %-18s %9s %8s %10s\n", job->name,
+           bench_dtype_name(job->shape.dtype), backend->name, job->shape.n_tokens,
+           job->shape.kv_heads, job->shape.group, job->shape.head_dim, "part", "us", "% whole",
+           "us at peak");
+    for (int i = 0; i < BENCH_N_PARTS; i++) {
+        const double peak_us = 1e6 * parts[i].flops / machine.flops;
+        roof_us += peak_us;
+        printf("  %-18s %9.1f %8.0f", parts[i].name, parts[i].us,
+               100 * parts[i].us / parts[BENCH_WHOLE].us);
+        if (peak_us > 0) printf(" %10.1f", peak_us);
+        printf("\n");
+    }
+    printf("  whole / tile at peak: %.2f; parts with multiply-adds at peak: %.1f us\n",
+           parts[BENCH_WHOLE].us * machine.flops / (1e6 * parts[BENCH_TILE].flops), roof_us);
+}
+
+/* Reserves the workspace on the way. */
+static void print_parts_of(const bench *b, bench_job *job)
+{
+    static const char *const paths[] = { "avx512", "avx2", "neon" };
+    for (int i = 0; i < 3; i++) {
+        const rkv_backend *backend = rkv_backend_find(paths[i]);
+        if (!backend) continue;
+        bench_job_time(job, backend, BENCH_SCORE, 0);
+        print_parts(b, job, backend);
+    }
+    bench_job_free(job);
+}
+
+static void show_parts(const bench *b)
+{
+    bench_job job;
+    printf(
+        "\n# parts of rkv_score, each timed by itself from a warm cache, the kv heads together\n"
+        "# newest columns: the first pass less the parts above; search, mix: less the second pass\n");
+    for (int i = 0; i < N_REAL; i++) {
+        golden g;
+        if (!read_real(&g, i)) continue;
+        make_real(&job, &g, i, RKV_F16);
+        print_parts_of(b, &job);
+        golden_free(&g);
+    }
+    for (int i = 0; i < N_MODEL_SHAPES; i++) {
+        const bench_shape shape = model_shape(i, RKV_F16);
+        bench_job_make(&job, &shape);
+        print_parts_of(b, &job);
+    }
+    for (int t = 0; t < N_DTYPES; t++) {
+        const bench_shape shape = shape_of(BENCH_COSINE_07, dtypes[t], 1152);
+        bench_job_make(&job, &shape);
+        print_parts_of(b, &job);
     }
 }
 
@@ -433,9 +540,12 @@ static void print_machine(const bench *b, const char *when)
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: bench [--full | --smoke] [--csv FILE]\n"
-                    "  --full   the worst case also in f16 and bf16 and at n 65536 (minutes)\n"
-                    "  --smoke  only that everything runs: short lengths, short timings\n");
+    fprintf(stderr,
+            "usage: bench [--full | --smoke | --real | --stages] [--csv FILE]\n"
+            "  --full   the worst case also in f16 and bf16 and at n 65536 (minutes)\n"
+            "  --smoke  only that everything runs: short lengths, short timings\n"
+            "  --real   keys of a real model and shapes of models, and nothing else\n"
+            "  --stages where the time of rkv_score goes, part by part, and nothing else\n");
     return 2;
 }
 
@@ -443,12 +553,17 @@ int main(int argc, char **argv)
 {
     bench b = { 0 };
     const char *csv = NULL;
+    int stages = 0, real = 0;
     b.seconds = 0.5;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--full"))
             b.full = 1;
         else if (!strcmp(argv[i], "--smoke"))
             b.smoke = 1, b.seconds = 0.01;
+        else if (!strcmp(argv[i], "--stages"))
+            stages = 1;
+        else if (!strcmp(argv[i], "--real"))
+            real = 1;
         else if (!strcmp(argv[i], "--csv") && i + 1 < argc)
             csv = argv[++i];
         else
@@ -463,6 +578,10 @@ int main(int argc, char **argv)
     bench_machine_measure(&b.machine, b.best->name, 1);
     bench_machine_title(BENCH_FLAGS);
     print_machine(&b, "this machine");
+    if (stages) {
+        show_parts(&b);
+        return 0;
+    }
     printf("# %d kv heads, %d query heads, head dim %d, window 8; 1 thread unless said otherwise\n"
            "# us: least of the runs that fit in %.2g s, over copies of the layer of 64 MiB in all\n"
            "# roof: per stage the larger of flops / peak and bytes / bandwidth, added up;\n"
@@ -476,15 +595,21 @@ int main(int argc, char **argv)
     if (b.csv)
         fprintf(b.csv, "keys,stage,backend,dtype,kv_heads,group,head_dim,n,budget,threads,us,"
                        "scalar_us,roof_us\n");
-    table_stages(&b);
-    table_backends(&b);
-    table_keys(&b);
+    if (!real) {
+        table_stages(&b);
+        table_backends(&b);
+        table_keys(&b);
+    }
     table_real(&b);
-    table_threads(&b);
-    table_blas(&b);
-    table_workspace(&b);
-    table_growth(&b);
+    table_shapes(&b);
+    if (!real) {
+        table_threads(&b);
+        table_blas(&b);
+        table_workspace(&b);
+        table_growth(&b);
+    }
     print_machine(&b, "highest seen");
+    if (b.smoke) show_parts(&b);
     if (b.csv) fclose(b.csv);
     if (b.failures) printf("# %d cases FAILED\n", b.failures);
     return b.failures ? 1 : 0;

@@ -11,6 +11,9 @@ import torch
 WINDOW, POOL, LAMBDA, THRESHOLD = 8, 7, 0.1, 0.5
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 KEYS = {"cosine 0.7": 0, "cosine 0.4": 1, "12% outliers": 2, "repeats": 3}
+REAL = {  # the golden vectors with keys of SmolLM2-135M-Instruct
+    "real L0": "real_prose_layer00_f16", "real L2": "real_prose_layer02_f16",
+    "real L15": "real_prose_layer15_f16", "real L22": "real_trace_layer22_f16"}
 
 
 class Shape(ctypes.Structure):
@@ -27,13 +30,13 @@ def keep_memory():
     return bool(mallopt and mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def scores(keys, queries):
+def scores(keys, queries, pool):
     """keys [heads, n, d], queries [heads, group, window, d] -> [heads, n - window]"""
     heads, n, dim = keys.shape
     # Importance: the group's largest logit, softmax over the candidates, mean over the window.
     logits = queries @ keys[:, None, : n - WINDOW].transpose(-1, -2) / math.sqrt(dim)
     attention = torch.softmax(logits.amax(dim=1), dim=-1).mean(dim=1)
-    importance = torch.nn.functional.max_pool1d(attention, POOL, stride=1, padding=POOL // 2)
+    importance = torch.nn.functional.max_pool1d(attention, pool, stride=1, padding=pool // 2)
     # Redundancy: cosines, of which each row leaves out its newest similar key (or column 0).
     unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
     cosine = unit @ unit.transpose(-1, -2)
@@ -45,20 +48,20 @@ def scores(keys, queries):
     return LAMBDA * importance - (1 - LAMBDA) * redundancy
 
 
-def compress(keys, values, queries, budget):
+def compress(keys, values, queries, budget, pool):
     """The rows that stay, in cache order, and their indices [heads, budget]."""
     heads, n, dim = keys.shape
-    best = scores(keys, queries).topk(budget - WINDOW, dim=-1).indices
+    best = scores(keys, queries, pool).topk(budget - WINDOW, dim=-1).indices
     window = torch.arange(n - WINDOW, n).expand(heads, WINDOW)
     kept = torch.cat([best.sort(dim=-1).values, window], dim=-1)
     rows = kept[..., None].expand(heads, budget, dim)
     return keys.gather(1, rows), values.gather(1, rows), kept
 
 
-def differing(kept, other, keys, queries):
+def differing(kept, other, keys, queries, pool):
     """Tokens that are in one set only, and the largest score difference to the cut among them,
     as a share of the spread of the scores: what separates rounding from disagreement."""
-    z = scores(keys.double(), queries.double())
+    z = scores(keys.double(), queries.double(), pool)
     count, worst = 0, 0.0
     for head in range(kept.shape[0]):
         ours, theirs = set(kept[head].tolist()), set(other[head].tolist())
@@ -70,9 +73,9 @@ def differing(kept, other, keys, queries):
     return count, worst
 
 
-def run_case(library, name, n, seconds):
+def run_case(library, name, shape, pool, seconds):
     """One line of the table."""
-    shape = Shape(KEYS[name], 0, n, n - 128, 8, 4, 128)
+    n = shape.n_tokens
     keys = torch.empty(shape.kv_heads, n, shape.head_dim)
     queries = torch.empty(shape.kv_heads, shape.group, WINDOW, shape.head_dim)
     values = torch.randn(shape.kv_heads, n, shape.head_dim)
@@ -84,12 +87,27 @@ def run_case(library, name, n, seconds):
     while turns < 3 or time.perf_counter() < end:
         turns += 1
         before = time.perf_counter()
-        _, _, reference = compress(keys, values, queries, shape.budget)
+        _, _, reference = compress(keys, values, queries, shape.budget, pool)
         torch_us = min(torch_us, (time.perf_counter() - before) * 1e6)
         rkv_us = min(rkv_us, library.peer_compress(
             ctypes.byref(shape), ctypes.c_double(0.1), ctypes.c_void_p(kept.data_ptr())))
-    count, worst = differing(kept, reference, keys, queries)
+    count, worst = differing(kept, reference, keys, queries, pool)
     return name, n, rkv_us, torch_us, torch_us / rkv_us, count, worst
+
+
+def cases(library):
+    """Name, shape and pooling of every line; a real one is read when its turn comes."""
+    for name, file in REAL.items():
+        shape = Shape()
+        pool = library.peer_read_real(file.encode(), ctypes.byref(shape))
+        if pool:
+            yield name, shape, pool
+        else:
+            print(f"# {name}: not run, tests/golden has no such file")
+    for name, lengths in (("cosine 0.7", (640, 1152, 2176, 4224)), ("cosine 0.4", (1152, 4224)),
+                          ("12% outliers", (1152, 4224)), ("repeats", (1152,))):
+        for n in lengths:
+            yield name, Shape(KEYS[name], 0, n, n - 128, 8, 4, 128), POOL
 
 
 def main():
@@ -102,20 +120,20 @@ def main():
     torch.set_num_threads(1)
     library = ctypes.CDLL(options.peer)
     library.peer_compress.restype = ctypes.c_double
-    print(f"\n# PyTorch {torch.__version__}, the plain formulation, f32, 8 kv heads in one batch, "
-          f"n - 128 kept, 1 thread; memory: {memory}\n"
+    print(f"\n# PyTorch {torch.__version__}, the plain formulation, f32, the kv heads in one "
+          f"batch, 1 thread; memory: {memory}\n"
+          "# real: keys of SmolLM2-135M, 3 kv heads, group 3, d 64; others: 8 kv heads, group 4,\n"
+          "# d 128, n - 128 kept\n"
           "# differ: tokens of all heads that only one of the two keeps; off: the largest distance\n"
           "# of such a token's score from the cut, in f64, as a share of the spread of the scores")
     print(f"# {'keys':<12} {'n':>6} {'rkv us':>12} {'torch us':>12} {'ratio':>8} {'differ':>7} "
           f"{'off':>9}")
     lines = []
     with torch.no_grad():
-        for name, lengths in (("cosine 0.7", (640, 1152, 2176, 4224)), ("cosine 0.4", (1152, 4224)),
-                              ("12% outliers", (1152, 4224)), ("repeats", (1152,))):
-            for n in lengths:
-                lines.append(run_case(library, name, n, options.seconds))
-                print("  {:<12} {:>6} {:>12.1f} {:>12.1f} {:>8.1f} {:>7} {:>9.1e}".format(
-                    *lines[-1]), flush=True)
+        for name, shape, pool in cases(library):
+            lines.append(run_case(library, name, shape, pool, options.seconds))
+            print("  {:<12} {:>6} {:>12.1f} {:>12.1f} {:>8.1f} {:>7} {:>9.1e}".format(
+                *lines[-1]), flush=True)
     if options.csv:
         with open(options.csv, "w", newline="", encoding="ascii") as file:
             writer = csv.writer(file)

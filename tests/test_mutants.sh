@@ -94,14 +94,14 @@ fault scalar-lanes any '/^static float rkvi_dot_scalar/,/^}/s/lanes\[l\]/lanes[l
 # Not "any": AArch64 has the instruction and does not compile this.
 fault scalar-fma avx2 '/^RKVI_INLINE float rkvi_fma/,/^}/s/inexact = lost .*/inexact = 0;/'
 fault scalar-at-threshold any \
-    '/^static uint64_t rkvi_cosine_row_scalar/,/^}/s/x\[v\] > threshold/x[v] >= threshold/'
+    '/^static void rkvi_cosines_scalar/,/^}/s/x\[v\] > c->threshold/x[v] >= c->threshold/'
 fault avx2-reduction avx2 \
     '/rkvi_reduce8_avx2(__m256 sums_x8)/,/^}/s/_mm_movehl_ps(x4, x4)/_mm_shuffle_ps(x4, x4, 0xb1)/' \
     '/rkvi_reduce8_avx2(__m256 sums_x8)/,/^}/s/_mm_shuffle_ps(x2, x2, 1)/_mm_movehl_ps(x2, x2)/'
 fault avx2-unfused avx2 \
-    '/^RKVI_TARGET_AVX2 static void rkvi_sum_squares_avx2/,/^}/s/_mm256_fmadd_ps(a_x8, a_x8, low_x8)/_mm256_add_ps(_mm256_mul_ps(a_x8, a_x8), low_x8)/'
+    '/^RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_lanes_avx2/,/^}/s/_mm256_fmadd_ps(\(.*\), row_x8, half_x8\[v\]\[h\])/_mm256_add_ps(_mm256_mul_ps(\1, row_x8), half_x8[v][h])/'
 fault avx2-exp avx2 '/rkvi_exp_avx2(__m256 x_x8)/,/^}/s/RKVI_EXP_C4/RKVI_EXP_C5/'
-fault avx2-rows avx2 '/^RKVI_INLINE rkvi_dot_tile rkvi_dot_rows_from/,/^}/s/rest.rows += .*//'
+fault avx2-rows avx2 '/^RKVI_INLINE rkvi_dot_tile rkvi_tile_rows_from/,/^}/s/rest.rows += .*//'
 fault avx512-reduction avx512 '/rkvi_reduce_four_avx512/,/^}/s/sum, sum, 0xb1/sum, sum, 0x4e/'
 fault avx512-columns avx512 \
     '/^RKVI_TARGET_AVX512 static void rkvi_add_rows_avx512/,/^}/s/i < n; i += 16/i + 16 < n; i += 16/'
@@ -127,19 +127,21 @@ fault column0-dropped any '/^static void rkvi_redundancy/,/^}/s/if (h->config->v
 fault column0-in-the-paper any '/^static void rkvi_redundancy/,/^}/s/if (h->config->variant == RKV_PUBLISHED)/if (1)/'
 fault column0-some-found any 's/s->wanted\[i\] == recent) \/\* found none/s->wanted[i] > 0) \/* found none/'
 fault diagonal any 's/(double)s->column\[i\] - (double)s->self\[i\] - exempt/(double)s->column[i] - exempt/'
-fault diagonal-exempt any '/^static void rkvi_record_match/,/^}/s/if (i == j) return;//' \
-    '/^static void rkvi_record_match/,/^}/s/ || (i == j && h->config->threshold >= 0)//'
-fault recent-ignored any '/^static void rkvi_record_match/,/^}/s/s->wanted\[i\]--;/s->wanted[i] = 0;/'
-fault recent-uncounted any '/^static void rkvi_record_match/,/^}/s/s->wanted\[i\] <= 0 || //' \
-    '/^static void rkvi_search_tile/,/^}/s/left \&\& s->wanted\[token\] > 0;/left;/'
+fault diagonal-exempt any '/^RKVI_INLINE void rkvi_record_match/,/^}/s/if (i != j) //' \
+    '/^RKVI_INLINE void rkvi_record_match/,/^}/s/ || (i == j && h->config->threshold >= 0)//'
+fault diagonal-of-the-newest any \
+    '/^static uint64_t rkvi_search_column/,/^}/s/if (threshold >= 0 \&\& j - first/if (0 \&\& j - first/'
+fault recent-ignored any '/^RKVI_INLINE void rkvi_record_match/,/^}/s/s->wanted\[i\]--;/s->wanted[i] = 0;/'
+fault recent-uncounted any '/^RKVI_INLINE void rkvi_record_match/,/^}/s/s->wanted\[i\] <= 0 || //' \
+    '/^static void rkvi_search_dots/,/^}/s/left \&\& s->wanted\[token\] > 0;/left;/'
 fault own-means any 's/== RKV_PAPER ? i : j/== RKV_PAPER ? j : j/'
 fault oldest-first any \
-    '/^static void rkvi_search_tile/,/^}/s/v = rkvi_top_bit(left);/v = rkvi_top_bit(left \& (~left + 1));/'
+    '/^static void rkvi_search_dots/,/^}/s/v = rkvi_top_bit(left);/v = rkvi_top_bit(left \& (~left + 1));/'
 fault pairs-one-sided any \
     '/^static void rkvi_search_older/,/^}/s/RKVI_ROWS_SEARCH | RKVI_PACKED_SEARCH/RKVI_ROWS_SEARCH/'
 fault rows-order any \
-    '/^static void rkvi_search_tile/,/^}/s/for (r = rows->n - 1; r >= 0; r--)/for (r = 0; r < rows->n; r++)/'
-fault packed-unused any '/^static void rkvi_search_tile/,/^}/s/above = in_use \& /above = /'
+    '/^static void rkvi_search_dots/,/^}/s/for (r = rows->n - 1; r >= 0; r--)/for (r = 0; r < rows->n; r++)/'
+fault packed-unused any '/^static void rkvi_search_dots/,/^}/s/above\[r\] \&= in_use;//'
 fault waiting-packed any \
     '/^static void rkvi_pack_waiting/,/^}/s/if (n_same == n \&\&/if (packed->n >= n \&\&/'
 fault waiting-again any \
@@ -147,7 +149,13 @@ fault waiting-again any \
 fault waiting-lost any \
     '/^static void rkvi_search_all/,/^}/s/if (end > 0) rkvi_wait(.*//'
 fault second-newest any \
-    '/^static void rkvi_search_newest/,/^}/s/span - 2, cosines\[2\]/span - 2, cosines[1]/'
+    '/^static void rkvi_meet_newest/,/^}/s/if (v < newest->n - 1)/if (0)/'
+fault newest-in-the-queries-places any \
+    '/^static void rkvi_meet_spare/,/^}/s/s->tile + h->n_queries/s->tile/'
+fault first-unsearched any '/^static void rkvi_search_first/,/^}/s/j = end - 1; j >= 0/j = -1; j >= 0/'
+fault open-anyway any '/^static uint64_t rkvi_search_column/,/^}/s/left = open \& /left = /'
+fault narrow-lost any '/^static void rkvi_find_similar_keys/,/^}/s/end = first;/end = first - 1;/'
+fault interleaved any '/^static void rkvi_pack(/,/^}/s/if (v + RKVI_INTERLEAVED <= end)/if (v + RKVI_INTERLEAVED < end + 8)/'
 fault decided-anyway any '/^static float rkvi_rounding_band/,/^}/s/return 2.0f/return 0.0f/'
 
 # ---- selection, compaction, sharing --------------------------------------------------------------------
@@ -173,7 +181,7 @@ fault shared-one-layer any 's/job->plans\[member\].owner == l; member++/member =
 
 # ---- checks ----------------------------------------------------------------------------------------
 fault nonfinite-keys any '/^static rkv_status rkvi_chunk_norms/,/^}/s/if (!(square\[r\] <= RKVI_MAX_SQUARE))/if (0)/'
-fault nonfinite-queries any '/^static rkv_status rkvi_pack_queries/,/^}/s/if (!(square <= RKVI_MAX_SQUARE))/if (0)/'
+fault nonfinite-queries any '/^static rkv_status rkvi_pack_queries/,/^}/s/if (!(square\[r\] <= RKVI_MAX_SQUARE))/if (0)/'
 fault list-twice any '/^static const char \*rkvi_list_rule/,/^}/s/kept\[i\] <= kept\[i - 1\]/kept[i] < kept[i - 1]/'
 fault list-without-pins any '/^static const char \*rkvi_list_rule/,/^}/s/else if (pins\[row\])/else if (0)/'
 fault pins-unchecked any '/^static rkv_status rkvi_check_pins/,/^}/s/if (n_pins > n_keep)/if (0)/'
