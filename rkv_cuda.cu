@@ -59,7 +59,8 @@
  * Cache      rkv_cache works on this backend. A block table with a negative entry, in views given
  *            to rkv_cache_append, is not reported: those rows are not copied.
  *
- * What it does not support (RKV_ERROR_UNSUPPORTED): queries of another dtype than the keys; keys
+ * What it does not support (RKV_ERROR_UNSUPPORTED): fp8, q8_0 and opaque keys to score (they are
+ * moved, as values of any type are); queries of another dtype than the keys; keys
  * or queries to score that are not aligned to their element size; rows of 2 GB and more; 2^30
  * queries per KV head; 2^26 KV heads in a call. Values may lie anywhere.
  *
@@ -858,13 +859,14 @@ static __device__ void rkvi_report(const rkvi_args &args)
 
 struct rkvi_strides {
     int64_t head, token, dim, block; /* bytes */
-    int block_tokens, element;
+    int block_tokens;
+    int element, n_elements; /* bytes of an element, elements of a row */
 };
 /* What the layers of a model have in common. Adjacent layers of equal shape share an upload. */
 struct rkvi_shape {
     rkvi_strides keys, values, queries;
     int key_load, query_load, key_unit, value_unit;
-    int heads, group, head_dim, value_dim, dtype, row_stride;
+    int heads, group, head_dim, dtype, row_stride;
     float scale, softcap;
 };
 struct rkvi_entry {
@@ -921,16 +923,17 @@ static __host__ __device__ rkvi_view rkvi_view_of(char *data, const int32_t *tab
 }
 
 static __device__ rkvi_moved rkvi_moved_of(const rkvi_view &rows, const rkvi_strides &strides,
-                                           int dim, int unit)
+                                           int unit)
 {
     const bool whole = strides.dim == strides.element;
     rkvi_moved moved;
     moved.rows = rows;
     moved.run_stride = strides.dim;
     moved.unit = unit;
-    moved.run = whole ? static_cast<int>(static_cast<int64_t>(dim) * strides.element / unit)
-                      : strides.element / unit;
-    moved.n_units = whole ? moved.run : dim * moved.run;
+    moved.run =
+        whole ? static_cast<int>(static_cast<int64_t>(strides.n_elements) * strides.element / unit)
+              : strides.element / unit;
+    moved.n_units = whole ? moved.run : strides.n_elements * moved.run;
     moved.tokens_adjacent = !whole && strides.token == strides.element;
     return moved;
 }
@@ -965,18 +968,17 @@ static __device__ void rkvi_describe(const rkvi_upload_head &head, const rkvi_en
     const rkvi_shape &shape = head.shape;
     const bool per_head = head.args.config.scope == RKV_PER_HEAD;
     const bool has_set = per_head || h == 0;
-    const rkvi_strides words = { static_cast<int64_t>(shape.row_stride) * 4, 4, 4, 0, 0, 4 };
-    const rkvi_strides bytes = { shape.row_stride, 1, 1, 0, 0, 1 };
+    const rkvi_strides words = { static_cast<int64_t>(shape.row_stride) * 4, 4, 4, 0, 0, 4, 1 };
+    const rkvi_strides bytes = { shape.row_stride, 1, 1, 0, 0, 1, 1 };
     char *positions = reinterpret_cast<char *>(has_set ? entry.positions : NULL);
     char *pins = reinterpret_cast<char *>(has_set ? entry.pins : NULL);
     job->moved[RKVI_KEYS] = rkvi_moved_of(rkvi_view_of(entry.keys, entry.key_table, shape.keys, h),
-                                          shape.keys, shape.head_dim, shape.key_unit);
+                                          shape.keys, shape.key_unit);
     job->moved[RKVI_VALUES] =
         rkvi_moved_of(rkvi_view_of(entry.values, entry.value_table, shape.values, h), shape.values,
-                      shape.value_dim, shape.value_unit);
-    job->moved[RKVI_POSITIONS] =
-        rkvi_moved_of(rkvi_view_of(positions, NULL, words, h), words, 1, 4);
-    job->moved[RKVI_PINS] = rkvi_moved_of(rkvi_view_of(pins, NULL, bytes, h), bytes, 1, 1);
+                      shape.value_unit);
+    job->moved[RKVI_POSITIONS] = rkvi_moved_of(rkvi_view_of(positions, NULL, words, h), words, 4);
+    job->moved[RKVI_PINS] = rkvi_moved_of(rkvi_view_of(pins, NULL, bytes, h), bytes, 1);
     job->queries = rkvi_view_of(entry.queries, entry.query_table, shape.queries, h * shape.group);
     job->query_head_stride = shape.queries.head;
     rkvi_describe_buffers(head, entry, first_job, h, job);
@@ -1036,10 +1038,23 @@ static cudaStream_t rkvi_stream(const rkv_backend *self)
     return static_cast<cudaStream_t>(const_cast<void *>(self->context));
 }
 
+/* As in rkv.h: an element is a number, a block of q8_0, or a byte of an opaque row. */
 static int rkvi_element_bytes(const rkv_tensor &tensor)
 {
+    if (tensor.dtype == RKV_OPAQUE) return 1;
     if (tensor.element_bytes) return tensor.element_bytes;
-    return tensor.dtype == RKV_F32 ? 4 : 2;
+    switch (tensor.dtype) {
+    case RKV_F32: return 4;
+    case RKV_Q8_0: return 34;
+    case RKV_F16:
+    case RKV_BF16: return 2;
+    default: return 1; /* fp8 */
+    }
+}
+static int rkvi_row_elements(const rkv_tensor &tensor)
+{
+    if (tensor.dtype == RKV_OPAQUE) return tensor.element_bytes;
+    return tensor.dtype == RKV_Q8_0 ? tensor.dim / 32 : tensor.dim;
 }
 
 static rkvi_strides rkvi_strides_of(const rkv_tensor &tensor)
@@ -1048,11 +1063,14 @@ static rkvi_strides rkvi_strides_of(const rkv_tensor &tensor)
     rkvi_strides strides;
     memset(&strides, 0, sizeof strides);
     strides.element = rkvi_element_bytes(tensor);
-    strides.dim = (tensor.dim_stride ? tensor.dim_stride : 1) * strides.element;
-    strides.token = (tensor.token_stride ? tensor.token_stride : tensor.dim) * strides.element;
-    strides.head = (tensor.head_stride ? tensor.head_stride : rows * tensor.dim) * strides.element;
-    strides.block = (tensor.block_stride ? tensor.block_stride : tensor.heads * rows * tensor.dim) *
-                    strides.element;
+    strides.n_elements = rkvi_row_elements(tensor);
+    const int64_t row = strides.n_elements, element = strides.element;
+    const int64_t dims = tensor.dtype == RKV_Q8_0 ? 32 : 1; /* numbers of an element */
+    strides.dim = (tensor.dim_stride ? tensor.dim_stride : 1) * element;
+    strides.token = (tensor.token_stride ? tensor.token_stride / dims : row) * element;
+    strides.head = (tensor.head_stride ? tensor.head_stride / dims : rows * row) * element;
+    strides.block =
+        (tensor.block_stride ? tensor.block_stride / dims : tensor.heads * rows * row) * element;
     strides.block_tokens = tensor.block_table ? tensor.block_tokens : 0;
     return strides;
 }
@@ -1062,7 +1080,7 @@ static int rkvi_unit_of(const rkv_tensor &tensor, const rkvi_strides &strides)
 {
     uint64_t all = 16 | reinterpret_cast<uintptr_t>(tensor.data);
     if (strides.dim == strides.element)
-        all |= static_cast<uint64_t>(tensor.dim) * static_cast<uint64_t>(strides.element);
+        all |= static_cast<uint64_t>(strides.n_elements) * static_cast<uint64_t>(strides.element);
     else
         all |= static_cast<uint64_t>(strides.element) | static_cast<uint64_t>(strides.dim);
     all |= static_cast<uint64_t>(strides.token) | static_cast<uint64_t>(strides.head);
@@ -2497,9 +2515,9 @@ static rkv_status rkvi_cuda_copy_rows(const rkv_backend *self, const rkv_tensor 
     while (!whole && args.unit > to.element)
         args.unit /= 2; /* one side is transposed: no more than an element at a time */
     args.element_units =
-        whole ? static_cast<int>(static_cast<int64_t>(dst->dim) * to.element / args.unit)
+        whole ? static_cast<int>(static_cast<int64_t>(to.n_elements) * to.element / args.unit)
               : to.element / args.unit;
-    args.per_row = whole ? args.element_units : dst->dim * args.element_units;
+    args.per_row = whole ? args.element_units : to.n_elements * args.element_units;
     args.dst = rkvi_view_of(static_cast<char *>(dst->data), dst->block_table, to, 0);
     args.src = rkvi_view_of(static_cast<char *>(src->data), src->block_table, from, 0);
     args.dst_head = to.head;
@@ -2554,7 +2572,6 @@ static rkvi_shape rkvi_shape_of(const rkv_layer &layer)
     if (layer.values.data) {
         shape.values = rkvi_strides_of(layer.values);
         shape.value_unit = rkvi_unit_of(layer.values, shape.values);
-        shape.value_dim = layer.values.dim;
     }
     shape.group = 1;
     if (layer.queries.data && layer.queries.heads >= layer.keys.heads) {
@@ -2682,7 +2699,7 @@ static rkv_status rkvi_cuda_workspace_size(const rkv_backend *self, const rkv_co
 static bool rkvi_row_is_too_long(const rkv_tensor &tensor)
 {
     const int64_t most = INT32_MAX - 4096;
-    return static_cast<int64_t>(tensor.dim) > most / rkvi_element_bytes(tensor);
+    return static_cast<int64_t>(rkvi_row_elements(tensor)) > most / rkvi_element_bytes(tensor);
 }
 
 /* NULL, or what this backend does not support in a layer. */
@@ -2696,6 +2713,7 @@ static const char *rkvi_unsupported_rule(const rkv_call &call, const rkv_layer &
     if (layer.values.data && rkvi_row_is_too_long(layer.values))
         return "layer.values.dim: \"cuda\" takes rows below 2 GB";
     if (!scores || !rkvi_is_scored(config, layer)) return NULL;
+    if (layer.keys.dtype > RKV_BF16) return "layer.keys.dtype: \"cuda\" reads f32, f16 and bf16";
     if (shape.key_load < element)
         return "layer.keys: \"cuda\" needs data and strides aligned to the element size";
     if (!(config->lambda > 0)) return NULL;
@@ -2717,10 +2735,11 @@ static int rkvi_slices(int64_t row_bytes, int unit)
 static void rkvi_measure(rkvi_plan *plan, const rkv_layer &layer, const rkvi_shape &shape)
 {
     const rkv_config *config = plan->call->config;
-    const int64_t element = shape.values.element;
-    int slices =
-        rkvi_slices(static_cast<int64_t>(shape.head_dim) * shape.keys.element, shape.key_unit);
-    if (layer.values.data) slices += rkvi_slices(shape.value_dim * element, shape.value_unit);
+    int slices = rkvi_slices(static_cast<int64_t>(shape.keys.n_elements) * shape.keys.element,
+                             shape.key_unit);
+    if (layer.values.data)
+        slices += rkvi_slices(static_cast<int64_t>(shape.values.n_elements) * shape.values.element,
+                              shape.value_unit);
     slices += (layer.positions != NULL) + (layer.pins != NULL);
     if (slices > plan->most_slices) plan->most_slices = slices;
     if (layer.n_tokens > plan->most_tokens) plan->most_tokens = layer.n_tokens;
