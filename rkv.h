@@ -446,7 +446,8 @@ typedef struct rkv_cache rkv_cache;
 typedef struct rkv_cache_config {
     rkv_config compress;        /* budget and options                                             */
     int n_layers, kv_heads, query_heads, head_dim; /* required                                    */
-    rkv_dtype dtype;            /* of keys, values and queries                                    */
+    rkv_dtype dtype;            /* of keys, values and queries. fp8, q8_0: of keys and values, which
+                                   append takes in that type; queries are then f32. Not RKV_OPAQUE */
     int buffer;                 /* rows beyond the budget = tokens between rounds; 0 means 128    */
 
     /* Advanced */
@@ -475,7 +476,7 @@ RKV_API const rkv_error *rkv_cache_error(const rkv_cache *cache);
 
 /* rkv_cache_append: n_tokens new tokens of one layer, in order. keys and values are views with
  * kv_heads heads, queries one with query_heads heads, each with `tokens` >= n_tokens rows of
- * which the first n_tokens are read; in the backend's memory. After rotary embedding with
+ * which the first n_tokens are copied as they are (nothing is quantised); in the backend's memory. After rotary embedding with
  * positions rkv_cache_position(cache, layer), + 1, ... Queries are not read, and may be NULL,
  * when lambda is 0 or pinned and protected tokens fill the budget (rkv_config_streaming).
  * More tokens than rkv_cache_room: RKV_ERROR_ARGUMENT. On an error nothing is appended. */
@@ -5239,7 +5240,11 @@ static const char *rkvi_cache_config_rule(rkv_cache_config *config)
     if (config->head_dim < 1) return "cache.head_dim: must be at least 1";
     if (config->value_dim < 0) return "cache.value_dim: must not be negative";
     if (config->dtype == RKV_OPAQUE) return "cache.dtype: a cache does not hold RKV_OPAQUE";
-    if ((unsigned)config->dtype > RKV_BF16) return "cache.dtype: no such type";
+    if ((unsigned)config->dtype > RKV_Q8_0) return "cache.dtype: no such type";
+    if (config->head_dim % rkvi_element_dims(config->dtype) != 0)
+        return "cache.head_dim: must be a multiple of 32 (RKV_Q8_0)";
+    if (config->value_dim % rkvi_element_dims(config->dtype) != 0)
+        return "cache.value_dim: must be a multiple of 32 (RKV_Q8_0)";
     if (config->buffer < 0) return "cache.buffer: must not be negative";
     if (config->capacity < 0) return "cache.capacity: must not be negative";
     if (!config->alloc != !config->free) return "cache.alloc, cache.free: give both or none";
@@ -5258,12 +5263,18 @@ static const char *rkvi_cache_config_rule(rkv_cache_config *config)
     return NULL;
 }
 
-/* out = bytes of [heads][rows][dim] elements; 0 when that overflows */
+static rkv_dtype rkvi_cache_query_dtype(const rkv_cache_config *config)
+{
+    return config->dtype > RKV_BF16 ? RKV_F32 : config->dtype;
+}
+
+/* out = bytes of [heads][rows][dim]; 0 when that overflows */
 static int rkvi_cache_rows_bytes(rkv_dtype dtype, int heads, int rows, int dim, size_t *out)
 {
     size_t bytes = rkvi_dtype_bytes(dtype);
     return rkvi_mul_size(bytes, (size_t)heads, &bytes) &&
-           rkvi_mul_size(bytes, (size_t)rows, &bytes) && rkvi_mul_size(bytes, (size_t)dim, out);
+           rkvi_mul_size(bytes, (size_t)rows, &bytes) &&
+           rkvi_mul_size(bytes, (size_t)(dim / rkvi_element_dims(dtype)), out);
 }
 
 /* Appends a part of `bytes` bytes, times `count`, to the block of memory; 0 on overflow. */
@@ -5291,8 +5302,8 @@ static int rkvi_cache_measure(const rkv_cache_config *config, rkvi_cache_plan *p
     plan->query_bytes = 0;
     plan->total = 0;
     if (rkvi_is_scored(compress, capacity) && rkvi_reads_queries(compress) &&
-        !rkvi_cache_rows_bytes(config->dtype, config->query_heads, compress->window,
-                               config->head_dim, &plan->query_bytes))
+        !rkvi_cache_rows_bytes(rkvi_cache_query_dtype(config), config->query_heads,
+                               compress->window, config->head_dim, &plan->query_bytes))
         return 0;
     return rkvi_cache_rows_bytes(config->dtype, config->kv_heads, capacity, config->head_dim,
                                  &plan->key_bytes) &&
@@ -5329,7 +5340,7 @@ static void rkvi_cache_describe_layer(rkv_cache *cache, int index)
     layer->values =
         rkv_tensor_make(cache->memory + plan->values + l * plan->value_bytes, config->dtype,
                         config->kv_heads, config->capacity, config->value_dim);
-    layer->queries = rkv_tensor_make(queries, config->dtype, config->query_heads,
+    layer->queries = rkv_tensor_make(queries, rkvi_cache_query_dtype(config), config->query_heads,
                                      config->compress.window, config->head_dim);
     layer->scale = config->scale;
     layer->softcap = config->softcap;
@@ -5570,12 +5581,13 @@ static const char *rkvi_cache_view_rule(const rkv_cache *cache, const rkv_tensor
     const rkv_cache_config *config = &cache->config;
     const int heads = which == RKVI_QUERIES ? config->query_heads : config->kv_heads;
     const int dim = which == RKVI_VALUES ? config->value_dim : config->head_dim;
+    const rkv_dtype dtype = which == RKVI_QUERIES ? rkvi_cache_query_dtype(config) : config->dtype;
     rkvi_view_rule rule = RKVI_DATA;
     if (view != NULL && view->data != NULL) rule = rkvi_tensor_rule(view);
     if (rule == RKVI_SOUND) {
         if (view->tokens < n_tokens) rule = RKVI_TOO_FEW_TOKENS;
         if (!rkvi_has_own_elements(view)) rule = RKVI_NOT_THE_DTYPE;
-        if (view->dtype != config->dtype) rule = RKVI_OTHER_DTYPE;
+        if (view->dtype != dtype) rule = RKVI_OTHER_DTYPE;
         if (view->heads != heads) rule = RKVI_OTHER_HEADS;
         if (view->dim != dim) rule = RKVI_OTHER_DIM;
     }
@@ -5993,28 +6005,29 @@ typedef struct rkvi_image_cursor {
     const unsigned char *in;
 } rkvi_image_cursor;
 
-static void rkvi_image_swap(unsigned char *dst, const unsigned char *src, size_t bytes,
-                            size_t element_bytes)
+/* Swaps the bytes of each number; of q8_0 the scale alone has two. */
+static void rkvi_image_swap(unsigned char *rows, size_t bytes, rkv_dtype dtype)
 {
+    const size_t element = rkvi_dtype_bytes(dtype), number = dtype == RKV_Q8_0 ? 2 : element;
     size_t at, i;
-    for (at = 0; at < bytes; at += element_bytes)
-        for (i = 0; i < element_bytes / 2; i++) {
-            const unsigned char low = src[at + i];
-            dst[at + i] = src[at + element_bytes - 1 - i];
-            dst[at + element_bytes - 1 - i] = low;
+    for (at = 0; at < bytes; at += element)
+        for (i = 0; i < number / 2; i++) {
+            const unsigned char low = rows[at + i];
+            rows[at + i] = rows[at + number - 1 - i];
+            rows[at + number - 1 - i] = low;
         }
 }
 
-/* Big-endian hosts: swaps the bytes of each element, through a small buffer. */
+/* Big-endian hosts: swaps through a small buffer, which holds whole elements of any type. */
 static rkv_status rkvi_image_load_swapped(const rkv_backend *backend, unsigned char *rows,
-                                          const unsigned char *image, size_t bytes,
-                                          size_t element_bytes)
+                                          const unsigned char *image, size_t bytes, rkv_dtype dtype)
 {
-    unsigned char swapped[1024];
+    unsigned char swapped[4 * RKVI_Q8_0_BYTES * 8];
     while (bytes > 0) {
         const size_t part = bytes < sizeof(swapped) ? bytes : sizeof(swapped);
         rkv_status status;
-        rkvi_image_swap(swapped, image, part, element_bytes);
+        memcpy(swapped, image, part);
+        rkvi_image_swap(swapped, part, dtype);
         status = backend->copy(backend, rows, swapped, part);
         if (status != RKV_OK) return status;
         rows += part;
@@ -6026,7 +6039,7 @@ static rkv_status rkvi_image_load_swapped(const rkv_backend *backend, unsigned c
 
 /* Copies `bytes` bytes of the backend's memory to or from the image and advances the cursor. */
 static rkv_status rkvi_image_transfer(const rkv_backend *backend, rkvi_image_cursor *cursor,
-                                      void *rows, size_t bytes, size_t element_bytes)
+                                      void *rows, size_t bytes, rkv_dtype dtype)
 {
     rkv_status status;
     if (bytes == 0) return RKV_OK;
@@ -6034,11 +6047,11 @@ static rkv_status rkvi_image_transfer(const rkv_backend *backend, rkvi_image_cur
         const unsigned char *image = cursor->in;
         cursor->in += bytes;
         if (rkvi_host_is_little_endian()) return backend->copy(backend, rows, image, bytes);
-        return rkvi_image_load_swapped(backend, (unsigned char *)rows, image, bytes, element_bytes);
+        return rkvi_image_load_swapped(backend, (unsigned char *)rows, image, bytes, dtype);
     }
     status = backend->copy(backend, cursor->out, rows, bytes);
     if (status == RKV_OK && !rkvi_host_is_little_endian())
-        rkvi_image_swap(cursor->out, cursor->out, bytes, element_bytes);
+        rkvi_image_swap(cursor->out, bytes, dtype);
     cursor->out += bytes;
     return status;
 }
@@ -6047,13 +6060,12 @@ static rkv_status rkvi_image_transfer(const rkv_backend *backend, rkvi_image_cur
 static rkv_status rkvi_image_transfer_rows(const rkv_backend *backend, rkvi_image_cursor *cursor,
                                            const rkv_tensor *reserved, int n_tokens)
 {
-    const size_t element_bytes = rkvi_dtype_bytes(reserved->dtype);
-    const size_t row_bytes = element_bytes * (size_t)reserved->dim;
+    const size_t row_bytes = rkvi_dtype_bytes(reserved->dtype) * rkvi_row_elements(reserved);
     unsigned char *head = (unsigned char *)reserved->data;
     int h;
     for (h = 0; h < reserved->heads; h++, head += row_bytes * (size_t)reserved->tokens) {
-        rkv_status status =
-            rkvi_image_transfer(backend, cursor, head, row_bytes * (size_t)n_tokens, element_bytes);
+        rkv_status status = rkvi_image_transfer(backend, cursor, head, row_bytes * (size_t)n_tokens,
+                                                reserved->dtype);
         if (status != RKV_OK) return status;
     }
     return RKV_OK;
@@ -6083,7 +6095,7 @@ static rkv_status rkvi_image_transfer_ring(const rkv_cache *cache, rkvi_image_cu
     unsigned char *out = cursor->out;
     rkv_status status =
         rkvi_image_transfer(backend, cursor, cache->layers[layer].queries.data,
-                            cache->plan.query_bytes, rkvi_dtype_bytes(cache->config.dtype));
+                            cache->plan.query_bytes, rkvi_cache_query_dtype(&cache->config));
     if (status == RKV_OK && out != NULL && cache->plan.query_bytes > 0)
         rkvi_image_blank_stale(cache, layer, out);
     return status;
@@ -6100,7 +6112,7 @@ static rkv_status rkvi_image_transfer_body(const rkv_cache *cache, rkvi_image_cu
     for (s = 0; s < cache->plan.n_sets && status == RKV_OK; s++)
         status = rkvi_image_transfer(backend, cursor,
                                      cache->positions + (size_t)s * (size_t)cache->config.capacity,
-                                     fixed_bytes, sizeof(int32_t));
+                                     fixed_bytes, RKV_F32); /* also 4 bytes */
     for (l = 0; l < cache->config.n_layers && status == RKV_OK; l++) {
         const rkv_layer *layer = &cache->layers[l];
         status = rkvi_image_transfer_rows(backend, cursor, &layer->keys, layer->n_tokens);

@@ -966,6 +966,10 @@ static const char *spoil_cache(int which, rkv_cache_config *c, rkv_status *want,
     case 5: c->value_dim = -1; return "cache.value_dim: must not be negative";
     case 6: c->dtype = (rkv_dtype)7; return "cache.dtype: no such type";
     case 21: c->dtype = RKV_OPAQUE; return "cache.dtype: a cache does not hold RKV_OPAQUE";
+    case 22: c->dtype = RKV_Q8_0; c->head_dim = 33;
+             return "cache.head_dim: must be a multiple of 32 (RKV_Q8_0)";
+    case 23: c->dtype = RKV_Q8_0; c->head_dim = 32; c->value_dim = 40;
+             return "cache.value_dim: must be a multiple of 32 (RKV_Q8_0)";
     case 7: c->buffer = -1; return "cache.buffer: must not be negative";
     case 8: c->capacity = -1; return "cache.capacity: must not be negative";
     case 9: c->alloc = scarce_alloc; return "cache.alloc, cache.free: give both or none";
