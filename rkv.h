@@ -446,8 +446,8 @@ typedef struct rkv_cache rkv_cache;
 typedef struct rkv_cache_config {
     rkv_config compress;        /* budget and options                                             */
     int n_layers, kv_heads, query_heads, head_dim; /* required                                    */
-    rkv_dtype dtype;            /* of keys, values and queries. fp8, q8_0: of keys and values, which
-                                   append takes in that type; queries are then f32. Not RKV_OPAQUE */
+    rkv_dtype dtype;            /* of keys, values and queries; not RKV_OPAQUE. fp8, q8_0: of keys
+                                   and values, which append takes in that type; queries are f32   */
     int buffer;                 /* rows beyond the budget = tokens between rounds; 0 means 128    */
 
     /* Advanced */
@@ -476,9 +476,10 @@ RKV_API const rkv_error *rkv_cache_error(const rkv_cache *cache);
 
 /* rkv_cache_append: n_tokens new tokens of one layer, in order. keys and values are views with
  * kv_heads heads, queries one with query_heads heads, each with `tokens` >= n_tokens rows of
- * which the first n_tokens are copied as they are (nothing is quantised); in the backend's memory. After rotary embedding with
- * positions rkv_cache_position(cache, layer), + 1, ... Queries are not read, and may be NULL,
- * when lambda is 0 or pinned and protected tokens fill the budget (rkv_config_streaming).
+ * which the first n_tokens are copied as they are (nothing is quantised); in the backend's memory.
+ * After rotary embedding with positions rkv_cache_position(cache, layer), + 1, ... Queries are not
+ * read, and may be NULL, when lambda is 0 or pinned and protected tokens fill the budget
+ * (rkv_config_streaming).
  * More tokens than rkv_cache_room: RKV_ERROR_ARGUMENT. On an error nothing is appended. */
 RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
                                     const rkv_tensor *keys, const rkv_tensor *values,
@@ -2820,7 +2821,8 @@ static int rkvi_even_rows(const rkvi_view *view, int head, int token, int n, siz
     return run;
 }
 
-/* n rows by the row loader, as padded f32. Rows that it does not give become NaN. */
+/* n rows by the row loader, as padded f32. The first that it does not give is *h->missing; zeros
+ * stand for it and for those after it. */
 static void rkvi_load_opaque(const rkvi_head *h, const rkvi_view *view, int head, int token, int n,
                              float *dst)
 {
@@ -2844,7 +2846,7 @@ static void rkvi_load_opaque(const rkvi_head *h, const rkvi_view *view, int head
             memset(dst + (size_t)r * h->dim + dim, 0, (h->dim - dim) * sizeof *dst);
         }
         if (given == n) continue;
-        memset(dst + (size_t)given * h->dim, 0xff, (size_t)(n - given) * h->dim * sizeof *dst);
+        memset(dst + (size_t)given * h->dim, 0, (size_t)(n - given) * h->dim * sizeof *dst);
         if (*h->missing < 0) *h->missing = token + given;
     }
 }
@@ -2967,17 +2969,18 @@ static rkv_status rkvi_pack_queries(const rkvi_head *h, rkvi_scratch *s)
     return RKV_OK;
 }
 
-/* Norms of a chunk; finds keys that are not finite. */
+/* Norms of a chunk; finds keys that are not finite, or not there. */
 static rkv_status rkvi_chunk_norms(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first)
 {
     float square[RKVI_CHUNK];
     int r;
     h->kernels->sum_squares(rows.data, rows.stride, RKVI_CHUNK, h->dim, square);
-    for (r = 0; r < RKVI_CHUNK; r++)
+    for (r = 0; r < RKVI_CHUNK; r++) {
+        if (first + r == s->missing)
+            return rkvi_nonfinite(s, h, RKVI_RULE_KEY_LOAD, h->index, first + r);
         if (!(square[r] <= RKVI_MAX_SQUARE))
-            return rkvi_nonfinite(s, h,
-                                  first + r == s->missing ? RKVI_RULE_KEY_LOAD : RKVI_RULE_KEY,
-                                  h->index, first + r);
+            return rkvi_nonfinite(s, h, RKVI_RULE_KEY, h->index, first + r);
+    }
     h->kernels->normalise(square, RKVI_CHUNK, s->inverse + first, s->self + first);
     return RKV_OK;
 }
