@@ -64,9 +64,10 @@
  *            error record, although they take a const pointer.
  * Errors     Every call that can fail returns rkv_status. On an error no buffer has changed except
  *            the workspace and *config.error, where rkv_explain finds a sentence.
- * Precision  Keys and queries are read as f32, f16 or bf16 and computed in f32. Scores and kept
- *            sets are bit-identical on every CPU path, for any number of threads, and from
- *            machine to machine where FLT_EVAL_METHOD is 0 (not x87, not s390x).
+ * Precision  Keys and queries are read as f32, f16, bf16, fp8, q8_0 or by a row loader
+ *            (rkv_dtype) and computed in f32. Scores and kept sets are bit-identical on every CPU
+ *            path, for any number of threads, and from machine to machine where FLT_EVAL_METHOD is
+ *            0 (not x87, not s390x).
  *            The caller's floating-point environment (rounding mode, flush-to-zero, traps) makes
  *            no difference: each call and each lent task sets its own and restores the caller's,
  *            flags included.
@@ -83,8 +84,8 @@
  *    changes quality: a published port reports 65 % on GSM8K with budget 128 and buffer 16, 90 %
  *    with buffer 256, 91 % for the full cache. Try several.
  *
- * What it does not do: run attention, score quantised keys, rotate keys again, or split one KV
- * head over several threads.
+ * What it does not do: run attention, quantise, rotate keys again, or split one KV head over
+ * several threads.
  */
 #ifndef RKV_H
 #define RKV_H
@@ -133,7 +134,8 @@ typedef enum rkv_status {
                               cache no record is written                                          */
     RKV_ERROR_ARGUMENT,    /* a field is out of range or inconsistent                             */
     RKV_ERROR_WORKSPACE,   /* the workspace is NULL or smaller than rkv_workspace_size asks       */
-    RKV_ERROR_NONFINITE,   /* a key, query or score is NaN, infinite or too large                 */
+    RKV_ERROR_NONFINITE,   /* a key, query or score is NaN, infinite or too large, or a row loader
+                              does not give it                                                    */
     RKV_ERROR_UNSUPPORTED, /* this backend does not have this option                              */
     RKV_ERROR_MEMORY,      /* an allocation failed (rkv_cache, rkv_threads)                       */
     RKV_ERROR_DEVICE       /* the device refused a launch or a copy                               */
@@ -150,7 +152,18 @@ typedef struct rkv_error {
     int32_t token;     /* row of a key, score, pin or view; entry of a kept list */
 } rkv_error;
 
-typedef enum rkv_dtype { RKV_F32 = 0, RKV_F16 = 1, RKV_BF16 = 2 } rkv_dtype;
+typedef enum rkv_dtype {
+    RKV_F32 = 0,
+    RKV_F16 = 1,
+    RKV_BF16 = 2,
+    RKV_OPAQUE = 3,        /* any other: rows of rkv_tensor.element_bytes bytes, all strides in
+                              bytes. Keys and queries of it need rkv_tensor.load (CPU only)       */
+    RKV_F8_E4M3 = 4,       /* OCP fp8 e4m3fn: up to 448, no infinity, NaN is 0x7f and 0xff        */
+    RKV_F8_E5M2 = 5,       /* OCP fp8 e5m2: the upper byte of an f16                              */
+    RKV_Q8_0 = 6           /* ggml's: blocks of 32 numbers in 34 bytes, an f16 scale and 32 int8.
+                              dim and all strides count numbers, in multiples of 32               */
+} rkv_dtype;               /* If a whole fp8 tensor has a scale: no cosine depends on it; multiply
+                              rkv_layer.scale, which is then not 0, by it                         */
 
 /* Who shares a kept set. */
 typedef enum rkv_scope {
@@ -202,6 +215,21 @@ typedef struct rkv_config {
     rkv_error *device_error; /* out, optional, device backends only: device memory (rkv_cuda.cu) */
 } rkv_config;
 
+/* Rows of one head for a row loader: dim numbers each, evenly spaced. */
+typedef struct rkv_rows {
+    const void *data;  /* the first row                                                           */
+    size_t stride;     /* bytes from one row to the next; 0 if there is one row                   */
+    int head, token;   /* of the first row; the others follow it                                  */
+    int n_rows, dim;
+} rkv_rows;
+
+/* Reads rows of a type that rkv does not know: dst [n_rows][dim], without gaps, gets the numbers.
+ * Gets as many rows at a time as are evenly spaced in the view: up to 48. Returns how many it has
+ * read; fewer than n_rows: the next row is a fault, and the call ends with RKV_ERROR_NONFINITE.
+ * A row may be asked for several times and must be the same each time. Called by any thread that
+ * parallel_for lends, several at a time, in rkv's floating-point environment. */
+typedef int (*rkv_row_loader)(void *user, const rkv_rows *rows, float *dst);
+
 /* A strided view of a cache, never owned. Most callers write
  *     view = rkv_tensor_make(data, RKV_F16, heads, rows, dim);                 [head][row][dim]
  *     view.token_stride = heads * dim;                          these two, for [row][head][dim]
@@ -215,7 +243,8 @@ typedef struct rkv_config {
  * A table with one token per block is a list of rows. Pages of a vLLM-like pool are NHD
  * (token_stride = heads * dim, head_stride = dim) or HND (the defaults).
  * Keys and queries need dim_stride 1. Values are only moved: any width, any element size, also
- * transposed (token_stride 1, dim_stride = row capacity). Data need not be aligned. */
+ * transposed (token_stride 1, dim_stride = row capacity). Data need not be aligned. Keys, values
+ * and queries may be of different types. */
 typedef struct rkv_tensor {
     void *data;
     rkv_dtype dtype;
@@ -225,13 +254,16 @@ typedef struct rkv_tensor {
     int64_t head_stride, token_stride, dim_stride; /* elements; 0 = contiguous                    */
 
     /* Advanced */
-    int element_bytes; /* values of another element size (quantised blocks, say); 0 = the dtype's */
+    int element_bytes; /* values of another element size (quantised blocks, say); 0 = the dtype's.
+                          RKV_OPAQUE: the bytes of a row, required                                */
     const int32_t *block_table; /* optional: the block of tokens [0, block_tokens), of the next
                           block_tokens, ... Only entries that cover n_tokens are read; each names
                           another block. A block with a row that is not pinned is written: no other
                           view may name it, which is not checked                                  */
     int block_tokens;
     int64_t block_stride;
+    rkv_row_loader load; /* RKV_OPAQUE: reads rows of keys or queries; values need none           */
+    void *load_user;     /* passed to load                                                        */
 } rkv_tensor;
 
 /* One attention layer of one sequence; a call takes any number of them. Most callers write
@@ -414,7 +446,8 @@ typedef struct rkv_cache rkv_cache;
 typedef struct rkv_cache_config {
     rkv_config compress;        /* budget and options                                             */
     int n_layers, kv_heads, query_heads, head_dim; /* required                                    */
-    rkv_dtype dtype;            /* of keys, values and queries                                    */
+    rkv_dtype dtype;            /* of keys, values and queries; not RKV_OPAQUE. fp8, q8_0: of keys
+                                   and values, which append takes in that type; queries are f32   */
     int buffer;                 /* rows beyond the budget = tokens between rounds; 0 means 128    */
 
     /* Advanced */
@@ -443,9 +476,10 @@ RKV_API const rkv_error *rkv_cache_error(const rkv_cache *cache);
 
 /* rkv_cache_append: n_tokens new tokens of one layer, in order. keys and values are views with
  * kv_heads heads, queries one with query_heads heads, each with `tokens` >= n_tokens rows of
- * which the first n_tokens are read; in the backend's memory. After rotary embedding with
- * positions rkv_cache_position(cache, layer), + 1, ... Queries are not read, and may be NULL,
- * when lambda is 0 or pinned and protected tokens fill the budget (rkv_config_streaming).
+ * which the first n_tokens are copied as they are (nothing is quantised); in the backend's memory.
+ * After rotary embedding with positions rkv_cache_position(cache, layer), + 1, ... Queries are not
+ * read, and may be NULL, when lambda is 0 or pinned and protected tokens fill the budget
+ * (rkv_config_streaming).
  * More tokens than rkv_cache_room: RKV_ERROR_ARGUMENT. On an error nothing is appended. */
 RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
                                     const rkv_tensor *keys, const rkv_tensor *values,
@@ -561,6 +595,8 @@ struct rkv_backend {
 
 /* Rules about the data, which backends check. Their texts are the same on all backends. */
 #define RKVI_RULE_KEY            "layer.keys: a key is NaN, infinite or of a norm above 1e18"
+#define RKVI_RULE_KEY_LOAD       "layer.keys.load: the row loader does not give a key"
+#define RKVI_RULE_QUERY_LOAD     "layer.queries.load: the row loader does not give a query"
 #define RKVI_RULE_QUERY          "layer.queries: a query is NaN, infinite or of a norm above 1e18"
 #define RKVI_RULE_LOGITS         "layer.scale: the logits of this head overflow"
 #define RKVI_RULE_SCORE          "layer.scores: a score is NaN"
@@ -952,9 +988,37 @@ static float rkvi_float_from_f16(uint16_t half)
     }
 }
 
+/* e4m3fn as f16 with a smaller exponent bias: 7 instead of 15. */
+static float rkvi_float_from_f8_e4m3(unsigned code)
+{
+    unsigned sign = (code & 0x80u) << 8, magnitude = code & 0x7fu;
+    if (magnitude == 0x7fu) return rkvi_float_from_f16((uint16_t)(sign | 0x7e00u));
+    return rkvi_float_from_f16((uint16_t)(sign | magnitude << 7)) * 256.0f;
+}
+
+/* A block of q8_0. */
+#define RKVI_Q8_0_DIMS  32
+#define RKVI_Q8_0_BYTES 34
+
+/* An element is what lies together: a number, a block of q8_0, a byte of an opaque row. */
 static size_t rkvi_dtype_bytes(rkv_dtype dtype)
 {
-    return dtype == RKV_F32 ? 4 : 2;
+    switch (dtype) {
+    case RKV_F32: return 4;
+    case RKV_F16:
+    case RKV_BF16: return 2;
+    case RKV_OPAQUE:
+    case RKV_F8_E4M3:
+    case RKV_F8_E5M2: return 1;
+    case RKV_Q8_0: return RKVI_Q8_0_BYTES;
+    }
+    return 0;
+}
+
+/* The numbers in an element. */
+static int rkvi_element_dims(rkv_dtype dtype)
+{
+    return dtype == RKV_Q8_0 ? RKVI_Q8_0_DIMS : 1;
 }
 
 /* An rkv_tensor with its defaults filled in and its strides in bytes. */
@@ -963,7 +1027,10 @@ typedef struct rkvi_view {
     const int32_t *table; /* NULL: not paged */
     rkv_dtype dtype;
     int dim, block_tokens;
-    size_t element, head_stride, token_stride, dim_stride, block_stride;
+    size_t element, n_elements; /* bytes of an element, elements of a row */
+    size_t head_stride, token_stride, dim_stride, block_stride;
+    rkv_row_loader load;
+    void *load_user;
 } rkvi_view;
 
 static size_t rkvi_stride(int64_t given, size_t contiguous)
@@ -973,7 +1040,15 @@ static size_t rkvi_stride(int64_t given, size_t contiguous)
 
 static size_t rkvi_element_bytes(const rkv_tensor *tensor)
 {
-    return tensor->element_bytes ? (size_t)tensor->element_bytes : rkvi_dtype_bytes(tensor->dtype);
+    if (tensor->dtype == RKV_OPAQUE || tensor->element_bytes == 0)
+        return rkvi_dtype_bytes(tensor->dtype);
+    return (size_t)tensor->element_bytes;
+}
+
+static size_t rkvi_row_elements(const rkv_tensor *tensor)
+{
+    return (size_t)(tensor->dtype == RKV_OPAQUE ? tensor->element_bytes
+                                                : tensor->dim / rkvi_element_dims(tensor->dtype));
 }
 
 /* Strides are in elements here, in bytes in rkvi_view_of. Validation has made sure that neither
@@ -982,17 +1057,22 @@ static rkvi_view rkvi_view_in_elements(const rkv_tensor *tensor)
 {
     rkvi_view view;
     size_t rows = (size_t)(tensor->block_table ? tensor->block_tokens : tensor->tokens);
+    size_t row = rkvi_row_elements(tensor);
+    const int64_t dims = rkvi_element_dims(tensor->dtype);
     view.data = (unsigned char *)tensor->data;
     view.table = tensor->block_table;
     view.dtype = tensor->dtype;
     view.dim = tensor->dim;
     view.block_tokens = tensor->block_tokens;
     view.element = rkvi_element_bytes(tensor);
-    view.dim_stride = rkvi_stride(tensor->dim_stride, 1);
-    view.token_stride = rkvi_stride(tensor->token_stride, (size_t)tensor->dim);
-    view.head_stride = rkvi_stride(tensor->head_stride, rows * (size_t)tensor->dim);
+    view.n_elements = row;
+    view.dim_stride = rkvi_stride(tensor->dim_stride / dims, 1);
+    view.token_stride = rkvi_stride(tensor->token_stride / dims, row);
+    view.head_stride = rkvi_stride(tensor->head_stride / dims, rows * row);
     view.block_stride =
-        rkvi_stride(tensor->block_stride, (size_t)tensor->heads * rows * (size_t)tensor->dim);
+        rkvi_stride(tensor->block_stride / dims, (size_t)tensor->heads * rows * row);
+    view.load = tensor->load;
+    view.load_user = tensor->load_user;
     return view;
 }
 
@@ -1098,9 +1178,12 @@ typedef struct rkvi_cosines {
 
 typedef struct rkvi_kernels {
     int (*usable)(void);
-    /* dst[i] = src[i] for n elements of any count and alignment. */
+    /* dst[i] = src[i] for n numbers, of any count (q8_0: whole blocks) and alignment. */
     void (*load_f16)(float *dst, const unsigned char *src, size_t n);
     void (*load_bf16)(float *dst, const unsigned char *src, size_t n);
+    void (*load_f8_e4m3)(float *dst, const unsigned char *src, size_t n);
+    void (*load_f8_e5m2)(float *dst, const unsigned char *src, size_t n);
+    void (*load_q8_0)(float *dst, const unsigned char *src, size_t n);
     void (*dot_rows)(const rkvi_dot_rows *dots);
     /* inverse[i] = 1 / (sqrt(square[i]) + 1e-8), self[i] = (sqrt(square[i]) * inverse[i])^2 */
     void (*normalise)(const float *square, size_t n, float *inverse, float *self);
@@ -1143,6 +1226,35 @@ static void rkvi_load_bf16_scalar(float *dst, const unsigned char *src, size_t n
         uint16_t half;
         memcpy(&half, src + 2 * i, sizeof half);
         dst[i] = rkvi_float_from_bits((uint32_t)half << 16);
+    }
+}
+
+static void rkvi_load_f8_e4m3_scalar(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i < n; i++) dst[i] = rkvi_float_from_f8_e4m3(src[i]);
+}
+
+static void rkvi_load_f8_e5m2_scalar(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i < n; i++) dst[i] = rkvi_float_from_f16((uint16_t)(src[i] << 8));
+}
+
+/* The products are exact: 8 bits by 11. */
+static void rkvi_load_q8_0_scalar(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i, k;
+    for (i = 0; i < n; i += RKVI_Q8_0_DIMS, src += RKVI_Q8_0_BYTES) {
+        uint16_t half;
+        float scale;
+        memcpy(&half, src, sizeof half);
+        scale = rkvi_float_from_f16(half);
+        for (k = 0; k < RKVI_Q8_0_DIMS; k++) {
+            int8_t number;
+            memcpy(&number, src + 2 + k, 1);
+            dst[i + k] = (float)number * scale;
+        }
     }
 }
 
@@ -1331,6 +1443,64 @@ RKVI_TARGET_AVX2 static void rkvi_load_bf16_avx2(float *dst, const unsigned char
     }
     _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
     rkvi_load_bf16_scalar(dst + i, src + 2 * i, n - i);
+}
+
+/* As f16, with the bias of the exponent put right. A NaN, which is rare, would come out as 480: a
+ * run with one is loaded again. */
+RKVI_TARGET_AVX2 static void rkvi_load_f8_e4m3_avx2(float *dst, const unsigned char *src, size_t n)
+{
+    const __m128i magnitude_x16 = _mm_set1_epi8(0x7f);
+    const __m256i bits_x16 = _mm256_set1_epi16((short)0xbf80);
+    const __m256 bias_x8 = _mm256_set1_ps(256.0f);
+    __m128i most_x16 = _mm_setzero_si128();
+    size_t i;
+    int nans;
+    for (i = 0; i + 16 <= n; i += 16) {
+        __m128i code_x16 = _mm_loadu_si128((const __m128i *)(const void *)(src + i));
+        __m256i half_x16 = _mm256_slli_epi16(_mm256_cvtepi8_epi16(code_x16), 7);
+        half_x16 = _mm256_and_si256(half_x16, bits_x16);
+        most_x16 = _mm_max_epu8(most_x16, _mm_and_si128(code_x16, magnitude_x16));
+        _mm256_storeu_ps(dst + i,
+                         _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half_x16)), bias_x8));
+        _mm256_storeu_ps(
+            dst + i + 8,
+            _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half_x16, 1)), bias_x8));
+    }
+    nans = _mm_movemask_epi8(_mm_cmpeq_epi8(most_x16, magnitude_x16));
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
+    if (nans) i = 0;
+    rkvi_load_f8_e4m3_scalar(dst + i, src + i, n - i);
+}
+
+RKVI_TARGET_AVX2 static void rkvi_load_f8_e5m2_avx2(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i + 16 <= n; i += 16) {
+        __m128i code_x16 = _mm_loadu_si128((const __m128i *)(const void *)(src + i));
+        __m256i half_x16 = _mm256_slli_epi16(_mm256_cvtepu8_epi16(code_x16), 8);
+        _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm256_castsi256_si128(half_x16)));
+        _mm256_storeu_ps(dst + i + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(half_x16, 1)));
+    }
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
+    rkvi_load_f8_e5m2_scalar(dst + i, src + i, n - i);
+}
+
+RKVI_TARGET_AVX2 static void rkvi_load_q8_0_avx2(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    int k;
+    for (i = 0; i < n; i += RKVI_Q8_0_DIMS, src += RKVI_Q8_0_BYTES) {
+        int16_t half;
+        __m256 scale_x8;
+        memcpy(&half, src, sizeof half);
+        scale_x8 = _mm256_cvtph_ps(_mm_set1_epi16(half));
+        RKVI_UNROLL
+        for (k = 0; k < RKVI_Q8_0_DIMS; k += 8) {
+            __m128i bytes_x8 = _mm_loadl_epi64((const __m128i *)(const void *)(src + 2 + k));
+            __m256 number_x8 = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes_x8));
+            _mm256_storeu_ps(dst + i + k, _mm256_mul_ps(number_x8, scale_x8));
+        }
+    }
 }
 #endif
 
@@ -1681,6 +1851,59 @@ RKVI_TARGET_AVX512 static void rkvi_load_bf16_avx512(float *dst, const unsigned 
     rkvi_load_bf16_scalar(dst + i, src + 2 * i, n - i);
 }
 
+/* As rkvi_load_f8_e4m3_avx2. */
+RKVI_TARGET_AVX512 static void rkvi_load_f8_e4m3_avx512(float *dst, const unsigned char *src,
+                                                        size_t n)
+{
+    const __m128i magnitude_x16 = _mm_set1_epi8(0x7f);
+    const __m256i bits_x16 = _mm256_set1_epi16((short)0xbf80);
+    __m128i most_x16 = _mm_setzero_si128();
+    size_t i;
+    int nans;
+    for (i = 0; i + 16 <= n; i += 16) {
+        __m128i code_x16 = _mm_loadu_si128((const __m128i *)(const void *)(src + i));
+        __m256i half_x16 = _mm256_slli_epi16(_mm256_cvtepi8_epi16(code_x16), 7);
+        half_x16 = _mm256_and_si256(half_x16, bits_x16);
+        most_x16 = _mm_max_epu8(most_x16, _mm_and_si128(code_x16, magnitude_x16));
+        _mm512_storeu_ps(dst + i, _mm512_mul_ps(_mm512_cvtph_ps(half_x16), _mm512_set1_ps(256.0f)));
+    }
+    nans = _mm_movemask_epi8(_mm_cmpeq_epi8(most_x16, magnitude_x16));
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
+    if (nans) i = 0;
+    rkvi_load_f8_e4m3_scalar(dst + i, src + i, n - i);
+}
+
+RKVI_TARGET_AVX512 static void rkvi_load_f8_e5m2_avx512(float *dst, const unsigned char *src,
+                                                        size_t n)
+{
+    size_t i;
+    for (i = 0; i + 16 <= n; i += 16) {
+        __m128i code_x16 = _mm_loadu_si128((const __m128i *)(const void *)(src + i));
+        __m256i half_x16 = _mm256_slli_epi16(_mm256_cvtepu8_epi16(code_x16), 8);
+        _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(half_x16));
+    }
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
+    rkvi_load_f8_e5m2_scalar(dst + i, src + i, n - i);
+}
+
+RKVI_TARGET_AVX512 static void rkvi_load_q8_0_avx512(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    int k;
+    for (i = 0; i < n; i += RKVI_Q8_0_DIMS, src += RKVI_Q8_0_BYTES) {
+        int16_t half;
+        __m512 scale_x16;
+        memcpy(&half, src, sizeof half);
+        scale_x16 = _mm512_cvtph_ps(_mm256_set1_epi16(half));
+        RKVI_UNROLL
+        for (k = 0; k < RKVI_Q8_0_DIMS; k += 16) {
+            __m128i bytes_x16 = _mm_loadu_si128((const __m128i *)(const void *)(src + 2 + k));
+            __m512 number_x16 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes_x16));
+            _mm512_storeu_ps(dst + i + k, _mm512_mul_ps(number_x16, scale_x16));
+        }
+    }
+}
+
 /* The first level of the tree, and the other three. */
 RKVI_TARGET_AVX512 RKVI_INLINE float rkvi_reduce16_avx512(__m512 sums_x16)
 {
@@ -1953,6 +2176,59 @@ static void rkvi_load_bf16_neon(float *dst, const unsigned char *src, size_t n)
     rkvi_load_bf16_scalar(dst + i, src + 2 * i, n - i);
 }
 
+/* As f16, with the bias of the exponent put right. A NaN, which is rare, would come out as 480: a
+ * run with one is loaded again. */
+static void rkvi_load_f8_e4m3_neon(float *dst, const unsigned char *src, size_t n)
+{
+    const uint8x8_t magnitude_x8 = vdup_n_u8(0x7f);
+    uint8x8_t most_x8 = vdup_n_u8(0);
+    size_t i;
+    for (i = 0; i + 8 <= n; i += 8) {
+        uint8x8_t code_x8 = vld1_u8(src + i);
+        uint16x8_t half_x8 =
+            vreinterpretq_u16_s16(vshlq_n_s16(vmovl_s8(vreinterpret_s8_u8(code_x8)), 7));
+        half_x8 = vandq_u16(half_x8, vdupq_n_u16(0xbf80));
+        most_x8 = vmax_u8(most_x8, vand_u8(code_x8, magnitude_x8));
+        vst1q_f32(dst + i,
+                  vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(half_x8))), 256.0f));
+        vst1q_f32(dst + i + 4,
+                  vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(half_x8))), 256.0f));
+    }
+    if (vmaxv_u8(most_x8) == 0x7f) i = 0;
+    rkvi_load_f8_e4m3_scalar(dst + i, src + i, n - i);
+}
+
+static void rkvi_load_f8_e5m2_neon(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    for (i = 0; i + 8 <= n; i += 8) {
+        uint16x8_t half_x8 = vshll_n_u8(vld1_u8(src + i), 8);
+        vst1q_f32(dst + i, vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(half_x8))));
+        vst1q_f32(dst + i + 4, vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(half_x8))));
+    }
+    rkvi_load_f8_e5m2_scalar(dst + i, src + i, n - i);
+}
+
+static void rkvi_load_q8_0_neon(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i;
+    int k;
+    for (i = 0; i < n; i += RKVI_Q8_0_DIMS, src += RKVI_Q8_0_BYTES) {
+        uint16_t half;
+        float scale;
+        memcpy(&half, src, sizeof half);
+        scale = rkvi_float_from_f16(half);
+        RKVI_UNROLL
+        for (k = 0; k < RKVI_Q8_0_DIMS; k += 8) {
+            int16x8_t number_x8 = vmovl_s8(vreinterpret_s8_u8(vld1_u8(src + 2 + k)));
+            float32x4_t low_x4 = vcvtq_f32_s32(vmovl_s16(vget_low_s16(number_x8)));
+            float32x4_t high_x4 = vcvtq_f32_s32(vmovl_s16(vget_high_s16(number_x8)));
+            vst1q_f32(dst + i + k, vmulq_n_f32(low_x4, scale));
+            vst1q_f32(dst + i + k + 4, vmulq_n_f32(high_x4, scale));
+        }
+    }
+}
+
 /* Sixteen lanes in four registers, by the tree. */
 RKVI_INLINE float rkvi_reduce16_neon(float32x4_t l0, float32x4_t l4, float32x4_t l8,
                                      float32x4_t l12)
@@ -2196,7 +2472,8 @@ static void rkvi_max_into_neon(float *dst, const float *src, size_t n)
 /* The tables. rkvi_cpu_backends, in room 18, wraps each of them. */
 #define RKVI_KERNELS(isa)                                                                          \
     {                                                                                              \
-        rkvi_usable_##isa, rkvi_load_f16_##isa, rkvi_load_bf16_##isa, rkvi_dot_rows_##isa,         \
+        rkvi_usable_##isa, rkvi_load_f16_##isa, rkvi_load_bf16_##isa, rkvi_load_f8_e4m3_##isa,     \
+            rkvi_load_f8_e5m2_##isa, rkvi_load_q8_0_##isa, rkvi_dot_rows_##isa,                    \
             rkvi_normalise_##isa, rkvi_add_rows_##isa, rkvi_interleave_##isa, rkvi_dot_tile_##isa, \
             rkvi_cosines_##isa, rkvi_fold_group_##isa, rkvi_softcap_##isa, rkvi_exp_sum_##isa,     \
             rkvi_maximum_##isa, rkvi_max_into_##isa                                                \
@@ -2237,6 +2514,7 @@ typedef struct rkvi_plan {
 typedef struct rkvi_scratch {
     rkv_error error;       /* the first that this worker met                                   */
     int error_kv_head;     /* its KV head, also where error.head is a query head               */
+    int missing;           /* the first row that a row loader did not give, or -1              */
     float *panel;          /* packed queries, [block][dim][32 or 16]                           */
     float *columns;        /* packed keys of a chunk, likewise                                 */
     float *waiting;        /* packed keys of rows that search together, likewise               */
@@ -2506,6 +2784,7 @@ typedef struct rkvi_head {
     float scale, softcap;
     size_t dim; /* padded to whole registers */
     float *scores;
+    int *missing; /* in the scratch */
 } rkvi_head;
 
 static void rkvi_load(const rkvi_kernels *k, rkv_dtype dtype, float *dst, const unsigned char *src,
@@ -2515,6 +2794,49 @@ static void rkvi_load(const rkvi_kernels *k, rkv_dtype dtype, float *dst, const 
     case RKV_F32: memcpy(dst, src, n * sizeof *dst); break;
     case RKV_F16: k->load_f16(dst, src, n); break;
     case RKV_BF16: k->load_bf16(dst, src, n); break;
+    case RKV_F8_E4M3: k->load_f8_e4m3(dst, src, n); break;
+    case RKV_F8_E5M2: k->load_f8_e5m2(dst, src, n); break;
+    case RKV_Q8_0: k->load_q8_0(dst, src, n); break;
+    case RKV_OPAQUE: break; /* rkvi_load_opaque */
+    }
+}
+
+/* How many of n rows from `token` on lie `stride` bytes apart. */
+static int rkvi_even_rows(const rkvi_view *view, int head, int token, int n, size_t stride)
+{
+    const unsigned char *row = rkvi_row(view, head, token);
+    int run = 1;
+    while (run < n && rkvi_row(view, head, token + run) == row + (size_t)run * stride) run++;
+    return run;
+}
+
+/* n rows by the row loader, as padded f32. The first that it does not give is *h->missing; zeros
+ * stand for it and for those after it. */
+static void rkvi_load_opaque(const rkvi_head *h, const rkvi_view *view, int head, int token, int n,
+                             float *dst)
+{
+    const size_t dim = (size_t)view->dim;
+    const size_t stride =
+        view->table && view->block_tokens == 1 ? view->block_stride : view->token_stride;
+    int end = token + n, given, r;
+    for (; token < end; token += n, dst += (size_t)n * h->dim) {
+        rkv_rows rows;
+        n = rkvi_even_rows(view, head, token, end - token, stride);
+        rows.data = rkvi_row(view, head, token);
+        rows.stride = n > 1 ? stride : 0;
+        rows.head = head;
+        rows.token = token;
+        rows.n_rows = n;
+        rows.dim = view->dim;
+        given = view->load(view->load_user, &rows, dst);
+        if (given < 0 || given > n) given = 0;
+        for (r = given - 1; r >= 0 && dim < h->dim; r--) {
+            memmove(dst + (size_t)r * h->dim, dst + (size_t)r * dim, dim * sizeof *dst);
+            memset(dst + (size_t)r * h->dim + dim, 0, (h->dim - dim) * sizeof *dst);
+        }
+        if (given == n) continue;
+        memset(dst + (size_t)given * h->dim, 0, (size_t)(n - given) * h->dim * sizeof *dst);
+        if (*h->missing < 0) *h->missing = token + given;
     }
 }
 
@@ -2522,6 +2844,10 @@ static void rkvi_load(const rkvi_kernels *k, rkv_dtype dtype, float *dst, const 
 static void rkvi_load_key(const rkvi_head *h, int token, float *dst)
 {
     size_t dim = token < 0 ? 0 : (size_t)h->keys->dim;
+    if (dim && h->keys->dtype == RKV_OPAQUE) {
+        rkvi_load_opaque(h, h->keys, h->index, token, 1, dst);
+        return;
+    }
     if (dim) rkvi_load(h->kernels, h->keys->dtype, dst, rkvi_row(h->keys, h->index, token), dim);
     if (dim < h->dim) memset(dst + dim, 0, (h->dim - dim) * sizeof *dst);
 }
@@ -2555,26 +2881,29 @@ static int rkvi_rows_adjacent(const rkvi_head *h)
 {
     const rkvi_view *keys = h->keys;
     return !keys->table && (size_t)keys->dim == h->dim &&
-           keys->token_stride == h->dim * keys->element;
+           keys->token_stride == keys->n_elements * keys->element;
 }
 
 /* RKVI_CHUNK keys from `first` on as f32; zeros after the last one. */
 static rkvi_rows rkvi_key_chunk(const rkvi_head *h, int first, float *stage)
 {
     rkvi_rows rows;
-    int r;
+    int r = 0;
     if (first + RKVI_CHUNK <= h->n_tokens && rkvi_rows_in_place(h)) {
         rows.data = (const float *)(const void *)rkvi_row(h->keys, h->index, first);
         rows.stride = h->keys->token_stride / sizeof(float);
         return rows;
     }
     rows = rkvi_staged(h, stage);
-    if (first + RKVI_CHUNK <= h->n_tokens && rkvi_rows_adjacent(h)) {
+    if (h->keys->dtype == RKV_OPAQUE) {
+        r = rkvi_min(h->n_tokens - first, RKVI_CHUNK);
+        rkvi_load_opaque(h, h->keys, h->index, first, r, stage);
+    } else if (first + RKVI_CHUNK <= h->n_tokens && rkvi_rows_adjacent(h)) {
         rkvi_load(h->kernels, h->keys->dtype, stage, rkvi_row(h->keys, h->index, first),
                   RKVI_CHUNK * h->dim);
         return rows;
     }
-    for (r = 0; r < RKVI_CHUNK; r++)
+    for (; r < RKVI_CHUNK; r++)
         rkvi_load_key(h, first + r < h->n_tokens ? first + r : -1, stage + (size_t)r * h->dim);
     return rows;
 }
@@ -2671,6 +3000,11 @@ static rkv_status rkvi_pack_queries(const rkvi_head *h, rkvi_scratch *s)
             int head = h->index * h->group + (first + r) / h->config->window;
             int token = (first + r) % h->config->window;
             float *row = s->rows + (size_t)r * h->dim;
+            if (h->queries->dtype == RKV_OPAQUE) {
+                rkvi_load_opaque(h, h->queries, head, token, 1, row);
+                if (s->missing >= 0) return rkvi_nonfinite(s, h, RKVI_RULE_QUERY_LOAD, head, token);
+                continue;
+            }
             rkvi_load(h->kernels, h->queries->dtype, row, rkvi_row(h->queries, head, token), dim);
             memset(row + dim, 0, (h->dim - dim) * sizeof *row);
         }
@@ -2685,16 +3019,19 @@ static rkv_status rkvi_pack_queries(const rkvi_head *h, rkvi_scratch *s)
     return RKV_OK;
 }
 
-/* Norms of a chunk; finds keys that are not finite. With a key, also its dot products. */
+/* Norms of a chunk; finds keys that are not finite, or not there. With a key, also its dot products. */
 static rkv_status rkvi_chunk_norms(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first,
                                    const float *key, float *dots)
 {
     float square[RKVI_CHUNK];
     int r;
     rkvi_dot_rows_with(h, rows, RKVI_CHUNK, NULL, square, key, key ? dots : NULL);
-    for (r = 0; r < RKVI_CHUNK; r++)
+    for (r = 0; r < RKVI_CHUNK; r++) {
+        if (first + r == s->missing)
+            return rkvi_nonfinite(s, h, RKVI_RULE_KEY_LOAD, h->index, first + r);
         if (!(square[r] <= RKVI_MAX_SQUARE))
             return rkvi_nonfinite(s, h, RKVI_RULE_KEY, h->index, first + r);
+    }
     h->kernels->normalise(square, RKVI_CHUNK, s->inverse + first, s->self + first);
     return RKV_OK;
 }
@@ -2709,7 +3046,7 @@ static rkvi_fetch rkvi_fetch_keys(const rkvi_head *h, int first,
     fetch.rows = rows;
     fetch.n_rows = n > 0 ? n : 0;
     fetch.at = 0;
-    fetch.bytes = (size_t)h->keys->dim * h->keys->element;
+    fetch.bytes = h->keys->n_elements * h->keys->element;
     return fetch;
 }
 
@@ -2796,8 +3133,10 @@ static rkv_status rkvi_read_keys(const rkvi_head *h, rkvi_scratch *s, size_t log
     rkvi_packed newest;
     const float *key; /* the newest, or NULL */
     float dots[RKVI_CHUNK];
-    int first, end, is_met; /* by the newest: it is part of the span */
+    int first, end, missing, is_met; /* by the newest: it is part of the span */
     rkvi_take_newest(h, s, &newest);
+    missing = s->missing; /* of these, which are read again in their turn */
+    s->missing = -1;
     key = newest.n && !h->n_spare ? s->newest + (size_t)(newest.n - 1) * h->dim : NULL;
     memset(s->sum, 0, h->dim * sizeof *s->sum);
     memset(s->exempt, 0, (size_t)h->n_span * sizeof *s->exempt);
@@ -2813,6 +3152,7 @@ static rkv_status rkvi_read_keys(const rkvi_head *h, rkvi_scratch *s, size_t log
         if (is_met) rkvi_meet_newest(h, s, rows, first, end, &newest, dots);
         if (h->n_queries && first < h->n_candidates) rkvi_chunk_logits(h, s, first, logit_stride);
     }
+    s->missing = missing;
     return RKV_OK;
 }
 
@@ -2895,7 +3235,9 @@ static rkv_status rkvi_score_head(const rkvi_head *h, rkvi_scratch *s)
     const float lambda = h->config->lambda;
     size_t stride = rkvi_padded((size_t)h->n_tokens);
     float *importance = s->signal, *redundancy = s->signal + stride, total = 1;
-    rkv_status status = rkvi_pack_queries(h, s);
+    rkv_status status;
+    s->missing = -1;
+    status = rkvi_pack_queries(h, s);
     if (status == RKV_OK) status = rkvi_read_keys(h, s, stride);
     if (status != RKV_OK) return status;
     if (h->n_queries) {
@@ -2903,6 +3245,8 @@ static rkv_status rkvi_score_head(const rkvi_head *h, rkvi_scratch *s)
         if (status != RKV_OK) return status;
     }
     if (h->wants_redundancy) rkvi_redundancy(h, s, redundancy, &total);
+    if (s->missing >= 0) /* given at first, but not again */
+        return rkvi_nonfinite(s, h, RKVI_RULE_KEY_LOAD, h->index, s->missing);
     s->weights[0] = lambda;
     s->weights[1] = h->wants_redundancy ? -((1.0f - lambda) / total) : 0;
     memset(h->scores, 0, stride * sizeof *h->scores);
@@ -3562,9 +3906,9 @@ typedef struct rkvi_pieces {
 static rkvi_pieces rkvi_pieces_of(const rkvi_view *view)
 {
     rkvi_pieces pieces = { 1, 0 };
-    pieces.bytes = (size_t)view->dim * view->element;
+    pieces.bytes = view->n_elements * view->element;
     if (view->dim_stride == view->element) return pieces;
-    pieces.n = view->dim;
+    pieces.n = (int)view->n_elements;
     pieces.bytes = view->element;
     return pieces;
 }
@@ -3658,7 +4002,7 @@ static void rkvi_run(const rkvi_job *job, rkvi_item item, rkvi_per per)
         job->config->parallel_for(job->config->pool_handle, job->n_workers, rkvi_task, &phase);
 }
 
-static rkvi_head rkvi_head_of(const rkvi_job *job, int l, int index)
+static rkvi_head rkvi_head_of(const rkvi_job *job, rkvi_scratch *s, int l, int index)
 {
     const rkvi_plan *plan = &job->plans[l];
     rkvi_head h;
@@ -3679,6 +4023,7 @@ static rkvi_head rkvi_head_of(const rkvi_job *job, int l, int index)
     h.softcap = job->layers[l].softcap;
     h.dim = rkvi_round_up((size_t)plan->keys.dim, RKVI_LANES);
     h.scores = plan->scores + (size_t)index * plan->score_stride;
+    h.missing = &s->missing;
     return h;
 }
 
@@ -3686,7 +4031,7 @@ static void rkvi_score_item(const rkvi_job *job, rkvi_scratch *s, int l, int ind
 {
     rkvi_head h;
     if (!job->plans[l].scored || s->error.status != RKV_OK) return;
-    h = rkvi_head_of(job, l, index);
+    h = rkvi_head_of(job, s, l, index);
     if (rkvi_score_head(&h, s) != RKV_OK) s->error.layer = l;
 }
 
@@ -3738,7 +4083,7 @@ static rkvi_view rkvi_array_view(const rkv_layer *layer, void *array, size_t ele
     rkvi_view view;
     memset(&view, 0, sizeof view);
     view.data = (unsigned char *)array;
-    view.dim = 1;
+    view.n_elements = 1;
     view.element = view.dim_stride = view.token_stride = element;
     view.head_stride = rkvi_row_stride(layer) * element;
     return view;
@@ -4234,7 +4579,7 @@ static int rkvi_axes_of(const rkv_tensor *t, const rkvi_view *view, rkvi_axis ax
 {
     rkvi_axis all[RKVI_AXES];
     int i, at, n = 0;
-    all[0].n = (size_t)t->dim;
+    all[0].n = view->n_elements;
     all[0].stride = view->dim_stride;
     all[1].n = (size_t)(t->block_table ? t->block_tokens : t->tokens);
     all[1].stride = view->token_stride;
@@ -4266,7 +4611,7 @@ static int rkvi_rows_nest(const rkv_tensor *t)
 
 static int rkvi_has_contiguous_size(const rkv_tensor *t)
 {
-    size_t n = (size_t)t->dim, rows = (size_t)(t->block_table ? t->block_tokens : t->tokens);
+    size_t n = rkvi_row_elements(t), rows = (size_t)(t->block_table ? t->block_tokens : t->tokens);
     return rkvi_mul_size(n, rows, &n) && rkvi_mul_size(n, (size_t)t->heads, &n) &&
            n <= PTRDIFF_MAX / 8;
 }
@@ -4288,6 +4633,10 @@ typedef enum rkvi_view_rule {
     RKVI_DATA,
     RKVI_DTYPE,
     RKVI_ELEMENT_BYTES,
+    RKVI_ROW_BYTES,
+    RKVI_LOADER,
+    RKVI_SPLIT_DIM,
+    RKVI_SPLIT_STRIDE,
     RKVI_HEADS_RANGE,
     RKVI_TOKENS_RANGE,
     RKVI_DIM,
@@ -4299,6 +4648,7 @@ typedef enum rkvi_view_rule {
     RKVI_SIZE,
     RKVI_NOT_READABLE,
     RKVI_NOT_THE_DTYPE,
+    RKVI_NO_LOADER,
     RKVI_TOO_FEW_TOKENS,
     RKVI_OVERLAP,
     RKVI_OTHER_DTYPE,
@@ -4308,21 +4658,27 @@ typedef enum rkvi_view_rule {
     RKVI_SOUND = RKVI_N_VIEW_RULES
 } rkvi_view_rule;
 
-#define RKVI_VIEW_RULES(view)                                                                     \
-    {                                                                                             \
-        view ": it or its data is NULL", view ".dtype: no such type",                             \
-            view ".element_bytes: must not be negative", view ".heads: must be at least 1",       \
-            view ".tokens: must not be negative", view ".dim: must be at least 1",                \
-            view ".head_stride: negative, a broadcast, or above PTRDIFF_MAX",                     \
-            view ".token_stride: negative, a broadcast, or above PTRDIFF_MAX",                    \
-            view ".dim_stride: negative, a broadcast, or above PTRDIFF_MAX",                      \
-            view ".block_stride: negative, a broadcast, or above PTRDIFF_MAX",                    \
-            view ".block_tokens: must be at least 1 with a block table",                          \
-            view ": its size overflows",                                                          \
-            view ".dim_stride: must be 0 or 1, the elements of a row must be adjacent",           \
-            view ".element_bytes: must be 0 or the dtype's", view ".tokens: fewer than n_tokens", \
-            view ": rows overlap, a stride is too small", view ".dtype: not the cache's",         \
-            view ".heads: not the cache's", view ".dim: not the cache's"                          \
+#define RKVI_VIEW_RULES(view)                                                                 \
+    {                                                                                         \
+        view ": it or its data is NULL", view ".dtype: no such type",                         \
+            view ".element_bytes: must not be negative",                                      \
+            view ".element_bytes: must be the bytes of a row (RKV_OPAQUE)",                   \
+            view ".load: is for RKV_OPAQUE only",                                             \
+            view ".dim: must be a multiple of 32 (RKV_Q8_0)",                                 \
+            view ": its strides must be multiples of 32 (RKV_Q8_0)",                          \
+            view ".heads: must be at least 1", view ".tokens: must not be negative",          \
+            view ".dim: must be at least 1",                                                  \
+            view ".head_stride: negative, a broadcast, or above PTRDIFF_MAX",                 \
+            view ".token_stride: negative, a broadcast, or above PTRDIFF_MAX",                \
+            view ".dim_stride: negative, a broadcast, or above PTRDIFF_MAX",                  \
+            view ".block_stride: negative, a broadcast, or above PTRDIFF_MAX",                \
+            view ".block_tokens: must be at least 1 with a block table",                      \
+            view ": its size overflows",                                                      \
+            view ".dim_stride: must be 0 or 1, the elements of a row must be adjacent",       \
+            view ".element_bytes: must be 0 or the dtype's",                                  \
+            view ".load: RKV_OPAQUE needs a row loader", view ".tokens: fewer than n_tokens", \
+            view ": rows overlap, a stride is too small", view ".dtype: not the cache's",     \
+            view ".heads: not the cache's", view ".dim: not the cache's"                      \
     }
 enum { RKVI_KEYS, RKVI_VALUES, RKVI_QUERIES, RKVI_APPENDED, RKVI_N_VIEWS = 2 * RKVI_APPENDED };
 static const char *const rkvi_view_rules[RKVI_N_VIEWS][RKVI_N_VIEW_RULES] = {
@@ -4336,11 +4692,18 @@ static int rkvi_stride_is_sane(int64_t stride)
     return stride >= 0 && (uint64_t)stride <= PTRDIFF_MAX;
 }
 
+static int rkvi_has_own_elements(const rkv_tensor *t)
+{
+    return t->element_bytes == 0 || (size_t)t->element_bytes == rkvi_dtype_bytes(t->dtype);
+}
+
 /* What holds for keys, values and queries alike. */
 static rkvi_view_rule rkvi_tensor_rule(const rkv_tensor *t)
 {
-    if ((unsigned)t->dtype > RKV_BF16) return RKVI_DTYPE;
+    if ((unsigned)t->dtype > RKV_Q8_0) return RKVI_DTYPE;
     if (t->element_bytes < 0) return RKVI_ELEMENT_BYTES;
+    if (t->dtype == RKV_OPAQUE && t->element_bytes == 0) return RKVI_ROW_BYTES;
+    if (t->dtype != RKV_OPAQUE && t->load) return RKVI_LOADER;
     if (t->heads < 1) return RKVI_HEADS_RANGE;
     if (t->tokens < 0) return RKVI_TOKENS_RANGE;
     if (t->dim < 1) return RKVI_DIM;
@@ -4348,14 +4711,18 @@ static rkvi_view_rule rkvi_tensor_rule(const rkv_tensor *t)
     if (!rkvi_stride_is_sane(t->token_stride)) return RKVI_TOKEN_STRIDE;
     if (!rkvi_stride_is_sane(t->dim_stride)) return RKVI_DIM_STRIDE;
     if (!rkvi_stride_is_sane(t->block_stride)) return RKVI_BLOCK_STRIDE;
+    if ((t->dtype == RKV_OPAQUE || t->dtype == RKV_Q8_0) && t->dim_stride > 1)
+        return RKVI_NOT_READABLE;
+    if (t->dtype == RKV_Q8_0) {
+        if (t->dim % RKVI_Q8_0_DIMS != 0) return RKVI_SPLIT_DIM;
+        if (t->token_stride % RKVI_Q8_0_DIMS != 0 || t->head_stride % RKVI_Q8_0_DIMS != 0 ||
+            t->block_stride % RKVI_Q8_0_DIMS != 0)
+            return RKVI_SPLIT_STRIDE;
+        if (!rkvi_has_own_elements(t)) return RKVI_NOT_THE_DTYPE;
+    }
     if (t->block_table && t->block_tokens < 1) return RKVI_BLOCK_TOKENS;
     if (!rkvi_has_contiguous_size(t) || rkvi_extent(t) == 0) return RKVI_SIZE;
     return RKVI_SOUND;
-}
-
-static int rkvi_has_own_elements(const rkv_tensor *t)
-{
-    return t->element_bytes == 0 || (size_t)t->element_bytes == rkvi_dtype_bytes(t->dtype);
 }
 
 /* What holds for a view whose numbers are read. */
@@ -4364,6 +4731,7 @@ static rkvi_view_rule rkvi_readable_rule(const rkv_tensor *t)
     rkvi_view_rule rule = rkvi_tensor_rule(t);
     if (rule != RKVI_SOUND) return rule;
     if (t->dim_stride > 1) return RKVI_NOT_READABLE;
+    if (t->dtype == RKV_OPAQUE) return t->load ? RKVI_SOUND : RKVI_NO_LOADER;
     return rkvi_has_own_elements(t) ? RKVI_SOUND : RKVI_NOT_THE_DTYPE;
 }
 
@@ -5087,7 +5455,12 @@ static const char *rkvi_cache_config_rule(rkv_cache_config *config)
         return "cache.query_heads: must be a multiple of kv_heads";
     if (config->head_dim < 1) return "cache.head_dim: must be at least 1";
     if (config->value_dim < 0) return "cache.value_dim: must not be negative";
-    if ((unsigned)config->dtype > RKV_BF16) return "cache.dtype: no such type";
+    if (config->dtype == RKV_OPAQUE) return "cache.dtype: a cache does not hold RKV_OPAQUE";
+    if ((unsigned)config->dtype > RKV_Q8_0) return "cache.dtype: no such type";
+    if (config->head_dim % rkvi_element_dims(config->dtype) != 0)
+        return "cache.head_dim: must be a multiple of 32 (RKV_Q8_0)";
+    if (config->value_dim % rkvi_element_dims(config->dtype) != 0)
+        return "cache.value_dim: must be a multiple of 32 (RKV_Q8_0)";
     if (config->buffer < 0) return "cache.buffer: must not be negative";
     if (config->capacity < 0) return "cache.capacity: must not be negative";
     if (!config->alloc != !config->free) return "cache.alloc, cache.free: give both or none";
@@ -5106,12 +5479,18 @@ static const char *rkvi_cache_config_rule(rkv_cache_config *config)
     return NULL;
 }
 
-/* out = bytes of [heads][rows][dim] elements; 0 when that overflows */
+static rkv_dtype rkvi_cache_query_dtype(const rkv_cache_config *config)
+{
+    return config->dtype > RKV_BF16 ? RKV_F32 : config->dtype;
+}
+
+/* out = bytes of [heads][rows][dim]; 0 when that overflows */
 static int rkvi_cache_rows_bytes(rkv_dtype dtype, int heads, int rows, int dim, size_t *out)
 {
     size_t bytes = rkvi_dtype_bytes(dtype);
     return rkvi_mul_size(bytes, (size_t)heads, &bytes) &&
-           rkvi_mul_size(bytes, (size_t)rows, &bytes) && rkvi_mul_size(bytes, (size_t)dim, out);
+           rkvi_mul_size(bytes, (size_t)rows, &bytes) &&
+           rkvi_mul_size(bytes, (size_t)(dim / rkvi_element_dims(dtype)), out);
 }
 
 /* Appends a part of `bytes` bytes, times `count`, to the block of memory; 0 on overflow. */
@@ -5139,8 +5518,8 @@ static int rkvi_cache_measure(const rkv_cache_config *config, rkvi_cache_plan *p
     plan->query_bytes = 0;
     plan->total = 0;
     if (rkvi_is_scored(compress, capacity) && rkvi_reads_queries(compress) &&
-        !rkvi_cache_rows_bytes(config->dtype, config->query_heads, compress->window,
-                               config->head_dim, &plan->query_bytes))
+        !rkvi_cache_rows_bytes(rkvi_cache_query_dtype(config), config->query_heads,
+                               compress->window, config->head_dim, &plan->query_bytes))
         return 0;
     return rkvi_cache_rows_bytes(config->dtype, config->kv_heads, capacity, config->head_dim,
                                  &plan->key_bytes) &&
@@ -5177,7 +5556,7 @@ static void rkvi_cache_describe_layer(rkv_cache *cache, int index)
     layer->values =
         rkv_tensor_make(cache->memory + plan->values + l * plan->value_bytes, config->dtype,
                         config->kv_heads, config->capacity, config->value_dim);
-    layer->queries = rkv_tensor_make(queries, config->dtype, config->query_heads,
+    layer->queries = rkv_tensor_make(queries, rkvi_cache_query_dtype(config), config->query_heads,
                                      config->compress.window, config->head_dim);
     layer->scale = config->scale;
     layer->softcap = config->softcap;
@@ -5418,12 +5797,13 @@ static const char *rkvi_cache_view_rule(const rkv_cache *cache, const rkv_tensor
     const rkv_cache_config *config = &cache->config;
     const int heads = which == RKVI_QUERIES ? config->query_heads : config->kv_heads;
     const int dim = which == RKVI_VALUES ? config->value_dim : config->head_dim;
+    const rkv_dtype dtype = which == RKVI_QUERIES ? rkvi_cache_query_dtype(config) : config->dtype;
     rkvi_view_rule rule = RKVI_DATA;
     if (view != NULL && view->data != NULL) rule = rkvi_tensor_rule(view);
     if (rule == RKVI_SOUND) {
         if (view->tokens < n_tokens) rule = RKVI_TOO_FEW_TOKENS;
         if (!rkvi_has_own_elements(view)) rule = RKVI_NOT_THE_DTYPE;
-        if (view->dtype != config->dtype) rule = RKVI_OTHER_DTYPE;
+        if (view->dtype != dtype) rule = RKVI_OTHER_DTYPE;
         if (view->heads != heads) rule = RKVI_OTHER_HEADS;
         if (view->dim != dim) rule = RKVI_OTHER_DIM;
     }
@@ -5841,28 +6221,29 @@ typedef struct rkvi_image_cursor {
     const unsigned char *in;
 } rkvi_image_cursor;
 
-static void rkvi_image_swap(unsigned char *dst, const unsigned char *src, size_t bytes,
-                            size_t element_bytes)
+/* Swaps the bytes of each number; of q8_0 the scale alone has two. */
+static void rkvi_image_swap(unsigned char *rows, size_t bytes, rkv_dtype dtype)
 {
+    const size_t element = rkvi_dtype_bytes(dtype), number = dtype == RKV_Q8_0 ? 2 : element;
     size_t at, i;
-    for (at = 0; at < bytes; at += element_bytes)
-        for (i = 0; i < element_bytes / 2; i++) {
-            const unsigned char low = src[at + i];
-            dst[at + i] = src[at + element_bytes - 1 - i];
-            dst[at + element_bytes - 1 - i] = low;
+    for (at = 0; at < bytes; at += element)
+        for (i = 0; i < number / 2; i++) {
+            const unsigned char low = rows[at + i];
+            rows[at + i] = rows[at + number - 1 - i];
+            rows[at + number - 1 - i] = low;
         }
 }
 
-/* Big-endian hosts: swaps the bytes of each element, through a small buffer. */
+/* Big-endian hosts: swaps through a small buffer, which holds whole elements of any type. */
 static rkv_status rkvi_image_load_swapped(const rkv_backend *backend, unsigned char *rows,
-                                          const unsigned char *image, size_t bytes,
-                                          size_t element_bytes)
+                                          const unsigned char *image, size_t bytes, rkv_dtype dtype)
 {
-    unsigned char swapped[1024];
+    unsigned char swapped[4 * RKVI_Q8_0_BYTES * 8];
     while (bytes > 0) {
         const size_t part = bytes < sizeof(swapped) ? bytes : sizeof(swapped);
         rkv_status status;
-        rkvi_image_swap(swapped, image, part, element_bytes);
+        memcpy(swapped, image, part);
+        rkvi_image_swap(swapped, part, dtype);
         status = backend->copy(backend, rows, swapped, part);
         if (status != RKV_OK) return status;
         rows += part;
@@ -5874,7 +6255,7 @@ static rkv_status rkvi_image_load_swapped(const rkv_backend *backend, unsigned c
 
 /* Copies `bytes` bytes of the backend's memory to or from the image and advances the cursor. */
 static rkv_status rkvi_image_transfer(const rkv_backend *backend, rkvi_image_cursor *cursor,
-                                      void *rows, size_t bytes, size_t element_bytes)
+                                      void *rows, size_t bytes, rkv_dtype dtype)
 {
     rkv_status status;
     if (bytes == 0) return RKV_OK;
@@ -5882,11 +6263,11 @@ static rkv_status rkvi_image_transfer(const rkv_backend *backend, rkvi_image_cur
         const unsigned char *image = cursor->in;
         cursor->in += bytes;
         if (rkvi_host_is_little_endian()) return backend->copy(backend, rows, image, bytes);
-        return rkvi_image_load_swapped(backend, (unsigned char *)rows, image, bytes, element_bytes);
+        return rkvi_image_load_swapped(backend, (unsigned char *)rows, image, bytes, dtype);
     }
     status = backend->copy(backend, cursor->out, rows, bytes);
     if (status == RKV_OK && !rkvi_host_is_little_endian())
-        rkvi_image_swap(cursor->out, cursor->out, bytes, element_bytes);
+        rkvi_image_swap(cursor->out, bytes, dtype);
     cursor->out += bytes;
     return status;
 }
@@ -5895,13 +6276,12 @@ static rkv_status rkvi_image_transfer(const rkv_backend *backend, rkvi_image_cur
 static rkv_status rkvi_image_transfer_rows(const rkv_backend *backend, rkvi_image_cursor *cursor,
                                            const rkv_tensor *reserved, int n_tokens)
 {
-    const size_t element_bytes = rkvi_dtype_bytes(reserved->dtype);
-    const size_t row_bytes = element_bytes * (size_t)reserved->dim;
+    const size_t row_bytes = rkvi_dtype_bytes(reserved->dtype) * rkvi_row_elements(reserved);
     unsigned char *head = (unsigned char *)reserved->data;
     int h;
     for (h = 0; h < reserved->heads; h++, head += row_bytes * (size_t)reserved->tokens) {
-        rkv_status status =
-            rkvi_image_transfer(backend, cursor, head, row_bytes * (size_t)n_tokens, element_bytes);
+        rkv_status status = rkvi_image_transfer(backend, cursor, head, row_bytes * (size_t)n_tokens,
+                                                reserved->dtype);
         if (status != RKV_OK) return status;
     }
     return RKV_OK;
@@ -5931,7 +6311,7 @@ static rkv_status rkvi_image_transfer_ring(const rkv_cache *cache, rkvi_image_cu
     unsigned char *out = cursor->out;
     rkv_status status =
         rkvi_image_transfer(backend, cursor, cache->layers[layer].queries.data,
-                            cache->plan.query_bytes, rkvi_dtype_bytes(cache->config.dtype));
+                            cache->plan.query_bytes, rkvi_cache_query_dtype(&cache->config));
     if (status == RKV_OK && out != NULL && cache->plan.query_bytes > 0)
         rkvi_image_blank_stale(cache, layer, out);
     return status;
@@ -5948,7 +6328,7 @@ static rkv_status rkvi_image_transfer_body(const rkv_cache *cache, rkvi_image_cu
     for (s = 0; s < cache->plan.n_sets && status == RKV_OK; s++)
         status = rkvi_image_transfer(backend, cursor,
                                      cache->positions + (size_t)s * (size_t)cache->config.capacity,
-                                     fixed_bytes, sizeof(int32_t));
+                                     fixed_bytes, RKV_F32); /* also 4 bytes */
     for (l = 0; l < cache->config.n_layers && status == RKV_OK; l++) {
         const rkv_layer *layer = &cache->layers[l];
         status = rkvi_image_transfer_rows(backend, cursor, &layer->keys, layer->n_tokens);

@@ -38,7 +38,7 @@
  *            table is made; no warm-up call is needed.
  * Launches   At most 8 for 28 layers of one shape (250 layers with CUDA 12.1 and later), one more
  *            for every further 28 (250) and for every change of shape, one if there are block
- *            tables or pins, three for each further element type.
+ *            tables or pins, three for each further type of keys (all that are converted: one).
  * Workspace  24 + 4 * window bytes per token and KV head.
  * Counts     n_tokens and n_kept are set when the call returns, before the device has seen the
  *            data. After a fault in the data set n_tokens back: no row has moved.
@@ -59,9 +59,14 @@
  * Cache      rkv_cache works on this backend. A block table with a negative entry, in views given
  *            to rkv_cache_append, is not reported: those rows are not copied.
  *
- * What it does not support (RKV_ERROR_UNSUPPORTED): queries of another dtype than the keys; keys
- * or queries to score that are not aligned to their element size; rows of 2 GB and more; 2^30
- * queries per KV head; 2^26 KV heads in a call. Values may lie anywhere.
+ * Types      Keys and queries of one type, f32, f16 or bf16, are the fast case. fp8 and q8_0, and
+ *            queries of another type than the keys, are converted to f32 on the way into shared
+ *            memory, and multiplied without tensor cores.
+ *
+ * What it does not support (RKV_ERROR_UNSUPPORTED): row loaders, that is, keys or queries to score
+ * that are RKV_OPAQUE; keys or queries to score of one type, f32, f16 or bf16, that are not aligned
+ * to their element size; rows of 2 GB and more; 2^30 queries per KV head; 2^26 KV heads in a call.
+ * Values may lie anywhere.
  *
  * ==== 3. Config macros ======================================================================
  * RKV_CUDA_PARAMETER_BYTES  the size of kernel parameters: 32764 from CUDA 12.1 on, which needs a
@@ -206,7 +211,58 @@ static __device__ __forceinline__ float rkvi_to_float(rkvi_bf16 x)
     return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
 }
 
+/* Keys of a quantised type, or of another than the queries: rows in memory are of the type that
+ * the loader is told, numbers in a tile are float. */
+struct rkvi_any {
+    float value;
+};
+static __device__ __forceinline__ float rkvi_to_float(rkvi_any x)
+{
+    return x.value;
+}
+
+/* e4m3fn as f16 with a smaller exponent bias: 7 instead of 15. */
+static __device__ __forceinline__ float rkvi_from_f8_e4m3(unsigned code)
+{
+    const unsigned sign = (code & 0x80u) << 8, magnitude = code & 0x7fu;
+    const unsigned half = sign | (magnitude == 0x7fu ? 0x7e00u : magnitude << 7);
+    return 256.0f * rkvi_to_float(rkvi_f16{ static_cast<uint16_t>(half) });
+}
+/* Two bytes at any address; the machine is little-endian. */
+static __device__ __forceinline__ uint16_t rkvi_load_half(const char *p)
+{
+    const unsigned low = *reinterpret_cast<const uint8_t *>(p);
+    return static_cast<uint16_t>(low | *reinterpret_cast<const uint8_t *>(p + 1) * 256u);
+}
+/* Number i of a row of type `dtype` at any address. Blocks of q8_0 are 34 bytes: an f16 scale and
+ * 32 int8. */
+static __device__ float rkvi_load_any(const char *row, int i, int dtype)
+{
+    const uint8_t *const bytes = reinterpret_cast<const uint8_t *>(row);
+    switch (dtype) {
+    case RKV_F32: {
+        const char *const p = row + 4 * static_cast<int64_t>(i);
+        return __uint_as_float(rkvi_load_half(p) | static_cast<uint32_t>(rkvi_load_half(p + 2))
+                                                       << 16);
+    }
+    case RKV_F16:
+        return rkvi_to_float(rkvi_f16{ rkvi_load_half(row + 2 * static_cast<int64_t>(i)) });
+    case RKV_BF16:
+        return rkvi_to_float(rkvi_bf16{ rkvi_load_half(row + 2 * static_cast<int64_t>(i)) });
+    case RKV_F8_E4M3: return rkvi_from_f8_e4m3(bytes[i]);
+    case RKV_F8_E5M2: return rkvi_to_float(rkvi_f16{ static_cast<uint16_t>(bytes[i] * 256u) });
+    default: {
+        const char *const block = row + static_cast<int64_t>(i / 32) * 34;
+        const int number = static_cast<int8_t>(block[2 + i % 32]);
+        return static_cast<float>(number) * rkvi_to_float(rkvi_f16{ rkvi_load_half(block) });
+    }
+    }
+}
+
 template <typename T> struct rkvi_dtype_of;
+template <> struct rkvi_dtype_of<rkvi_any> {
+    enum { value = RKV_OPAQUE };
+};
 template <> struct rkvi_dtype_of<float> {
     enum { value = RKV_F32 };
 };
@@ -468,6 +524,22 @@ static __device__ void rkvi_stage_begin(char *tile, const char *const *rows, int
     else
         rkvi_load_tile<uint16_t>(tile, rows, n_rows, offset, bytes, padded_bytes);
 }
+/* `load` is the dtype. */
+template <>
+__device__ void rkvi_stage_begin<rkvi_any>(char *tile, const char *const *rows, int n_rows,
+                                           int head_dim, int chunk, int load)
+{
+    const int first = chunk * rkvi_chunk_dims<rkvi_any>(),
+              dims = rkvi_dims<rkvi_any>(head_dim, chunk);
+    const unsigned padded = static_cast<unsigned>(rkvi_padded(dims));
+    __syncthreads();
+    for (unsigned at = threadIdx.x; at < static_cast<unsigned>(n_rows) * padded;
+         at += RKVI_TILE_THREADS) {
+        const int row = static_cast<int>(at / padded), i = static_cast<int>(at % padded);
+        const float number = i < dims ? rkvi_load_any(rows[row], first + i, load) : 0.0f;
+        *reinterpret_cast<float *>(tile + row * RKVI_PITCH + 4 * i) = number;
+    }
+}
 static __device__ __forceinline__ void rkvi_stage_end()
 {
     rkvi_copies_done();
@@ -489,6 +561,10 @@ static __device__ __forceinline__ void rkvi_load4(float *out, const float *p)
     out[2] = v.z;
     out[3] = v.w;
 }
+static __device__ __forceinline__ void rkvi_load4(float *out, const rkvi_any *p)
+{
+    rkvi_load4(out, &p->value);
+}
 template <typename T> static __device__ __forceinline__ void rkvi_load4(float *out, const T *p)
 {
     const uint2 v = *reinterpret_cast<const uint2 *>(p);
@@ -500,6 +576,10 @@ template <typename T> static __device__ __forceinline__ void rkvi_load4(float *o
 
 /* 16 bytes, aligned, as floats. */
 static __device__ __forceinline__ void rkvi_load_piece(float *out, const float *p)
+{
+    rkvi_load4(out, p);
+}
+static __device__ __forceinline__ void rkvi_load_piece(float *out, const rkvi_any *p)
 {
     rkvi_load4(out, p);
 }
@@ -633,6 +713,11 @@ static __device__ __forceinline__ void rkvi_dots(float (*acc)[4], const char *a,
 {
     rkvi_dots_fma<float>(acc, a, b, padded, n_blocks);
 }
+static __device__ __forceinline__ void rkvi_dots(float (*acc)[4], const char *a, const char *b,
+                                                 int padded, int n_blocks, rkvi_any)
+{
+    rkvi_dots_fma<float>(acc, a, b, padded, n_blocks);
+}
 #else
 template <typename T>
 static __device__ __forceinline__ void rkvi_dots(float (*acc)[4], const char *a, const char *b,
@@ -699,6 +784,15 @@ static __device__ float rkvi_chain_dot_global(const char *a, const char *b, int 
     return rkvi_chain_dot(reinterpret_cast<const T *>(a), reinterpret_cast<const T *>(b), head_dim,
                           load == 16);
 }
+template <>
+__device__ float rkvi_chain_dot_global<rkvi_any>(const char *a, const char *b, int head_dim,
+                                                 int load)
+{
+    float sum = 0.0f;
+    for (int i = 0; i < head_dim; i++)
+        sum = fmaf(rkvi_load_any(a, i, load), rkvi_load_any(b, i, load), sum);
+    return sum;
+}
 
 /* ==== 13. Plans =============================================================================
  * Descriptors: what the kernels know of a call, where everything lies in the workspace, what they
@@ -731,7 +825,8 @@ struct rkvi_job {
     float *set_scores;   /* what selection reads: scores, or the set's shared scores           */
     int32_t *kept;       /* [n_keep] of the job's set                                          */
     float scale, softcap;
-    int dtype, key_load, query_load; /* bytes per load, as the alignment allows                 */
+    int dtype, key_load, query_load; /* bytes per load, as the alignment allows; of rkvi_any: the
+                                        dtype in memory                                         */
     int layer, head, heads, group, head_dim;
     int n_tokens, n_keep;
     int scored;              /* some tokens are chosen by score */
@@ -858,13 +953,14 @@ static __device__ void rkvi_report(const rkvi_args &args)
 
 struct rkvi_strides {
     int64_t head, token, dim, block; /* bytes */
-    int block_tokens, element;
+    int block_tokens;
+    int element, n_elements; /* bytes of an element, elements of a row */
 };
 /* What the layers of a model have in common. Adjacent layers of equal shape share an upload. */
 struct rkvi_shape {
     rkvi_strides keys, values, queries;
     int key_load, query_load, key_unit, value_unit;
-    int heads, group, head_dim, value_dim, dtype, row_stride;
+    int heads, group, head_dim, dtype, row_stride;
     float scale, softcap;
 };
 struct rkvi_entry {
@@ -921,16 +1017,17 @@ static __host__ __device__ rkvi_view rkvi_view_of(char *data, const int32_t *tab
 }
 
 static __device__ rkvi_moved rkvi_moved_of(const rkvi_view &rows, const rkvi_strides &strides,
-                                           int dim, int unit)
+                                           int unit)
 {
     const bool whole = strides.dim == strides.element;
     rkvi_moved moved;
     moved.rows = rows;
     moved.run_stride = strides.dim;
     moved.unit = unit;
-    moved.run = whole ? static_cast<int>(static_cast<int64_t>(dim) * strides.element / unit)
-                      : strides.element / unit;
-    moved.n_units = whole ? moved.run : dim * moved.run;
+    moved.run =
+        whole ? static_cast<int>(static_cast<int64_t>(strides.n_elements) * strides.element / unit)
+              : strides.element / unit;
+    moved.n_units = whole ? moved.run : strides.n_elements * moved.run;
     moved.tokens_adjacent = !whole && strides.token == strides.element;
     return moved;
 }
@@ -965,18 +1062,17 @@ static __device__ void rkvi_describe(const rkvi_upload_head &head, const rkvi_en
     const rkvi_shape &shape = head.shape;
     const bool per_head = head.args.config.scope == RKV_PER_HEAD;
     const bool has_set = per_head || h == 0;
-    const rkvi_strides words = { static_cast<int64_t>(shape.row_stride) * 4, 4, 4, 0, 0, 4 };
-    const rkvi_strides bytes = { shape.row_stride, 1, 1, 0, 0, 1 };
+    const rkvi_strides words = { static_cast<int64_t>(shape.row_stride) * 4, 4, 4, 0, 0, 4, 1 };
+    const rkvi_strides bytes = { shape.row_stride, 1, 1, 0, 0, 1, 1 };
     char *positions = reinterpret_cast<char *>(has_set ? entry.positions : NULL);
     char *pins = reinterpret_cast<char *>(has_set ? entry.pins : NULL);
     job->moved[RKVI_KEYS] = rkvi_moved_of(rkvi_view_of(entry.keys, entry.key_table, shape.keys, h),
-                                          shape.keys, shape.head_dim, shape.key_unit);
+                                          shape.keys, shape.key_unit);
     job->moved[RKVI_VALUES] =
         rkvi_moved_of(rkvi_view_of(entry.values, entry.value_table, shape.values, h), shape.values,
-                      shape.value_dim, shape.value_unit);
-    job->moved[RKVI_POSITIONS] =
-        rkvi_moved_of(rkvi_view_of(positions, NULL, words, h), words, 1, 4);
-    job->moved[RKVI_PINS] = rkvi_moved_of(rkvi_view_of(pins, NULL, bytes, h), bytes, 1, 1);
+                      shape.value_unit);
+    job->moved[RKVI_POSITIONS] = rkvi_moved_of(rkvi_view_of(positions, NULL, words, h), words, 4);
+    job->moved[RKVI_PINS] = rkvi_moved_of(rkvi_view_of(pins, NULL, bytes, h), bytes, 1);
     job->queries = rkvi_view_of(entry.queries, entry.query_table, shape.queries, h * shape.group);
     job->query_head_stride = shape.queries.head;
     rkvi_describe_buffers(head, entry, first_job, h, job);
@@ -1036,10 +1132,23 @@ static cudaStream_t rkvi_stream(const rkv_backend *self)
     return static_cast<cudaStream_t>(const_cast<void *>(self->context));
 }
 
+/* As in rkv.h: an element is a number, a block of q8_0, or a byte of an opaque row. */
 static int rkvi_element_bytes(const rkv_tensor &tensor)
 {
+    if (tensor.dtype == RKV_OPAQUE) return 1;
     if (tensor.element_bytes) return tensor.element_bytes;
-    return tensor.dtype == RKV_F32 ? 4 : 2;
+    switch (tensor.dtype) {
+    case RKV_F32: return 4;
+    case RKV_Q8_0: return 34;
+    case RKV_F16:
+    case RKV_BF16: return 2;
+    default: return 1; /* fp8 */
+    }
+}
+static int rkvi_row_elements(const rkv_tensor &tensor)
+{
+    if (tensor.dtype == RKV_OPAQUE) return tensor.element_bytes;
+    return tensor.dtype == RKV_Q8_0 ? tensor.dim / 32 : tensor.dim;
 }
 
 static rkvi_strides rkvi_strides_of(const rkv_tensor &tensor)
@@ -1048,11 +1157,14 @@ static rkvi_strides rkvi_strides_of(const rkv_tensor &tensor)
     rkvi_strides strides;
     memset(&strides, 0, sizeof strides);
     strides.element = rkvi_element_bytes(tensor);
-    strides.dim = (tensor.dim_stride ? tensor.dim_stride : 1) * strides.element;
-    strides.token = (tensor.token_stride ? tensor.token_stride : tensor.dim) * strides.element;
-    strides.head = (tensor.head_stride ? tensor.head_stride : rows * tensor.dim) * strides.element;
-    strides.block = (tensor.block_stride ? tensor.block_stride : tensor.heads * rows * tensor.dim) *
-                    strides.element;
+    strides.n_elements = rkvi_row_elements(tensor);
+    const int64_t row = strides.n_elements, element = strides.element;
+    const int64_t dims = tensor.dtype == RKV_Q8_0 ? 32 : 1; /* numbers of an element */
+    strides.dim = (tensor.dim_stride ? tensor.dim_stride : 1) * element;
+    strides.token = (tensor.token_stride ? tensor.token_stride / dims : row) * element;
+    strides.head = (tensor.head_stride ? tensor.head_stride / dims : rows * row) * element;
+    strides.block =
+        (tensor.block_stride ? tensor.block_stride / dims : tensor.heads * rows * row) * element;
     strides.block_tokens = tensor.block_table ? tensor.block_tokens : 0;
     return strides;
 }
@@ -1062,7 +1174,7 @@ static int rkvi_unit_of(const rkv_tensor &tensor, const rkvi_strides &strides)
 {
     uint64_t all = 16 | reinterpret_cast<uintptr_t>(tensor.data);
     if (strides.dim == strides.element)
-        all |= static_cast<uint64_t>(tensor.dim) * static_cast<uint64_t>(strides.element);
+        all |= static_cast<uint64_t>(strides.n_elements) * static_cast<uint64_t>(strides.element);
     else
         all |= static_cast<uint64_t>(strides.element) | static_cast<uint64_t>(strides.dim);
     all |= static_cast<uint64_t>(strides.token) | static_cast<uint64_t>(strides.head);
@@ -2497,9 +2609,9 @@ static rkv_status rkvi_cuda_copy_rows(const rkv_backend *self, const rkv_tensor 
     while (!whole && args.unit > to.element)
         args.unit /= 2; /* one side is transposed: no more than an element at a time */
     args.element_units =
-        whole ? static_cast<int>(static_cast<int64_t>(dst->dim) * to.element / args.unit)
+        whole ? static_cast<int>(static_cast<int64_t>(to.n_elements) * to.element / args.unit)
               : to.element / args.unit;
-    args.per_row = whole ? args.element_units : dst->dim * args.element_units;
+    args.per_row = whole ? args.element_units : to.n_elements * args.element_units;
     args.dst = rkvi_view_of(static_cast<char *>(dst->data), dst->block_table, to, 0);
     args.src = rkvi_view_of(static_cast<char *>(src->data), src->block_table, from, 0);
     args.dst_head = to.head;
@@ -2544,7 +2656,13 @@ static rkv_status rkvi_cuda_fill_positions(const rkv_backend *self, int32_t *pos
 /* ==== 18. Host side =========================================================================
  * In: arguments that rkv.h has checked, and a config whose zeros are filled in.  Out: launches. */
 
-static rkvi_shape rkvi_shape_of(const rkv_layer &layer)
+/* Are the keys quantised, or the queries of another type? */
+static bool rkvi_needs_any(const rkv_layer &layer, bool with_queries)
+{
+    return layer.keys.dtype > RKV_BF16 || (with_queries && layer.queries.dtype != layer.keys.dtype);
+}
+
+static rkvi_shape rkvi_shape_of(const rkv_layer &layer, bool with_queries)
 {
     rkvi_shape shape;
     memset(&shape, 0, sizeof shape); /* compared as bytes */
@@ -2554,7 +2672,6 @@ static rkvi_shape rkvi_shape_of(const rkv_layer &layer)
     if (layer.values.data) {
         shape.values = rkvi_strides_of(layer.values);
         shape.value_unit = rkvi_unit_of(layer.values, shape.values);
-        shape.value_dim = layer.values.dim;
     }
     shape.group = 1;
     if (layer.queries.data && layer.queries.heads >= layer.keys.heads) {
@@ -2565,6 +2682,11 @@ static rkvi_shape rkvi_shape_of(const rkv_layer &layer)
     shape.heads = layer.keys.heads;
     shape.head_dim = layer.keys.dim;
     shape.dtype = layer.keys.dtype;
+    if (rkvi_needs_any(layer, with_queries)) {
+        shape.dtype = rkvi_dtype_of<rkvi_any>::value;
+        shape.key_load = layer.keys.dtype;
+        shape.query_load = layer.queries.dtype;
+    }
     shape.row_stride = layer.row_stride ? layer.row_stride : layer.keys.tokens;
     shape.scale = layer.scale > 0 ? layer.scale : 1.0f / sqrtf(static_cast<float>(layer.keys.dim));
     shape.softcap = layer.softcap;
@@ -2584,7 +2706,7 @@ struct rkvi_plan {
     size_t bytes; /* of the workspace */
     int64_t n_jobs, scored_tiles;
     int most_tokens, most_scored, most_slices;
-    bool dtypes[3], has_tables, has_pins;
+    bool dtypes[4], has_tables, has_pins; /* by rkvi_shape.dtype */
 };
 
 /* Writes a record, unless error is NULL, and returns the status. */
@@ -2682,7 +2804,7 @@ static rkv_status rkvi_cuda_workspace_size(const rkv_backend *self, const rkv_co
 static bool rkvi_row_is_too_long(const rkv_tensor &tensor)
 {
     const int64_t most = INT32_MAX - 4096;
-    return static_cast<int64_t>(tensor.dim) > most / rkvi_element_bytes(tensor);
+    return static_cast<int64_t>(rkvi_row_elements(tensor)) > most / rkvi_element_bytes(tensor);
 }
 
 /* NULL, or what this backend does not support in a layer. */
@@ -2691,17 +2813,18 @@ static const char *rkvi_unsupported_rule(const rkv_call &call, const rkv_layer &
 {
     const rkv_config *config = call.config;
     const int element = layer.keys.dtype == RKV_F32 ? 4 : 2;
+    const bool is_any = shape.dtype == rkvi_dtype_of<rkvi_any>::value; /* at any address */
     const bool scores = call.stage == RKV_SCORE || call.stage == RKV_COMPRESS;
     if (rkvi_row_is_too_long(layer.keys)) return "layer.keys.dim: \"cuda\" takes rows below 2 GB";
     if (layer.values.data && rkvi_row_is_too_long(layer.values))
         return "layer.values.dim: \"cuda\" takes rows below 2 GB";
     if (!scores || !rkvi_is_scored(config, layer)) return NULL;
-    if (shape.key_load < element)
+    if (layer.keys.dtype == RKV_OPAQUE) return "layer.keys.load: \"cuda\" has no row loaders";
+    if (!is_any && shape.key_load < element)
         return "layer.keys: \"cuda\" needs data and strides aligned to the element size";
     if (!(config->lambda > 0)) return NULL;
-    if (layer.queries.dtype != layer.keys.dtype)
-        return "layer.queries.dtype: \"cuda\" needs the dtype of the keys";
-    if (shape.query_load < element)
+    if (layer.queries.dtype == RKV_OPAQUE) return "layer.queries.load: \"cuda\" has no row loaders";
+    if (!is_any && shape.query_load < element)
         return "layer.queries: \"cuda\" needs data and strides aligned to the element size";
     if (static_cast<int64_t>(shape.group) * config->window >= RKVI_NO_ROW)
         return "layer.queries: \"cuda\" takes fewer than 2^30 - 1 queries per KV head";
@@ -2717,10 +2840,11 @@ static int rkvi_slices(int64_t row_bytes, int unit)
 static void rkvi_measure(rkvi_plan *plan, const rkv_layer &layer, const rkvi_shape &shape)
 {
     const rkv_config *config = plan->call->config;
-    const int64_t element = shape.values.element;
-    int slices =
-        rkvi_slices(static_cast<int64_t>(shape.head_dim) * shape.keys.element, shape.key_unit);
-    if (layer.values.data) slices += rkvi_slices(shape.value_dim * element, shape.value_unit);
+    int slices = rkvi_slices(static_cast<int64_t>(shape.keys.n_elements) * shape.keys.element,
+                             shape.key_unit);
+    if (layer.values.data)
+        slices += rkvi_slices(static_cast<int64_t>(shape.values.n_elements) * shape.values.element,
+                              shape.value_unit);
     slices += (layer.positions != NULL) + (layer.pins != NULL);
     if (slices > plan->most_slices) plan->most_slices = slices;
     if (layer.n_tokens > plan->most_tokens) plan->most_tokens = layer.n_tokens;
@@ -2732,7 +2856,7 @@ static void rkvi_measure(rkvi_plan *plan, const rkv_layer &layer, const rkvi_sha
     if (layer.n_tokens > plan->most_scored) plan->most_scored = layer.n_tokens;
     plan->scored_tiles +=
         static_cast<int64_t>(shape.heads) * ((layer.n_tokens - 1) / RKVI_TILE + 1);
-    plan->dtypes[layer.keys.dtype] = true;
+    plan->dtypes[shape.dtype] = true;
 }
 
 /* Is layer l the first of the layers that share its kept set? */
@@ -2816,7 +2940,7 @@ static cudaError_t rkvi_upload_layers(const rkvi_plan &plan)
     up.head = plan.head;
     up.head.is_first = 1;
     for (int l = 0; l < call.n_layers && error == cudaSuccess; l++) {
-        const rkvi_shape shape = rkvi_shape_of(call.layers[l]);
+        const rkvi_shape shape = rkvi_shape_of(call.layers[l], call.config->lambda > 0);
         if (up.head.n_entries == RKVI_UPLOAD_ENTRIES ||
             (up.head.n_entries > 0 && memcmp(&shape, &up.head.shape, sizeof shape) != 0))
             error = rkvi_send(plan, &up);
@@ -2882,7 +3006,7 @@ static rkv_status rkvi_make_plan(rkvi_plan *plan, const rkv_backend *self, const
     if (call->bytes < plan->bytes)
         return rkvi_record(error, RKV_ERROR_WORKSPACE, RKVI_RULE_WORKSPACE_SIZE, -1);
     for (int l = 0; l < call->n_layers; l++) {
-        const rkvi_shape shape = rkvi_shape_of(call->layers[l]);
+        const rkvi_shape shape = rkvi_shape_of(call->layers[l], call->config->lambda > 0);
         const char *rule = rkvi_unsupported_rule(*call, call->layers[l], shape);
         if (rule) return rkvi_record(error, RKV_ERROR_UNSUPPORTED, rule, l);
         rkvi_measure(plan, call->layers[l], shape);
@@ -2952,6 +3076,7 @@ static cudaError_t rkvi_run_score(rkvi_plan *plan, bool select_too)
     cudaError_t error = rkvi_score_type<float>(*plan);
     if (error == cudaSuccess) error = rkvi_score_type<rkvi_f16>(*plan);
     if (error == cudaSuccess) error = rkvi_score_type<rkvi_bf16>(*plan);
+    if (error == cudaSuccess) error = rkvi_score_type<rkvi_any>(*plan);
     plan->head.args.select_too = select_too;
     if (error == cudaSuccess)
         error =
@@ -3047,7 +3172,8 @@ static cudaError_t rkvi_load_kernels()
         rkvi_kernel(rkvi_attend<rkvi_bf16>),   rkvi_kernel(rkvi_scan_near<float>),
         rkvi_kernel(rkvi_scan_near<rkvi_f16>), rkvi_kernel(rkvi_scan_near<rkvi_bf16>),
         rkvi_kernel(rkvi_scan_far<float>),     rkvi_kernel(rkvi_scan_far<rkvi_f16>),
-        rkvi_kernel(rkvi_scan_far<rkvi_bf16>),
+        rkvi_kernel(rkvi_scan_far<rkvi_bf16>), rkvi_kernel(rkvi_attend<rkvi_any>),
+        rkvi_kernel(rkvi_scan_near<rkvi_any>), rkvi_kernel(rkvi_scan_far<rkvi_any>),
     };
     const void *const others[] = {
         rkvi_kernel(rkvi_upload<RKVI_FEW_ENTRIES>),

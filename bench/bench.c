@@ -70,7 +70,7 @@ static roof roof_of(const bench_machine *machine, const bench_job *job, bench_st
     const bench_shape *s = &job->shape;
     const double n = s->n_tokens, heads = s->kv_heads, dim = s->head_dim;
     const double window = job->config.window;
-    const double row_bytes = dim * (s->dtype == RKV_F32 ? 4 : 2);
+    const double row_bytes = (double)job->key_bytes / (n * heads);
     const double importance = 2 * window * s->group * (n - window) * dim;
     roof r = { 0, 0 };
     if (stage == BENCH_SCORE || stage == BENCH_COMPRESS)
@@ -211,6 +211,47 @@ static void table_keys(bench *b)
         for (int t = 0; t < N_DTYPES; t++)
             bench_stages(b, (bench_keys)k, dtypes[t], 1152, b->best, BENCH_COMPRESS,
                          BENCH_COMPRESS);
+}
+
+/* Quantised keys beside f16, all types in turns, so that all see the same neighbours. */
+static void types_of_path(bench *b, const rkv_backend *backend, int n_tokens, bench_stage stage)
+{
+    static const rkv_dtype types[] = { RKV_F16, RKV_F8_E4M3, RKV_F8_E5M2, RKV_Q8_0, RKV_OPAQUE };
+    enum { N_TYPES = sizeof types / sizeof *types, TURNS = 6 };
+    bench_job jobs[N_TYPES];
+    double us[N_TYPES];
+    for (int t = 0; t < N_TYPES; t++) {
+        const bench_shape shape = shape_of(BENCH_COSINE_07, types[t], n_tokens);
+        bench_job_make(&jobs[t], &shape);
+        us[t] = check(b, &jobs[t], backend) ? HUGE_VAL : 0;
+    }
+    for (int turn = 0; turn < TURNS; turn++)
+        for (int t = 0; t < N_TYPES; t++)
+            us[t] =
+                fmin(us[t], bench_job_time(&jobs[t], backend, stage, b->seconds / (double)TURNS));
+    for (int t = 0; t < N_TYPES; t++) {
+        printf("  %-8s %-8s %6d %-6s %12.1f %8.2f\n", stage_names[stage], backend->name, n_tokens,
+               bench_dtype_name(types[t]), us[t], us[t] / us[0]);
+        csv_line(b, &jobs[t], stage_names[stage], backend->name, 1, us[t], 0, 0);
+        bench_job_free(&jobs[t]);
+    }
+    fflush(stdout);
+}
+
+static void table_types(bench *b)
+{
+    static const int lengths[] = { 1152, 4224 };
+    const rkv_backend *backend;
+    printf("\n# quantised keys and values, f16 queries, cosine 0.7, in turns\n"
+           "# loader: q8_0 by a row loader in plain C\n"
+           "# %-8s %-8s %6s %-6s %12s %8s\n",
+           "stage", "backend", "n", "dtype", "us", "x f16");
+    for (int i = N_PATHS - 1; i > 0; i--)
+        if ((backend = rkv_backend_find(path_names[i])) != NULL)
+            for (int k = 0; k < (b->smoke ? 1 : 2); k++) {
+                types_of_path(b, backend, lengths[k], BENCH_SCORE);
+                types_of_path(b, backend, lengths[k], BENCH_COMPRESS);
+            }
 }
 
 /* Keys of a real model, as the golden files have them. */
@@ -599,6 +640,7 @@ int main(int argc, char **argv)
         table_stages(&b);
         table_backends(&b);
         table_keys(&b);
+        table_types(&b);
     }
     table_real(&b);
     table_shapes(&b);

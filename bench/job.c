@@ -29,7 +29,7 @@ const char *bench_keys_name(bench_keys keys)
 
 const char *bench_dtype_name(rkv_dtype dtype)
 {
-    return dtype == RKV_F32 ? "f32" : dtype == RKV_F16 ? "f16" : "bf16";
+    return dtype == RKV_OPAQUE ? "loader" : dtype_name(dtype);
 }
 
 static void require(rkv_status status, const char *what)
@@ -41,13 +41,59 @@ static void require(rkv_status status, const char *what)
 
 /* ==== Data ================================================================================== */
 
-static void store(void *out, rkv_dtype dtype, size_t index, float value)
+/* What the rows of keys and values are made of. */
+static rkv_dtype stored_as(const bench_shape *s)
 {
-    const uint16_t half = dtype == RKV_F16 ? f16_from_float(value) : bf16_from_float(value);
-    if (dtype == RKV_F32)
-        memcpy((char *)out + index * sizeof value, &value, sizeof value);
-    else
-        memcpy((char *)out + index * sizeof half, &half, sizeof half);
+    return s->dtype == RKV_OPAQUE ? RKV_Q8_0 : s->dtype;
+}
+
+static rkv_dtype query_dtype(const bench_shape *s)
+{
+    return s->dtype > RKV_BF16 ? RKV_F16 : s->dtype;
+}
+
+static size_t key_row_bytes(const bench_shape *s)
+{
+    return row_bytes(stored_as(s), s->head_dim);
+}
+
+/* n rows of floats, encoded. */
+static void store_rows(void *out, rkv_dtype dtype, const float *rows, size_t n, int dim)
+{
+    const size_t bytes = row_bytes(dtype, dim);
+    for (size_t r = 0; r < n; r++)
+        encode_row(dtype, rows + r * (size_t)dim, dim, (unsigned char *)out + r * bytes);
+}
+
+/* A row loader as an engine would write it first. */
+static float plain_half(uint16_t half)
+{
+    const uint32_t sign = (uint32_t)(half & 0x8000u) << 16, exponent = half >> 10 & 31u;
+    uint32_t bits = sign | (exponent + 112) << 23 | (uint32_t)(half & 0x3ffu) << 13;
+    float x;
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * (float)(half & 0x3ff) / 16777216.0f;
+    if (exponent == 31) bits |= 0x7f800000u;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* One block. restrict, as ggml has it: the compiler may then use vectors. */
+static void plain_q8_0(const unsigned char *restrict from, float *restrict dst)
+{
+    uint16_t half;
+    memcpy(&half, from, sizeof half);
+    const float scale = plain_half(half);
+    for (int k = 0; k < 32; k++) dst[k] = scale * (float)(int8_t)from[2 + k];
+}
+
+static int load_q8_0(void *user, const rkv_rows *rows, float *dst)
+{
+    (void)user;
+    for (int r = 0; r < rows->n_rows; r++) {
+        const unsigned char *row = (const unsigned char *)rows->data + (size_t)r * rows->stride;
+        for (int i = 0; i < rows->dim; i += 32, dst += 32) plain_q8_0(row + i / 32 * 34, dst);
+    }
+    return rows->n_rows;
 }
 
 /* Cosine of two different keys of the case, which is the share of their common direction. */
@@ -70,8 +116,8 @@ static uint64_t row_seed(bench_keys keys, int head, int token)
 void bench_fill_keys(void *out, const bench_shape *s)
 {
     const size_t dim = (size_t)s->head_dim;
-    float *common = (float *)alloc_checked(dim * sizeof *common);
-    size_t at = 0;
+    float *common = (float *)alloc_checked(2 * dim * sizeof *common), *row = common + dim;
+    unsigned char *at = (unsigned char *)out;
     for (int h = 0; h < s->kv_heads; h++) {
         rng direction = rng_seed(~(uint64_t)h); /* a row never has it */
         for (size_t i = 0; i < dim; i++) common[i] = (float)rng_normal(&direction);
@@ -79,10 +125,12 @@ void bench_fill_keys(void *out, const bench_shape *s)
             rng own = rng_seed(row_seed(s->keys, h, j));
             const float share = common_share(s->keys, rng_below(&own, 100) < 12);
             const float a = sqrtf(share), b = sqrtf(1.0f - share);
-            for (size_t i = 0; i < dim; i++, at++) {
+            for (size_t i = 0; i < dim; i++) {
                 const float x = a * common[i] + b * (float)rng_normal(&own);
-                store(out, s->dtype, at, s->keys == BENCH_ZERO ? 0.0f : x);
+                row[i] = s->keys == BENCH_ZERO ? 0.0f : x;
             }
+            store_rows(at, stored_as(s), row, 1, s->head_dim);
+            at += key_row_bytes(s);
         }
     }
     free(common);
@@ -90,10 +138,13 @@ void bench_fill_keys(void *out, const bench_shape *s)
 
 void bench_fill_queries(void *out, const bench_shape *s, int window)
 {
-    const size_t count =
-        (size_t)s->kv_heads * (size_t)s->group * (size_t)window * (size_t)s->head_dim;
+    const size_t rows = (size_t)s->kv_heads * (size_t)s->group * (size_t)window;
+    const size_t count = rows * (size_t)s->head_dim;
+    float *numbers = (float *)alloc_checked(count * sizeof *numbers);
     rng random = rng_seed(12345);
-    for (size_t i = 0; i < count; i++) store(out, s->dtype, i, (float)rng_normal(&random));
+    for (size_t i = 0; i < count; i++) numbers[i] = (float)rng_normal(&random);
+    store_rows(out, query_dtype(s), numbers, rows, s->head_dim);
+    free(numbers);
 }
 
 /* ==== How far the scan has to go ============================================================= */
@@ -103,15 +154,11 @@ static void unit_row(const bench_job *run, int head, int token, float *unit)
 {
     const bench_shape *s = &run->shape;
     const size_t dim = (size_t)s->head_dim;
-    const size_t at = ((size_t)head * (size_t)s->n_tokens + (size_t)token) * dim;
-    const uint16_t *half = (const uint16_t *)run->pristine + at;
+    const size_t at = (size_t)head * (size_t)s->n_tokens + (size_t)token;
     float norm = 0;
-    for (size_t i = 0; i < dim; i++) {
-        unit[i] = s->dtype == RKV_F32   ? ((const float *)run->pristine)[at + i]
-                  : s->dtype == RKV_F16 ? f16_to_float(half[i])
-                                        : bf16_to_float(half[i]);
-        norm += unit[i] * unit[i];
-    }
+    decode_row(stored_as(s), (const unsigned char *)run->pristine + at * key_row_bytes(s),
+               s->head_dim, unit);
+    for (size_t i = 0; i < dim; i++) norm += unit[i] * unit[i];
     norm = norm > 0 ? 1.0f / sqrtf(norm) : 0;
     for (size_t i = 0; i < dim; i++) unit[i] *= norm;
 }
@@ -159,8 +206,12 @@ static rkv_layer make_layer(const bench_job *run, void *queries)
                                  s->head_dim);
     layer.values = rkv_tensor_make(alloc_checked(run->key_bytes), s->dtype, s->kv_heads,
                                    s->n_tokens, s->head_dim);
-    layer.queries =
-        rkv_tensor_make(queries, s->dtype, s->kv_heads * s->group, run->config.window, s->head_dim);
+    layer.queries = rkv_tensor_make(queries, query_dtype(s), s->kv_heads * s->group,
+                                    run->config.window, s->head_dim);
+    if (s->dtype == RKV_OPAQUE) {
+        layer.keys.element_bytes = layer.values.element_bytes = (int)key_row_bytes(s);
+        layer.keys.load = load_q8_0;
+    }
     memcpy(layer.keys.data, run->pristine, run->key_bytes);
     memcpy(layer.values.data, run->pristine, run->key_bytes);
     layer.n_tokens = s->n_tokens;
@@ -178,9 +229,9 @@ static void make_copies(bench_job *run, void *queries)
     run->pairs = pairs_to_look_at(run);
 }
 
-static size_t query_count(const bench_shape *s, const rkv_config *config)
+static size_t query_rows(const bench_shape *s, const rkv_config *config)
 {
-    return (size_t)s->kv_heads * (size_t)s->group * (size_t)config->window * (size_t)s->head_dim;
+    return (size_t)s->kv_heads * (size_t)s->group * (size_t)config->window;
 }
 
 static void start_job(bench_job *run, const bench_shape *s, const rkv_config *config,
@@ -190,15 +241,14 @@ static void start_job(bench_job *run, const bench_shape *s, const rkv_config *co
     run->shape = *s;
     run->config = *config;
     run->name = name;
-    run->key_bytes =
-        (size_t)s->kv_heads * (size_t)s->n_tokens * (size_t)s->head_dim * dtype_bytes(s->dtype);
+    run->key_bytes = (size_t)s->kv_heads * (size_t)s->n_tokens * key_row_bytes(s);
     run->pristine = alloc_checked(run->key_bytes);
 }
 
 void bench_job_make(bench_job *run, const bench_shape *s)
 {
     rkv_config config = rkv_config_default(s->budget);
-    void *queries = alloc_checked(query_count(s, &config) * dtype_bytes(s->dtype));
+    void *queries = alloc_checked(query_rows(s, &config) * row_bytes(query_dtype(s), s->head_dim));
     /* Of 65536 unrelated keys of dim 128 a few pairs pass cosine 0.5 by chance, none 0.65. */
     if (s->keys == BENCH_DISTINCT) config.threshold = 0.65f;
     start_job(run, s, &config, bench_keys_name(s->keys));
@@ -210,12 +260,12 @@ void bench_job_make(bench_job *run, const bench_shape *s)
 void bench_job_make_from(bench_job *run, const bench_shape *s, const rkv_config *config,
                          const char *name, const float *keys, const float *queries)
 {
-    const size_t n = query_count(s, config);
-    void *own = alloc_checked(n * dtype_bytes(s->dtype));
+    const size_t n = query_rows(s, config);
+    void *own = alloc_checked(n * row_bytes(query_dtype(s), s->head_dim));
     start_job(run, s, config, name);
-    for (size_t i = 0; i < run->key_bytes / dtype_bytes(s->dtype); i++)
-        store(run->pristine, s->dtype, i, keys[i]);
-    for (size_t i = 0; i < n; i++) store(own, s->dtype, i, queries[i]);
+    store_rows(run->pristine, stored_as(s), keys, (size_t)s->kv_heads * (size_t)s->n_tokens,
+               s->head_dim);
+    store_rows(own, query_dtype(s), queries, n, s->head_dim);
     make_copies(run, own);
 }
 
@@ -269,7 +319,7 @@ static void restore(bench_job *run, int copy)
 static int rows_are_kept(const bench_job *run, const rkv_layer *layer)
 {
     const bench_shape *s = &run->shape;
-    const size_t row = (size_t)s->head_dim * dtype_bytes(s->dtype);
+    const size_t row = key_row_bytes(s);
     for (int h = 0; h < s->kv_heads; h++) {
         const size_t head = (size_t)h * (size_t)s->n_tokens * row;
         const char *now = (const char *)layer->keys.data + head;

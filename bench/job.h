@@ -25,7 +25,8 @@ typedef enum bench_stage { BENCH_SCORE, BENCH_SELECT, BENCH_COMPACT, BENCH_COMPR
 
 typedef struct bench_shape {
     bench_keys keys;
-    rkv_dtype dtype;
+    rkv_dtype dtype; /* of keys and values, and of queries unless it is quantised: then f16. With
+                        RKV_OPAQUE a row loader in plain C reads q8_0 */
     int n_tokens, budget, kv_heads, group, head_dim;
 } bench_shape;
 

@@ -152,7 +152,7 @@ void bench_time_parts(const bench_job *job, const char *backend, double seconds,
     saved = rkvi_enter_float_mode();
     memset(parts, 0, BENCH_N_PARTS * sizeof *parts);
     for (int i = 0; i < job->shape.kv_heads; i++) {
-        const rkvi_head head = rkvi_head_of(&own, 0, i);
+        const rkvi_head head = rkvi_head_of(&own, own.scratches, 0, i);
         part_input in = { &head, own.scratches, { 0 }, rkvi_padded((size_t)head.n_tokens), 0 };
         time_head(&in, seconds / BENCH_N_PARTS / job->shape.kv_heads, parts);
     }

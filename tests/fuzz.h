@@ -63,8 +63,21 @@ static inline int number(input *in, int low, int high)
 
 static inline size_t element_size(const rkv_tensor *t)
 {
-    if (t->element_bytes > 0) return (size_t)t->element_bytes;
-    return t->dtype == RKV_F32 ? 4 : 2;
+    static const size_t sizes[] = { 4, 2, 2, 1, 1, 1, 34 };
+    if (t->element_bytes > 0 && t->dtype != RKV_OPAQUE) return (size_t)t->element_bytes;
+    return (unsigned)t->dtype > RKV_Q8_0 ? 2 : sizes[t->dtype];
+}
+
+/* Numbers that lie together in an element. */
+static inline int element_dims(const rkv_tensor *t)
+{
+    return t->dtype == RKV_Q8_0 && t->element_bytes <= 0 ? 32 : 1;
+}
+
+/* Strides count so many for a row without gaps. */
+static inline int row_dims(const rkv_tensor *t)
+{
+    return t->dtype == RKV_OPAQUE ? t->element_bytes : t->dim;
 }
 
 static inline int64_t or_usual(int64_t given, int64_t usual)
@@ -76,17 +89,25 @@ static inline int64_t or_usual(int64_t given, int64_t usual)
 static inline double extent(const rkv_tensor *t)
 {
     const double dim_stride = (double)or_usual(t->dim_stride, 1);
-    const double token_stride = (double)or_usual(t->token_stride, t->dim);
+    const int dim = row_dims(t);
+    const double token_stride = (double)or_usual(t->token_stride, dim);
     const double rows = t->block_table ? t->block_tokens : t->tokens;
-    const double head_stride = t->head_stride ? (double)t->head_stride : rows * t->dim;
+    const double head_stride = t->head_stride ? (double)t->head_stride : rows * dim;
     const double block_stride =
-        t->block_stride ? (double)t->block_stride : (double)t->heads * rows * t->dim;
+        t->block_stride ? (double)t->block_stride : (double)t->heads * rows * dim;
     double last;
-    if (t->heads < 1 || t->tokens < 1 || t->dim < 1 || rows < 1) return -1;
+    if (t->heads < 1 || t->tokens < 1 || t->dim < 1 || dim < 1 || rows < 1) return -1;
     if (head_stride < 0 || token_stride < 0 || dim_stride < 0 || block_stride < 0) return -1;
-    last = (t->heads - 1) * head_stride + (rows - 1) * token_stride + (t->dim - 1) * dim_stride;
+    last = (t->heads - 1) * head_stride + (rows - 1) * token_stride + (dim - 1) * dim_stride;
     if (t->block_table) last += (double)((t->tokens - 1) / t->block_tokens) * block_stride;
     return last + 1;
+}
+
+/* The same in elements of element_size. */
+static inline double extent_elements(const rkv_tensor *t)
+{
+    const double numbers = extent(t);
+    return numbers < 0 ? numbers : (numbers + element_dims(t) - 1) / element_dims(t);
 }
 
 /* ==== Without libFuzzer ===================================================================== */

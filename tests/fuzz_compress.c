@@ -73,17 +73,44 @@ static void make_table(input *in, view *v)
     t->block_table = v->table;
 }
 
+/* Reads every byte of a row; gives it unless the first is 0xee. */
+static int read_rows(void *row_bytes, const rkv_rows *rows, float *dst)
+{
+    const size_t bytes = (size_t)(uintptr_t)row_bytes;
+    int r;
+    for (r = 0; r < rows->n_rows; r++, dst += rows->dim) {
+        const unsigned char *row = (const unsigned char *)rows->data + (size_t)r * rows->stride;
+        unsigned sum = 0;
+        for (size_t i = 0; i < bytes; i++) sum = sum * 31 + row[i];
+        if (*row == 0xee) break;
+        for (int i = 0; i < rows->dim; i++) dst[i] = (float)((sum >> i % 16) % 256) - 128.0f;
+    }
+    return r;
+}
+
+static void make_type(input *in, rkv_tensor *t, int is_values)
+{
+    t->dtype = (rkv_dtype)pick(in, 7);
+    if (is_values && chance(in, 4)) t->element_bytes = number(in, 1, 8);
+    if (t->dtype != RKV_OPAQUE) return;
+    t->element_bytes = number(in, 1, 40);
+    if (wrong(in, 8)) return;
+    t->load = read_rows;
+    t->load_user = (void *)(uintptr_t)(t->element_bytes > 0 ? t->element_bytes : 0);
+}
+
 static void make_view(input *in, view *v, int heads, int tokens, int dim, int is_values)
 {
     rkv_tensor *t = &v->tensor;
-    t->dtype = (rkv_dtype)pick(in, 3);
+    t->dim = dim;
+    make_type(in, t, is_values);
+    dim = row_dims(t);
     t->heads = wrong(in, 32) ? number(in, 0, 8) : heads;
     t->tokens = tokens;
-    t->dim = dim;
-    if (is_values && chance(in, 4)) t->element_bytes = number(in, 1, 8);
     switch (take(in) % (in->tame ? 4 : 5)) {
     case 1: /* [token][head][dim] */
-        t->token_stride = stride(in, (int64_t)t->heads * dim + (int64_t)take(in) % 3);
+        t->token_stride =
+            stride(in, (int64_t)t->heads * dim + (int64_t)take(in) % 3 * element_dims(t));
         t->head_stride = stride(in, dim);
         break;
     case 2: /* transposed; for keys an error */
@@ -100,7 +127,7 @@ static void make_view(input *in, view *v, int heads, int tokens, int dim, int is
     default: break;
     }
     const size_t element = element_size(t);
-    const double elements = extent(t);
+    const double elements = extent_elements(t);
     t->data = exact(elements, element);
     if (!t->data) return;
     v->bytes = (size_t)elements * element;
@@ -196,7 +223,8 @@ static void make_outputs(input *in, round *r, rkv_layer *layer, int first_of_seq
 static void make_layer(input *in, round *r, int l)
 {
     rkv_layer *layer = r->layers + l;
-    const int kv_heads = number(in, 1, 3), group = number(in, 1, 4), dim = number(in, 1, 40);
+    const int kv_heads = number(in, 1, 3), group = number(in, 1, 4);
+    const int dim = chance(in, 2) ? 32 + 32 * (int)(take(in) % 3) : number(in, 1, 40);
     const int n = number(in, 1, 64), spare = n < 65536 ? (int)take(in) % 5 : 0;
     const int capacity = wrong(in, 16) ? number(in, 1, 80) : n + spare;
     const int window = wrong(in, 16) ? number(in, 0, 12) : r->config.window ? r->config.window : 8;
@@ -213,9 +241,6 @@ static void make_layer(input *in, round *r, int l)
     layer->keys = r->keys[l].tensor;
     layer->values = r->values[l].tensor;
     layer->queries = r->queries[l].tensor;
-    if (in->tame || chance(in, 2)) layer->queries.dtype = layer->keys.dtype;
-    if (layer->queries.dtype == RKV_F32 && r->queries[l].tensor.dtype != RKV_F32)
-        layer->queries.dtype = r->queries[l].tensor.dtype; /* never wider than its memory */
     layer->n_tokens = n;
     layer->n_kept = wrong(in, 8) ? number(in, 0, 48) : r->config.budget; /* for rkv_compact */
     layer->sequence = (int)take(in) % 2;

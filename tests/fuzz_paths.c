@@ -74,18 +74,24 @@ static float from_bits(uint32_t bits)
     return x;
 }
 
-/* Halves cut off the bits that they have no room for; f16 stops at its largest number. */
+/* Narrow formats cut off the bits that they have no room for and stop at their largest number. */
 static void store(unsigned char *to, rkv_dtype dtype, float x)
 {
     uint32_t bits;
     uint16_t half;
     memcpy(&bits, &x, sizeof bits);
-    if (dtype == RKV_F32) {
+    if (dtype == RKV_F32 || dtype == RKV_OPAQUE) {
         memcpy(to, &bits, sizeof bits);
         return;
     }
+    if (dtype == RKV_F8_E4M3) { /* an f16 with another bias, without its last bits */
+        store((unsigned char *)&half, RKV_F16, x / 256.0f);
+        if ((half & 0x7fffu) > 0x3f00u) half = (half & 0x8000u) | (isfinite(x) ? 0x3f00u : 0x3f80u);
+        *to = (unsigned char)(half >> 8 & 0x80u) | (unsigned char)(half >> 7 & 0x7fu);
+        return;
+    }
     half = (uint16_t)(bits >> 16);
-    if (dtype == RKV_F16) {
+    if (dtype == RKV_F16 || dtype == RKV_F8_E5M2) {
         const uint16_t sign = half & 0x8000u;
         const float size = fabsf(x);
         if (isnan(x) || isinf(x))
@@ -98,7 +104,32 @@ static void store(unsigned char *to, rkv_dtype dtype, float x)
             half = (uint16_t)(((bits & 0x7fffffffu) >> 13) - (112u << 10));
         half |= sign;
     }
-    memcpy(to, &half, sizeof half);
+    if (dtype == RKV_F8_E5M2)
+        *to = (unsigned char)(half >> 8);
+    else
+        memcpy(to, &half, sizeof half);
+}
+
+/* 32 numbers as a block of q8_0. */
+static void store_block(unsigned char *to, const float *x)
+{
+    float largest = 0;
+    for (int i = 0; i < 32; i++) largest = fmaxf(largest, fabsf(x[i]));
+    store(to, RKV_F16, largest / 127.0f);
+    for (int i = 0; i < 32; i++)
+        to[2 + i] = (unsigned char)(largest > 0 ? (int)(x[i] / largest * 127.0f) : 0);
+}
+
+/* Opaque rows are f32; one that begins with a NaN is not given. */
+static int read_rows(void *user, const rkv_rows *rows, float *dst)
+{
+    const size_t bytes = (size_t)rows->dim * sizeof *dst;
+    (void)user;
+    for (int r = 0; r < rows->n_rows; r++, dst += rows->dim) {
+        memcpy(dst, (const unsigned char *)rows->data + (size_t)r * rows->stride, bytes);
+        if (isnan(*dst)) return r;
+    }
+    return rows->n_rows;
 }
 
 /* ==== Rows ================================================================================== */
@@ -191,15 +222,16 @@ static void make_row(const rows *r, int head, int token, float *row, int dim)
 static unsigned char *element_at(const rkv_tensor *t, int head, int token, int i)
 {
     const int64_t height = t->block_table ? t->block_tokens : t->tokens;
-    const int64_t heads_apart = or_usual(t->head_stride, height * t->dim);
-    const int64_t blocks_apart = or_usual(t->block_stride, t->heads * height * t->dim);
-    int64_t at = head * heads_apart + i * or_usual(t->dim_stride, 1);
+    const int64_t heads_apart = or_usual(t->head_stride, height * row_dims(t));
+    const int64_t blocks_apart = or_usual(t->block_stride, t->heads * height * row_dims(t));
+    const int dims = element_dims(t);
+    int64_t at = head * heads_apart + i / dims * dims * or_usual(t->dim_stride, 1);
     if (t->block_table) {
         at += t->block_table[token / t->block_tokens] * blocks_apart;
         token %= t->block_tokens;
     }
-    at += token * or_usual(t->token_stride, t->dim);
-    return (unsigned char *)t->data + (size_t)at * element_size(t);
+    at += token * or_usual(t->token_stride, row_dims(t));
+    return (unsigned char *)t->data + (size_t)(at / dims) * element_size(t);
 }
 
 /* Blocks in some order without repetition. */
@@ -215,13 +247,15 @@ static void make_pages(input *in, job *j, int layer, rkv_tensor *t)
 
 static void lay_out(input *in, job *j, int layer, rkv_tensor *t, int is_values)
 {
-    switch (take(in) % (is_values ? 5u : 4u)) {
+    const int has_axis = t->dtype != RKV_OPAQUE && t->dtype != RKV_Q8_0;
+    const int dim = row_dims(t), dims = element_dims(t);
+    switch (take(in) % (is_values && has_axis ? 5u : 4u)) {
     case 1: /* [token][head][dim], a gap between tokens */
-        t->head_stride = t->dim;
-        t->token_stride = (int64_t)t->heads * t->dim + number(in, 0, 3);
+        t->head_stride = dim;
+        t->token_stride = (int64_t)t->heads * dim + number(in, 0, 3) * dims;
         break;
     case 2: /* a gap behind each row */
-        t->token_stride = t->dim + number(in, 0, 17);
+        t->token_stride = dim + number(in, 0, 17) * dims;
         t->head_stride = t->token_stride * t->tokens;
         break;
     case 3: make_pages(in, j, layer, t); break;
@@ -236,8 +270,12 @@ static void lay_out(input *in, job *j, int layer, rkv_tensor *t, int is_values)
 static rkv_tensor make_view(input *in, job *j, const char *name, int layer, rkv_tensor t,
                             int is_values)
 {
+    if (t.dtype == RKV_OPAQUE) {
+        t.element_bytes = t.dim * (int)sizeof(float);
+        t.load = read_rows;
+    }
     lay_out(in, j, layer, &t, is_values);
-    const double elements = extent(&t);
+    const double elements = extent_elements(&t);
     require(elements > 0, "a view of nothing");
     t.data = new_buffer(j, name, layer, (size_t)elements * element_size(&t),
                         chance(in, 4) ? take(in) % 8 : 0);
@@ -250,7 +288,12 @@ static void fill_rows(const rkv_tensor *t, const rows *r)
     for (int h = 0; h < t->heads; h++)
         for (int n = 0; n < t->tokens; n++) {
             make_row(r, h, n, row, t->dim);
-            for (int i = 0; i < t->dim; i++) store(element_at(t, h, n, i), t->dtype, row[i]);
+            for (int i = 0; i < t->dim; i += element_dims(t))
+                if (t->dtype == RKV_Q8_0)
+                    store_block(element_at(t, h, n, i), row + i);
+                else
+                    store(element_at(t, h, n, t->dtype == RKV_OPAQUE ? 4 * i : i), t->dtype,
+                          row[i]);
         }
 }
 
@@ -260,7 +303,12 @@ static void poke(input *in, const rkv_tensor *t)
     static const float odd[] = { 0.0f, -0.0f, 1e-45f, -1e-38f, 1.0f, -1.0f, 1e8f, 9e17f };
     for (unsigned n = take(in) % 4; n > 0; n--) {
         const int h = (int)take(in) % t->heads, token = (int)(take(in) * 7) % t->tokens;
-        unsigned char *to = element_at(t, h, token, (int)take(in) % t->dim);
+        const int i = (int)take(in) % t->dim;
+        unsigned char *to = element_at(t, h, token, t->dtype == RKV_OPAQUE ? 4 * i : i);
+        if (t->dtype == RKV_F8_E4M3 || t->dtype == RKV_F8_E5M2 || t->dtype == RKV_Q8_0) {
+            to[chance(in, 2) && t->dtype == RKV_Q8_0] = (unsigned char)take(in);
+            continue;
+        }
         if (!chance(in, 16))
             store(to, t->dtype, odd[take(in) % 8]);
         else
@@ -328,11 +376,12 @@ static void make_layer(input *in, job *j, int l, int n)
     rkv_layer *layer = &j->layers[l];
     int kv_heads = number(in, 1, 3), at_dim = (int)take(in) % 16;
     const int group = number(in, 1, 6), capacity = n + number(in, 0, 4);
-    const rkv_dtype dtype = (rkv_dtype)pick(in, 3);
-    const rkv_dtype query_dtype = chance(in, 4) ? (rkv_dtype)pick(in, 3) : dtype;
+    const rkv_dtype dtype = (rkv_dtype)pick(in, 7);
+    const rkv_dtype query_dtype = chance(in, 4) ? (rkv_dtype)pick(in, 7) : dtype;
+    const int whole = dtype == RKV_Q8_0 || query_dtype == RKV_Q8_0 ? 32 : 1;
     while (kv_heads * n * n * dims[at_dim] > MAX_WORK && kv_heads > 1) kv_heads--;
     while (n * n * dims[at_dim] > MAX_WORK && at_dim > 0) at_dim--;
-    const int dim = dims[at_dim];
+    const int dim = (dims[at_dim] + whole - 1) / whole * whole;
     const rows keys = draw_rows(in, j->config.threshold);
     const rows queries = draw_rows(in, j->config.threshold);
     layer->n_tokens = n;
@@ -349,9 +398,9 @@ static void make_layer(input *in, job *j, int l, int n)
     poke(in, &layer->keys);
     poke(in, &layer->queries);
     if (!chance(in, 4)) {
-        const int value_dim = number(in, 1, 40);
+        const int value_dim = (number(in, 1, 40) + whole - 1) / whole * whole;
         rkv_tensor t = rkv_tensor_make(NULL, dtype, kv_heads, capacity, value_dim);
-        if (chance(in, 4)) t.element_bytes = number(in, 1, 8);
+        if (chance(in, 4) && dtype != RKV_Q8_0) t.element_bytes = number(in, 1, 8);
         layer->values = make_view(in, j, "values", l, t, 1);
         const buffer *b = &j->buffers[j->n_buffers - 1];
         for (size_t i = 0; i < b->bytes; i++) b->data[i] = (unsigned char)(i * 31 + i / 256);

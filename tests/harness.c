@@ -123,7 +123,8 @@ static int same_tensor(const rkv_tensor *a, const rkv_tensor *b)
            a->tokens == b->tokens && a->dim == b->dim && a->head_stride == b->head_stride &&
            a->token_stride == b->token_stride && a->dim_stride == b->dim_stride &&
            a->element_bytes == b->element_bytes && a->block_table == b->block_table &&
-           a->block_tokens == b->block_tokens && a->block_stride == b->block_stride;
+           a->block_tokens == b->block_tokens && a->block_stride == b->block_stride &&
+           a->load == b->load && a->load_user == b->load_user;
 }
 
 int expect_same_layer(const char *at, const rkv_layer *got, const rkv_layer *want)
@@ -386,16 +387,178 @@ float bf16_to_float(uint16_t bits)
     return x;
 }
 
+/* Four bits of exponent and three of mantissa, or five and two. */
+float f8_to_float(rkv_dtype dtype, unsigned char code)
+{
+    const int mantissa_bits = dtype == RKV_F8_E4M3 ? 3 : 2, bias = dtype == RKV_F8_E4M3 ? 7 : 15;
+    const int magnitude = code & 0x7F, one = 1 << mantissa_bits;
+    const int exponent = magnitude >> mantissa_bits, mantissa = magnitude % one;
+    double size = exponent ? ldexp(one + mantissa, exponent - bias - mantissa_bits)
+                           : ldexp(mantissa, 1 - bias - mantissa_bits);
+    if (dtype == RKV_F8_E4M3 && magnitude == 0x7F) size = (double)NAN;
+    if (dtype == RKV_F8_E5M2 && magnitude >= 0x7C)
+        size = magnitude == 0x7C ? (double)INFINITY : (double)NAN;
+    return (float)(code & 0x80 ? -size : size);
+}
+
+unsigned char f8_from_float(rkv_dtype dtype, float x)
+{
+    const int last = dtype == RKV_F8_E4M3 ? 0x7E : 0x7B, sign = signbit(x) ? 0x80 : 0;
+    const double size = fabs((double)x);
+    double below, above;
+    int low = 0, high = last; /* codes ascend with the numbers */
+    if (isnan(x)) return (unsigned char)(sign | 0x7F);
+    if (isinf(x)) return (unsigned char)(sign | (dtype == RKV_F8_E4M3 ? 0x7F : 0x7C));
+    while (low < high) { /* the largest code whose number is not above size */
+        const int middle = (low + high + 1) / 2;
+        if ((double)f8_to_float(dtype, (unsigned char)middle) <= size)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    if (low == last) return (unsigned char)(sign | last);
+    below = (double)f8_to_float(dtype, (unsigned char)low);
+    above = (double)f8_to_float(dtype, (unsigned char)(low + 1));
+    if (size - below > above - size || (size - below >= above - size && low % 2)) low++;
+    return (unsigned char)(sign | low);
+}
+
+const char *dtype_name(rkv_dtype dtype)
+{
+    static const char *const list[] = { "f32", "f16", "bf16", "opaque", "e4m3", "e5m2", "q8_0" };
+    return list[dtype];
+}
+
 size_t dtype_bytes(rkv_dtype dtype)
 {
-    return dtype == RKV_F32 ? 4 : 2;
+    static const size_t list[] = { 4, 2, 2, 1, 1, 1, 34 };
+    return list[dtype];
+}
+
+int element_dims(rkv_dtype dtype)
+{
+    return dtype == RKV_Q8_0 ? 32 : 1;
 }
 
 float round_to(rkv_dtype dtype, float x)
 {
     if (dtype == RKV_F16) return f16_to_float(f16_from_float(x));
     if (dtype == RKV_BF16) return bf16_to_float(bf16_from_float(x));
+    if (dtype == RKV_F8_E4M3 || dtype == RKV_F8_E5M2)
+        return f8_to_float(dtype, f8_from_float(dtype, x));
     return x;
+}
+
+size_t row_bytes(rkv_dtype dtype, int dim)
+{
+    if (dtype == RKV_OPAQUE) return 1 + 4 * (size_t)dim;
+    return dtype_bytes(dtype) * (size_t)(dim / element_dims(dtype));
+}
+
+/* As ggml's reference: the scale is a 127th of the largest number. A number that is not finite
+ * goes into the scale. */
+static void encode_q8_0(const float *numbers, unsigned char *out)
+{
+    float largest = 0, scale;
+    uint16_t half;
+    int i, finite = 1;
+    for (i = 0; i < 32; i++) {
+        if (fabsf(numbers[i]) > largest) largest = fabsf(numbers[i]);
+        finite &= fabs((double)numbers[i]) <= DBL_MAX;
+    }
+    scale = largest / 127;
+    half = f16_from_float(scale > 65504 ? 65504.0f : scale);
+    for (i = 0; i < 32; i++) {
+        double number = scale > 0 ? nearbyint((double)numbers[i] / (double)scale) : 0;
+        out[2 + i] = (unsigned char)(!finite         ? 1
+                                     : number > 127  ? 127
+                                     : number < -127 ? -127
+                                                     : (int)number);
+        if (isnan(numbers[i])) half = f16_from_float(numbers[i]);
+    }
+    if (!finite && !isnan(f16_to_float(half))) half = f16_from_float(INFINITY);
+    memcpy(out, &half, sizeof half);
+}
+
+static void decode_q8_0(const unsigned char *in, float *numbers)
+{
+    uint16_t half;
+    int i;
+    memcpy(&half, in, sizeof half);
+    for (i = 0; i < 32; i++)
+        numbers[i] = (float)(in[2 + i] < 128 ? in[2 + i] : in[2 + i] - 256) * f16_to_float(half);
+}
+
+/* Opaque rows: a sign that depends on the length; then the numbers, the last one first, with all
+ * bits inverted. */
+static unsigned char opaque_sign(int dim)
+{
+    return (unsigned char)(0xC3 ^ dim);
+}
+
+void encode_row(rkv_dtype dtype, const float *row, int dim, unsigned char *out)
+{
+    const size_t bytes = dtype_bytes(dtype);
+    int i;
+    if (dtype == RKV_OPAQUE) *out = opaque_sign(dim);
+    for (i = 0; i < dim; i++) {
+        uint16_t half = dtype == RKV_F16 ? f16_from_float(row[i]) : bf16_from_float(row[i]);
+        uint32_t bits;
+        memcpy(&bits, &row[i], sizeof bits);
+        bits = ~bits;
+        switch (dtype) {
+        case RKV_F32: memcpy(out + 4 * (size_t)i, &row[i], sizeof row[i]); break;
+        case RKV_F16:
+        case RKV_BF16: memcpy(out + bytes * (size_t)i, &half, sizeof half); break;
+        case RKV_OPAQUE: memcpy(out + 1 + 4 * (size_t)(dim - 1 - i), &bits, sizeof bits); break;
+        case RKV_F8_E4M3:
+        case RKV_F8_E5M2: out[i] = f8_from_float(dtype, row[i]); break;
+        case RKV_Q8_0:
+            if (i % 32 == 0) encode_q8_0(row + i, out + 34 * (size_t)(i / 32));
+            break;
+        }
+    }
+}
+
+void decode_row(rkv_dtype dtype, const unsigned char *in, int dim, float *row)
+{
+    const size_t bytes = dtype_bytes(dtype);
+    int i;
+    for (i = 0; i < dim; i++) {
+        uint16_t half = 0;
+        uint32_t bits;
+        if (dtype == RKV_F16 || dtype == RKV_BF16)
+            memcpy(&half, in + bytes * (size_t)i, sizeof half);
+        switch (dtype) {
+        case RKV_F32: memcpy(&row[i], in + 4 * (size_t)i, sizeof row[i]); break;
+        case RKV_F16: row[i] = f16_to_float(half); break;
+        case RKV_BF16: row[i] = bf16_to_float(half); break;
+        case RKV_OPAQUE:
+            memcpy(&bits, in + 1 + 4 * (size_t)(dim - 1 - i), sizeof bits);
+            bits = ~bits;
+            memcpy(&row[i], &bits, sizeof bits);
+            break;
+        case RKV_F8_E4M3:
+        case RKV_F8_E5M2: row[i] = f8_to_float(dtype, in[i]); break;
+        case RKV_Q8_0:
+            if (i % 32 == 0) decode_q8_0(in + 34 * (size_t)(i / 32), row + i);
+            break;
+        }
+    }
+}
+
+static int opaque_user; /* its address is what the loader must be given */
+
+int load_opaque(void *user, const rkv_rows *rows, float *dst)
+{
+    int r;
+    if (user != &opaque_user || rows->head < 0 || rows->token < 0) return 0;
+    for (r = 0; r < rows->n_rows; r++) {
+        const unsigned char *row = (const unsigned char *)rows->data + (size_t)r * rows->stride;
+        if (*row != opaque_sign(rows->dim)) return r;
+        decode_row(RKV_OPAQUE, row, rows->dim, dst + (size_t)r * (size_t)rows->dim);
+    }
+    return r;
 }
 
 /* ---- keys ---- */
@@ -560,10 +723,11 @@ static void make_table(view *v, rng *r, int n_blocks, int n_pool)
 }
 
 /* Strides of the unpaged layouts; returns the elements that the view spans. */
-static size_t plain_strides(rng *r, layout l, rkv_tensor *t)
+static size_t plain_strides(view *v, rng *r, layout l)
 {
+    rkv_tensor *t = &v->tensor;
     int64_t gap = l == LAYOUT_CONTIGUOUS ? 0 : rng_below(r, 4);
-    int64_t heads = t->heads, tokens = t->tokens, dim = t->dim;
+    int64_t heads = t->heads, tokens = t->tokens, dim = v->n_elements;
     if (l == LAYOUT_TOKEN_MAJOR) {
         t->head_stride = dim + gap;
         t->token_stride = heads * t->head_stride + rng_below(r, 3);
@@ -588,7 +752,7 @@ static size_t paged_strides(view *v, rng *r, layout l)
 {
     static const int page_sizes[] = { 1, 2, 3, 5, 16, 32 };
     rkv_tensor *t = &v->tensor;
-    int64_t heads = t->heads, dim = t->dim, page, n_blocks, n_pool;
+    int64_t heads = t->heads, dim = v->n_elements, page, n_blocks, n_pool;
     t->block_tokens = l == LAYOUT_ROW_LIST ? 1 : RNG_PICK(r, page_sizes);
     page = t->block_tokens;
     n_blocks = (t->tokens + page - 1) / page;
@@ -616,11 +780,22 @@ void view_make(view *v, rng *r, layout l, rkv_dtype dtype, int element_bytes, in
     v->tensor.block_stride = 0;
     v->tensor.element_bytes = element_bytes;
     v->element = element_bytes ? (size_t)element_bytes : dtype_bytes(dtype);
+    v->n_elements = dim / element_dims(dtype);
+    if (dtype == RKV_OPAQUE) {
+        v->element = 1;
+        v->n_elements = element_bytes ? element_bytes : (int)row_bytes(dtype, dim);
+        v->tensor.element_bytes = v->n_elements;
+        v->tensor.load = load_opaque;
+        v->tensor.load_user = &opaque_user;
+    }
     if (l == LAYOUT_PAGED_NHD || l == LAYOUT_PAGED_HND || l == LAYOUT_ROW_LIST ||
         l == LAYOUT_PAGED_TRANSPOSED)
         span = paged_strides(v, r, l);
     else
-        span = plain_strides(r, l, &v->tensor);
+        span = plain_strides(v, r, l);
+    v->tensor.head_stride *= element_dims(dtype);
+    v->tensor.token_stride *= element_dims(dtype);
+    v->tensor.block_stride *= element_dims(dtype);
     block_make(&v->memory, span * v->element, misalign, rng_below(r, 2));
     v->tensor.data = v->memory.data;
     for (i = 0; i < v->memory.bytes; i++) v->memory.data[i] = (unsigned char)rng_next(r);
@@ -633,22 +808,24 @@ void view_free(view *v)
     block_free(&v->table);
 }
 
-/* Byte offset of an element, from the formula in rkv.h. */
+/* Byte offset of an element (of RKV_Q8_0: a block), from the formula in rkv.h. */
 static size_t view_offset(const view *v, int head, int token, int i)
 {
     const rkv_tensor *t = &v->tensor;
+    const int dims = element_dims(t->dtype);
+    int64_t row = (int64_t)v->n_elements * dims;
     int64_t per_block = t->block_table ? t->block_tokens : t->tokens;
     int64_t dim_stride = t->dim_stride ? t->dim_stride : 1;
-    int64_t token_stride = t->token_stride ? t->token_stride : t->dim;
-    int64_t head_stride = t->head_stride ? t->head_stride : per_block * t->dim;
-    int64_t block_stride = t->block_stride ? t->block_stride : t->heads * per_block * t->dim;
-    int64_t at = head * head_stride + i * dim_stride;
+    int64_t token_stride = t->token_stride ? t->token_stride : row;
+    int64_t head_stride = t->head_stride ? t->head_stride : per_block * row;
+    int64_t block_stride = t->block_stride ? t->block_stride : t->heads * per_block * row;
+    int64_t at = head * head_stride + (int64_t)i * dims * dim_stride;
     if (t->block_table)
         at += t->block_table[token / t->block_tokens] * block_stride +
               token % t->block_tokens * token_stride;
     else
         at += token * token_stride;
-    return (size_t)at * v->element;
+    return (size_t)(at / dims) * v->element;
 }
 
 unsigned char *view_at(const view *v, int head, int token, int i)
@@ -656,24 +833,46 @@ unsigned char *view_at(const view *v, int head, int token, int i)
     return v->memory.data + view_offset(v, head, token, i);
 }
 
+/* An encoded row to where the view has it, and back. */
+static void put_row(const view *v, int head, int token, const unsigned char *row)
+{
+    int e;
+    for (e = 0; e < v->n_elements; e++)
+        memcpy(view_at(v, head, token, e), row + (size_t)e * v->element, v->element);
+}
+
+static void get_row(const view *v, int head, int token, unsigned char *row)
+{
+    int e;
+    for (e = 0; e < v->n_elements; e++)
+        memcpy(row + (size_t)e * v->element, view_at(v, head, token, e), v->element);
+}
+
 void view_store_one(view *v, int head, int token, int i, float value)
 {
-    unsigned char *at = view_at(v, head, token, i);
-    uint16_t half;
-    if (v->tensor.dtype == RKV_F32) {
-        memcpy(at, &value, sizeof value);
-        return;
-    }
-    half = v->tensor.dtype == RKV_F16 ? f16_from_float(value) : bf16_from_float(value);
-    memcpy(at, &half, sizeof half);
+    const int dim = v->tensor.dim;
+    unsigned char *bytes = (unsigned char *)alloc_checked(row_bytes(v->tensor.dtype, dim));
+    float *row = (float *)alloc_checked((size_t)dim * sizeof *row);
+    get_row(v, head, token, bytes);
+    decode_row(v->tensor.dtype, bytes, dim, row);
+    row[i] = value;
+    encode_row(v->tensor.dtype, row, dim, bytes);
+    put_row(v, head, token, bytes);
+    free(row);
+    free(bytes);
 }
 
 void view_store(view *v, const float *values, int n_tokens)
 {
-    int h, t, i;
+    const int dim = v->tensor.dim;
+    unsigned char *bytes = (unsigned char *)alloc_checked(row_bytes(v->tensor.dtype, dim));
+    int h, t;
     for (h = 0; h < v->tensor.heads; h++)
-        for (t = 0; t < n_tokens; t++)
-            for (i = 0; i < v->tensor.dim; i++) view_store_one(v, h, t, i, *values++);
+        for (t = 0; t < n_tokens; t++, values += dim) {
+            encode_row(v->tensor.dtype, values, dim, bytes);
+            put_row(v, h, t, bytes);
+        }
+    free(bytes);
     block_remember(&v->memory);
 }
 
@@ -698,7 +897,7 @@ int view_gathered(const char *at, const view *v, const int32_t *kept, int kept_s
     memcpy(want, v->memory.image, v->memory.total);
     for (h = 0; h < v->tensor.heads; h++)
         for (row = 0; row < n_kept; row++)
-            for (i = 0; i < v->tensor.dim; i++)
+            for (i = 0; i < v->n_elements; i++)
                 memcpy(want_data + view_offset(v, h, row, i),
                        before + view_offset(v, h, kept[h * kept_stride + row], i), v->element);
     same = expect_bytes(at, v->memory.base, want, v->memory.total);
@@ -707,6 +906,22 @@ int view_gathered(const char *at, const view *v, const int32_t *kept, int kept_s
 }
 
 /* ---- jobs ---- */
+rkv_dtype shape_key_dtype(const shape *s)
+{
+    return s->key_dtype ? s->key_dtype : s->dtype;
+}
+
+/* What the type makes of n rows. */
+static void round_rows(rkv_dtype dtype, const float *rows, size_t n, int dim, float *out)
+{
+    unsigned char *bytes = (unsigned char *)alloc_checked(row_bytes(dtype, dim));
+    for (; n > 0; n--, rows += dim, out += dim) {
+        encode_row(dtype, rows, dim, bytes);
+        decode_row(dtype, bytes, dim, out);
+    }
+    free(bytes);
+}
+
 int config_window(const rkv_config *config)
 {
     return config->window ? config->window : 8;
@@ -775,22 +990,23 @@ void job_make_from(job *j, rng *r, const rkv_config *config, const shape *given,
                    const float *queries)
 {
     shape *s = &j->shape;
-    size_t key_count, query_count, i;
+    size_t key_rows, query_rows, row_size;
     memset(j, 0, sizeof *j);
     *s = *given;
     normalise_shape(s);
     j->window = config_window(config);
     j->sets = config->scope == RKV_PER_HEAD ? s->kv_heads : 1;
-    key_count = (size_t)s->kv_heads * (size_t)s->n_tokens * (size_t)s->head_dim;
-    query_count = (size_t)(s->kv_heads * s->group) * (size_t)j->window * (size_t)s->head_dim;
-    j->keys_f32 = (float *)alloc_checked(key_count * sizeof(float));
-    j->queries_f32 = (float *)alloc_checked(query_count * sizeof(float));
-    for (i = 0; i < key_count; i++) j->keys_f32[i] = round_to(s->dtype, keys[i]);
-    for (i = 0; i < query_count; i++) j->queries_f32[i] = round_to(s->dtype, queries[i]);
-    view_make(&j->keys, r, s->keys, s->dtype, 0, s->kv_heads, s->capacity, s->head_dim,
+    key_rows = (size_t)s->kv_heads * (size_t)s->n_tokens;
+    query_rows = (size_t)(s->kv_heads * s->group) * (size_t)j->window;
+    row_size = (size_t)s->head_dim * sizeof(float);
+    j->keys_f32 = (float *)alloc_checked(key_rows * row_size);
+    j->queries_f32 = (float *)alloc_checked(query_rows * row_size);
+    round_rows(shape_key_dtype(s), keys, key_rows, s->head_dim, j->keys_f32);
+    round_rows(s->dtype, queries, query_rows, s->head_dim, j->queries_f32);
+    view_make(&j->keys, r, s->keys, shape_key_dtype(s), 0, s->kv_heads, s->capacity, s->head_dim,
               s->misalign);
-    view_make(&j->values, r, s->values, s->dtype, s->value_bytes, s->kv_heads, s->capacity,
-              s->value_dim, s->misalign);
+    view_make(&j->values, r, s->values, shape_key_dtype(s), s->value_bytes, s->kv_heads,
+              s->capacity, s->value_dim, s->misalign);
     view_make(&j->queries, r, s->queries, s->dtype, 0, s->kv_heads * s->group, j->window,
               s->head_dim, s->misalign);
     view_store(&j->keys, j->keys_f32, s->n_tokens);

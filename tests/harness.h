@@ -70,8 +70,18 @@ uint16_t f16_from_float(float x);
 float f16_to_float(uint16_t bits);
 uint16_t bf16_from_float(float x);
 float bf16_to_float(uint16_t bits);
-size_t dtype_bytes(rkv_dtype dtype);
+unsigned char f8_from_float(rkv_dtype dtype, float x); /* too large: the largest finite number */
+float f8_to_float(rkv_dtype dtype, unsigned char code);
+const char *dtype_name(rkv_dtype dtype);
+size_t dtype_bytes(rkv_dtype dtype); /* of an element; of RKV_Q8_0: a block of element_dims */
+int element_dims(rkv_dtype dtype);
 float round_to(rkv_dtype dtype, float x);
+/* Rows of any type. RKV_OPAQUE: a type of these tests, which load_opaque reads; a row whose first
+ * byte is damaged it does not give. */
+size_t row_bytes(rkv_dtype dtype, int dim);
+void encode_row(rkv_dtype dtype, const float *row, int dim, unsigned char *out);
+void decode_row(rkv_dtype dtype, const unsigned char *in, int dim, float *row);
+int load_opaque(void *user, const rkv_rows *rows, float *dst);
 
 /* ---- keys ----------------------------------------------------------------------------------- */
 typedef enum key_kind {
@@ -110,8 +120,10 @@ typedef struct view {
     rkv_tensor tensor;
     block memory, table;
     size_t element; /* bytes of one */
+    int n_elements; /* of a row */
 } view;
-/* element_bytes 0: dtype's own. misalign: bytes. Memory is filled with noise. */
+/* element_bytes 0: dtype's own, or the row_bytes of RKV_OPAQUE. misalign: bytes. Memory is filled
+ * with noise. */
 void view_make(view *v, rng *r, layout l, rkv_dtype dtype, int element_bytes, int heads, int tokens,
                int dim, size_t misalign);
 void view_free(view *v);
@@ -127,10 +139,11 @@ int view_gathered(const char *at, const view *v, const int32_t *kept, int kept_s
 /* ---- jobs ----------------------------------------------------------------------------------- */
 typedef struct shape {
     int kv_heads, group, head_dim, n_tokens;
-    int capacity;    /* 0 means n_tokens */
-    int value_dim;   /* 0 means head_dim */
-    int value_bytes; /* 0 means the dtype's */
-    rkv_dtype dtype;
+    int capacity;        /* 0 means n_tokens */
+    int value_dim;       /* 0 means head_dim */
+    int value_bytes;     /* 0 means the dtype's */
+    rkv_dtype dtype;     /* of all three */
+    rkv_dtype key_dtype; /* of keys and values, where it is another; 0: dtype */
     layout keys, values, queries;
     key_kind kind;
     double strength;  /* of KEYS_SHARED */
@@ -153,6 +166,7 @@ typedef struct job {
     block kept, positions, pins, scores, shared;
     rkv_layer layer, remembered;
 } job;
+rkv_dtype shape_key_dtype(const shape *s);
 int config_window(const rkv_config *config);
 int config_protect(const rkv_config *config); /* newest tokens that are always kept */
 void job_make(job *j, rng *r, const rkv_config *config, const shape *s);

@@ -24,15 +24,6 @@ static uint64_t text_token(int text, int position)
     return rng_next(&r);
 }
 
-static void store_element(rkv_dtype dtype, unsigned char *at, float x)
-{
-    uint16_t half = dtype == RKV_F16 ? f16_from_float(x) : bf16_from_float(x);
-    if (dtype == RKV_F32)
-        memcpy(at, &x, sizeof x);
-    else
-        memcpy(at, &half, sizeof half);
-}
-
 /* One of twelve contents of this head, and some noise: tokens have similar keys. */
 static void make_row(rkv_dtype dtype, row_kind kind, int layer, int head, int position,
                      uint64_t token, int dim, unsigned char *row)
@@ -40,11 +31,11 @@ static void make_row(rkv_dtype dtype, row_kind kind, int layer, int head, int po
     const uint64_t place = ((uint64_t)kind * 64u + (uint64_t)layer) * 64u + (uint64_t)head;
     rng content = rng_seed(place * 16u + token % 12u);
     rng noise = rng_seed(token ^ (place << 20) ^ (uint64_t)position);
+    float *numbers = (float *)alloc_checked((size_t)dim * sizeof *numbers);
     int i;
-    for (i = 0; i < dim; i++) {
-        const float x = (float)(rng_normal(&content) + 0.4 * rng_normal(&noise));
-        store_element(dtype, row + dtype_bytes(dtype) * (size_t)i, x);
-    }
+    for (i = 0; i < dim; i++) numbers[i] = (float)(rng_normal(&content) + 0.4 * rng_normal(&noise));
+    encode_row(dtype, numbers, dim, row);
+    free(numbers);
 }
 
 /* ---- cases ---- */
@@ -103,9 +94,23 @@ static const setup setups[] = {
       2, 2, 2, 8, 0, 0, 0 },
     { "f16, room for a long prompt", rkv_config_snapkv, 32, 16, 300, 5, 0, 0, RKV_PER_HEAD,
       RKV_F16, 2, 2, 4, 16, 0, 0, 0 },
+    { "e4m3, per head, pinned", rkv_config_default, 40, 8, 0, 4, 5, 0, RKV_PER_HEAD, RKV_F8_E4M3,
+      2, 2, 4, 20, 7, 0, 0 },
+    { "e5m2, per sequence", rkv_config_default, 24, 9, 0, 0, 0, 0, RKV_PER_SEQUENCE, RKV_F8_E5M2,
+      2, 1, 2, 16, 0, 0.1f, 0 },
+    { "q8_0, per head", rkv_config_default, 32, 16, 0, 0, 0, 0, RKV_PER_HEAD, RKV_Q8_0,
+      2, 2, 4, 64, 96, 0, 0 },
+    { "q8_0, per layer", rkv_config_paper, 32, 12, 60, 5, 2, 0, RKV_PER_LAYER, RKV_Q8_0,
+      3, 2, 2, 32, 0, 0, 0 },
 };
 /* clang-format on */
 enum { N_SETUPS = (int)(sizeof setups / sizeof *setups) };
+
+/* Queries of a quantised cache are f32. */
+static rkv_dtype kind_dtype(const setup *s, row_kind kind)
+{
+    return kind == QUERY && s->dtype > RKV_BF16 ? RKV_F32 : s->dtype;
+}
 
 static int setup_value_dim(const setup *s)
 {
@@ -158,14 +163,15 @@ static rkv_tensor rows_of(const setup *s, row_kind kind, int layer, int text, in
 {
     const int heads = kind == QUERY ? s->query_heads : s->kv_heads;
     const int dim = kind == VALUE ? setup_value_dim(s) : s->head_dim;
-    const size_t row_bytes = dtype_bytes(s->dtype) * (size_t)dim;
-    unsigned char *rows = (unsigned char *)alloc_checked((size_t)(heads * n) * row_bytes);
+    const rkv_dtype dtype = kind_dtype(s, kind);
+    const size_t bytes = row_bytes(dtype, dim);
+    unsigned char *rows = (unsigned char *)alloc_checked((size_t)(heads * n) * bytes);
     int h, t;
     for (h = 0; h < heads; h++)
         for (t = 0; t < n; t++)
-            make_row(s->dtype, kind, layer, h, position + t, text_token(text, position + t), dim,
-                     rows + (size_t)(h * n + t) * row_bytes);
-    return rkv_tensor_make(rows, s->dtype, heads, n, dim);
+            make_row(dtype, kind, layer, h, position + t, text_token(text, position + t), dim,
+                     rows + (size_t)(h * n + t) * bytes);
+    return rkv_tensor_make(rows, dtype, heads, n, dim);
 }
 
 static int says(const rkv_error *error, const char *words)
@@ -258,7 +264,7 @@ typedef struct plain {
 
 static size_t plain_row_bytes(const plain *p, int dim)
 {
-    return dtype_bytes(p->s->dtype) * (size_t)(p->s->kv_heads * dim);
+    return row_bytes(p->s->dtype, dim) * (size_t)p->s->kv_heads;
 }
 
 static unsigned char *plain_row(const plain *p, row_kind kind, int layer, int row, int head)
@@ -266,7 +272,7 @@ static unsigned char *plain_row(const plain *p, row_kind kind, int layer, int ro
     const int dim = kind == KEY ? p->s->head_dim : setup_value_dim(p->s);
     return (kind == KEY ? p->keys : p->values) +
            (size_t)(layer * setup_capacity(p->s) + row) * plain_row_bytes(p, dim) +
-           (size_t)(head * dim) * dtype_bytes(p->s->dtype);
+           (size_t)head * row_bytes(p->s->dtype, dim);
 }
 
 static void plain_make(plain *p, const setup *s)
@@ -327,15 +333,15 @@ static rkv_tensor plain_queries(const plain *p, int layer, int text)
 {
     const setup *s = p->s;
     const int window = p->options.window;
-    const size_t row_bytes = dtype_bytes(s->dtype) * (size_t)s->head_dim;
-    unsigned char *rows =
-        (unsigned char *)alloc_checked((size_t)(s->query_heads * window) * row_bytes);
+    const rkv_dtype dtype = kind_dtype(s, QUERY);
+    const size_t bytes = row_bytes(dtype, s->head_dim);
+    unsigned char *rows = (unsigned char *)alloc_checked((size_t)(s->query_heads * window) * bytes);
     int h, position;
     for (h = 0; h < s->query_heads; h++)
         for (position = p->next - window; position < p->next; position++)
-            make_row(s->dtype, QUERY, layer, h, position, text_token(text, position), s->head_dim,
-                     rows + (size_t)(h * window + position % window) * row_bytes);
-    return rkv_tensor_make(rows, s->dtype, s->query_heads, window, s->head_dim);
+            make_row(dtype, QUERY, layer, h, position, text_token(text, position), s->head_dim,
+                     rows + (size_t)(h * window + position % window) * bytes);
+    return rkv_tensor_make(rows, dtype, s->query_heads, window, s->head_dim);
 }
 
 static void plain_round(plain *p, const rkv_backend *backend, int text)
@@ -371,15 +377,16 @@ static void plain_round(plain *p, const rkv_backend *backend, int text)
 
 static void expect_rows(const plain *p, row_kind kind, int layer, const rkv_tensor *got)
 {
-    const size_t element = dtype_bytes(p->s->dtype);
+    const rkv_dtype dtype = p->s->dtype;
     int h, row;
     if (!expect_int("rows of the view", layer, got->tokens, p->rows)) return;
     for (h = 0; h < p->s->kv_heads; h++)
         for (row = 0; row < p->rows; row++) {
             const int64_t at = h * got->head_stride + row * got->token_stride;
             if (!expect_bytes(kind == KEY ? "key row" : "value row",
-                              (const unsigned char *)got->data + (size_t)at * element,
-                              plain_row(p, kind, layer, row, h), element * (size_t)got->dim))
+                              (const unsigned char *)got->data +
+                                  (size_t)(at / element_dims(dtype)) * dtype_bytes(dtype),
+                              plain_row(p, kind, layer, row, h), row_bytes(dtype, got->dim)))
                 return;
         }
 }
@@ -483,6 +490,7 @@ static void test_append_layouts(const setup *s, layout keys_layout, layout value
     rkv_cache *cache = cache_of(s, NULL), *want = cache_of(s, NULL);
     rng r = rng_seed(1);
     int l;
+    if (s->dtype == RKV_Q8_0 && values_layout >= N_KEY_LAYOUTS) values_layout = LAYOUT_ROW_LIST;
     feed(s, cache, TEXT, FIRST);
     feed(s, want, TEXT, FIRST + N);
     for (l = 0; l < s->n_layers; l++) {
@@ -490,17 +498,17 @@ static void test_append_layouts(const setup *s, layout keys_layout, layout value
         int kind, h, t;
         for (kind = KEY; kind <= QUERY; kind++) {
             rkv_tensor from = rows_of(s, (row_kind)kind, l, TEXT, FIRST, N);
-            const size_t row_bytes = dtype_bytes(s->dtype) * (size_t)from.dim;
+            const size_t bytes = row_bytes(from.dtype, from.dim);
             int i;
-            view_make(&views[kind], &r, kind == VALUE ? values_layout : keys_layout, s->dtype, 0,
+            view_make(&views[kind], &r, kind == VALUE ? values_layout : keys_layout, from.dtype, 0,
                       from.heads, N + 2, from.dim, 1);
             for (h = 0; h < from.heads; h++)
                 for (t = 0; t < N; t++)
-                    for (i = 0; i < from.dim; i++)
+                    for (i = 0; i < views[kind].n_elements; i++)
                         memcpy(view_at(&views[kind], h, t, i),
-                               (unsigned char *)from.data + (size_t)(h * N + t) * row_bytes +
-                                   (size_t)i * dtype_bytes(s->dtype),
-                               dtype_bytes(s->dtype));
+                               (unsigned char *)from.data + (size_t)(h * N + t) * bytes +
+                                   (size_t)i * dtype_bytes(from.dtype),
+                               dtype_bytes(from.dtype));
             free(from.data);
         }
         expect_status("append",
@@ -1016,6 +1024,44 @@ static void test_image_format(void)
     rkv_cache_destroy(cache);
 }
 
+/* The scale of q8_0 is little-endian too, and nothing else of a block changes its place. */
+static void test_q8_0_image(void)
+{
+    enum { HEAD = 84, N = 40 }; /* a part of the image that needs more than one swap buffer */
+    setup s = setups[15];
+    rkv_cache *cache, *loaded;
+    unsigned char row[N][34];
+    rkv_tensor rows = rkv_tensor_make(row, RKV_Q8_0, 1, N, 32), keys;
+    const uint16_t half = 0x3c01;
+    image saved;
+    int t, i;
+    s.preset = redundancy_alone;
+    s.budget = N;
+    s.n_layers = s.kv_heads = s.query_heads = 1;
+    s.head_dim = s.value_dim = 32;
+    cache = cache_of(&s, NULL);
+    loaded = cache_of(&s, NULL);
+    for (t = 0; t < N; t++) {
+        memcpy(row[t], &half, sizeof half);
+        for (i = 2; i < 34; i++) row[t][i] = (unsigned char)(t + i);
+    }
+    expect_status("append", rkv_cache_append(cache, 0, N, &rows, &rows, NULL), RKV_OK);
+    saved = image_of(cache);
+    expect_int("bytes", 0, (int64_t)saved.size, HEAD + 2 * N * 34 + 8);
+    for (t = 0; t < 2 * N; t++) {
+        const unsigned char *in_image = saved.bytes + HEAD + 34 * t;
+        expect_int("low byte", t, in_image[0], 0x01);
+        expect_int("high byte", t, in_image[1], 0x3c);
+        expect_bytes("numbers", in_image + 2, row[t % N] + 2, 32);
+    }
+    expect_status("load", rkv_cache_load(loaded, saved.bytes, saved.size), RKV_OK);
+    keys = rkv_cache_keys(loaded, 0);
+    expect_bytes("loaded", keys.data, row, sizeof row);
+    free(saved.bytes);
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(loaded);
+}
+
 /* ---- memory and devices that fail ---- */
 
 /* One budget of allocations and one of copies, for host and backend together; -1: no end. */
@@ -1235,7 +1281,7 @@ static void test_failing_ring(const setup *s)
 /* own: the record is the cache's. */
 static void test_nonfinite_key(const setup *s, int own)
 {
-    const float bad = strtof("inf", NULL);
+    float bad[32] = { 0 }; /* as many as an element may hold */
     rkv_cache_config config = setup_config(s, NULL);
     rkv_cache *cache = NULL;
     const rkv_error *found;
@@ -1246,7 +1292,9 @@ static void test_nonfinite_key(const setup *s, int own)
     expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
     expect_true("whose record", own || rkv_cache_error(cache) == &error);
     feed(s, cache, 1, s->budget + s->buffer);
-    store_element(s->dtype, (unsigned char *)rkv_cache_keys(cache, 1).data, bad);
+    bad[0] = strtof("inf", NULL);
+    encode_row(s->dtype, bad, element_dims(s->dtype),
+               (unsigned char *)rkv_cache_keys(cache, 1).data);
     before = image_of(cache);
     expect_status("step", rkv_cache_step(cache, &n_evicted), RKV_ERROR_NONFINITE);
     expect_int("evicted", 0, n_evicted, 0);
@@ -2246,16 +2294,19 @@ int main(void)
             case_begin("append: %s keys, %s values", layout_name((layout)i),
                        layout_name((layout)j));
             test_append_layouts(&setups[2], (layout)i, (layout)j);
+            test_append_layouts(&setups[15], (layout)i, (layout)j);
         }
     case_begin("layers of unequal length");
     test_unequal_layers(&setups[0]);
     case_begin("a partial window");
-    test_partial_window(&setups[N_SETUPS - 1]);
+    test_partial_window(&setups[12]);
     case_begin("a copy into the ring that fails");
     test_failing_ring(&setups[0]);
     case_begin("an infinite key");
     test_nonfinite_key(&setups[0], 0);
     test_nonfinite_key(&setups[0], 1);
+    test_nonfinite_key(&setups[13], 0);
+    test_nonfinite_key(&setups[15], 0);
     for (i = 0; i < N_SETUPS; i += 2) {
         case_begin("%s: on a device", setups[i].name);
         test_device_decode(&setups[i]);
@@ -2282,6 +2333,8 @@ int main(void)
     test_stats();
     case_begin("image format");
     test_image_format();
+    case_begin("an image of q8_0");
+    test_q8_0_image();
     case_begin("damaged images");
     test_damaged_images();
     case_begin("forged images");

@@ -200,7 +200,7 @@ static const char *spoil_views(int which, rkv_layer *l)
     case 3: l->keys.heads = 0; return "keys of no head";
     case 4: l->keys.dim = 0; return "keys of no dim";
     case 5: l->keys.dim = -DIM; return "keys of negative dim";
-    case 6: l->keys.dtype = (rkv_dtype)3; return "keys of unknown dtype";
+    case 6: l->keys.dtype = (rkv_dtype)7; return "keys of unknown dtype";
     case 7: l->keys.dim_stride = 2; return "keys with a dim_stride";
     case 8: l->keys.token_stride = -DIM; return "keys with a negative stride";
     case 9: l->queries.data = NULL; return "queries without data";

@@ -11,7 +11,7 @@ dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 trap 'exit 130' HUP INT TERM
 passed=0 failed=0 skipped=0 known=
-programs='test_random test_properties test_errors test_golden test_api test_cache'
+programs='test_random test_types test_properties test_errors test_golden test_api test_cache'
 export RKV_TEST_CASES="${RKV_TEST_CASES:-400}"
 
 # Builds the test programs around the header in $1; returns whether that worked.
@@ -108,6 +108,25 @@ fault avx512-columns avx512 \
 fault neon-reduction neon '/rkvi_reduce.*_neon/,/^}/s/vaddq_f32/vmaxq_f32/'
 fault f16-subnormal any 's/(float)magnitude \* (1.0f \/ 16777216.0f)/0.0f/'
 fault bf16-shift any '/^static void rkvi_load_bf16_scalar/,/^}/s/half << 16/(half \& 0xfffeu) << 16/'
+fault e4m3-nan any \
+    '/^static float rkvi_float_from_f8_e4m3/,/^}/s/if (magnitude == 0x7fu)/if (magnitude == 0x80u)/'
+fault e4m3-subnormal any \
+    '/^static float rkvi_float_from_f8_e4m3/,/^}/s/return rkvi_float_from_f16((uint16_t)(sign | magnitude << 7))/return rkvi_float_from_f16((uint16_t)(sign | (magnitude < 8 ? 0 : magnitude) << 7))/'
+fault q8-sign any '/^static void rkvi_load_q8_0_scalar/,/^}/s/int8_t number/uint8_t number/'
+fault q8-stride any '/^static rkvi_view rkvi_view_in_elements/,/^}/s/token_stride \/ dims/token_stride/'
+fault avx2-e4m3-nan avx2 '/rkvi_load_f8_e4m3_avx2/,/^}/s/if (nans) i = 0;//'
+fault avx2-e4m3-sign avx2 '/rkvi_load_f8_e4m3_avx2/,/^}/s/_mm256_cvtepi8_epi16/_mm256_cvtepu8_epi16/'
+fault avx2-e5m2-halves avx2 \
+    '/rkvi_load_f8_e5m2_avx2/,/^}/s/extracti128_si256(half_x16, 1)/extracti128_si256(half_x16, 0)/'
+fault avx2-q8-sign avx2 '/rkvi_load_q8_0_avx2/,/^}/s/_mm256_cvtepi8_epi32/_mm256_cvtepu8_epi32/'
+fault avx512-e4m3-nan avx512 '/rkvi_load_f8_e4m3_avx512/,/^}/s/if (nans) i = 0;//'
+fault avx512-e5m2-shift avx512 '/rkvi_load_f8_e5m2_avx512/,/^}/s/cvtepu8_epi16(code_x16), 8/cvtepu8_epi16(code_x16), 7/'
+fault avx512-q8-sign avx512 '/rkvi_load_q8_0_avx512/,/^}/s/_mm512_cvtepi8_epi32/_mm512_cvtepu8_epi32/'
+fault neon-e4m3-nan neon '/rkvi_load_f8_e4m3_neon/,/^}/s/if (vmaxv_u8(most_x8) == 0x7f) i = 0;//'
+fault neon-q8-halves neon '/rkvi_load_q8_0_neon/,/^}/s/vget_high_s16/vget_low_s16/'
+fault loader-padding any '/^static void rkvi_load_opaque/,/^}/s/for (r = given - 1; r >= 0/for (r = 0; r > 0/'
+fault loader-again any 's/if (s->missing >= 0) \/\* given/if (0) \/* given/'
+fault loader-spacing any '/^static int rkvi_even_rows/,/^}/s/rkvi_row(view, head, token + run) == row/row == row/'
 fault exp-ln2 any 's/^#define RKVI_LN2_LOW .*/#define RKVI_LN2_LOW 0.0f/'
 fault dot-tail any '/^static void rkvi_load_key/,/^}/s/size_t dim = token < 0 ? 0 : (size_t)h->keys->dim/size_t dim = token < 0 ? 0 : (size_t)(h->keys->dim \& ~1)/'
 

@@ -100,6 +100,19 @@ static void make_lengths(rng *r, shape *s, int n_tokens, int window)
     s->value_dim = 1 + rng_below(r, 2 * s->head_dim > 90 ? 90 : 2 * s->head_dim);
 }
 
+/* Keys and values of another type than the queries. */
+static void make_other_keys(rng *r, shape *s)
+{
+    s->key_dtype = (rkv_dtype)(1 + rng_below(r, RKV_Q8_0));
+    if (s->key_dtype == RKV_Q8_0) {
+        s->head_dim = (s->head_dim + 31) / 32 * 32;
+        s->value_dim = (s->value_dim + 31) / 32 * 32;
+        s->value_bytes = 0;
+    }
+    if (s->key_dtype != RKV_OPAQUE && s->key_dtype != RKV_Q8_0) return;
+    if (s->values >= N_KEY_LAYOUTS) s->values = LAYOUT_ROW_LIST; /* no transposed rows */
+}
+
 static shape make_shape(rng *r, const rkv_config *config, int n_tokens)
 {
     static const int element_sizes[] = { 0, 0, 0, 1, 2, 3, 4, 5, 8, 16, 34 };
@@ -107,6 +120,7 @@ static shape make_shape(rng *r, const rkv_config *config, int n_tokens)
     static const int pins[] = { 0, 0, 0, 0, 3, 20, 60, 100 };
     static const int wide[] = { 0, 0, 0, 0, -30, -8, 7, 40 }, narrow[] = { 0, 0, 0, -5, 6 };
     shape s;
+    int is_narrow;
     memset(&s, 0, sizeof s);
     make_lengths(r, &s, n_tokens, config_window(config));
     s.dtype = (rkv_dtype)rng_below(r, 3);
@@ -117,7 +131,10 @@ static shape make_shape(rng *r, const rkv_config *config, int n_tokens)
     s.kind = (key_kind)rng_below(r, N_KEY_KINDS);
     s.strength = 0.2 + 0.75 * rng_unit(r);
     s.sharpness = RNG_PICK(r, sharpness) / 10.0;
-    s.key_exponent = s.dtype == RKV_F16 ? RNG_PICK(r, narrow) : RNG_PICK(r, wide);
+    if (rng_below(r, 3) == 0) make_other_keys(r, &s);
+    is_narrow = s.dtype == RKV_F16 ||
+                (s.key_dtype != 0 && s.key_dtype != RKV_BF16 && s.key_dtype != RKV_OPAQUE);
+    s.key_exponent = is_narrow ? RNG_PICK(r, narrow) : RNG_PICK(r, wide);
     if (s.kind == KEYS_TINY) s.key_exponent = 0;
     s.misalign = rng_below(r, 3) ? 0 : (size_t)rng_below(r, 16);
     if (rng_below(r, 2)) s.row_stride = s.capacity + rng_below(r, 3);
@@ -145,6 +162,7 @@ static void make_far_similar_keys(rng *r, rkv_config *config, shape *s)
     s->strength = 0.2 + 0.25 * rng_unit(r);
     s->key_exponent = 0;
     s->head_dim = s->value_dim = 32 + rng_below(r, 3) * 16;
+    if (s->key_dtype == RKV_Q8_0) s->head_dim = s->value_dim = 64;
     s->kv_heads = s->group = 1;
 }
 
@@ -483,17 +501,22 @@ static void plant_number(trial *t, rng *r, fault *f)
     const int head = rng_below(r, v->tensor.heads),
               kv_head = is_query ? head / j->shape.group : head;
     const int token = rng_below(r, is_query ? j->window : j->shape.n_tokens);
+    const char *rule = is_query ? "layer.queries: a query is" : "layer.keys: a key is";
     const int64_t order =
         (((int64_t)(i * 64 + kv_head) * 2 + !is_query) * 1024 + head) * 65536 + token;
     if (!is_scored(t, i)) return;
-    view_store_one(v, head, token, rng_below(r, j->shape.head_dim),
-                   rng_below(r, 2) ? NAN : INFINITY);
+    if (v->tensor.dtype == RKV_OPAQUE && f->record.rule == NULL && rng_below(r, 2)) {
+        *view_at(v, head, token, 0) ^= 1; /* load_opaque does not give it */
+        rule = "layer.keys.load: the row loader";
+    } else {
+        view_store_one(v, head, token, rng_below(r, j->shape.head_dim),
+                       rng_below(r, 2) ? NAN : INFINITY);
+    }
     block_remember(&v->memory);
     if (f->record.rule && f->order < order) return;
     f->order = order;
-    note_fault(f, rng_below(r, 2) ? rkv_compress : rkv_score,
-               is_query ? "layer.queries: a query is" : "layer.keys: a key is", RKV_ERROR_NONFINITE,
-               i, head, token);
+    note_fault(f, rng_below(r, 2) ? rkv_compress : rkv_score, rule, RKV_ERROR_NONFINITE, i, head,
+               token);
 }
 
 static void plant_numbers(trial *t, rng *r, fault *f)

@@ -471,11 +471,31 @@ static void test_config(scene *sc)
  * moved. `name` is what the text begins with. */
 static const int32_t some_blocks[CAPACITY] = { 0 };
 
+/* Reads f32. */
+static int no_rows_after_17(void *user, const rkv_rows *rows, float *dst)
+{
+    int r;
+    (void)user;
+    for (r = 0; r < rows->n_rows && rows->token + r < 17; r++)
+        memcpy(dst + (size_t)r * (size_t)rows->dim,
+               (const unsigned char *)rows->data + (size_t)r * rows->stride,
+               (size_t)rows->dim * sizeof *dst);
+    return r;
+}
+
+static int no_rows(void *user, const rkv_rows *rows, float *dst)
+{
+    (void)user;
+    (void)rows;
+    (void)dst;
+    return 0;
+}
+
 /* clang-format off */
 static const char *spoil_view(int which, rkv_tensor *t)
 {
     switch (which) {
-    case 0: t->dtype = (rkv_dtype)3; return ".dtype: no such type";
+    case 0: t->dtype = (rkv_dtype)7; return ".dtype: no such type";
     case 1: t->dtype = (rkv_dtype)-1; return ".dtype: no such type";
     case 2: t->element_bytes = -1; return ".element_bytes: must not be negative";
     case 3: t->heads = 0; return ".heads: must be at least 1";
@@ -503,6 +523,20 @@ static const char *spoil_view(int which, rkv_tensor *t)
              return ".token_stride: negative, a broadcast, or above PTRDIFF_MAX";
     case 17: *t = rkv_tensor_strided(t->data, t->dtype, t->heads, t->tokens, t->dim, 1, 1, 0);
              return ".dim_stride: negative, a broadcast, or above PTRDIFF_MAX";
+    case 18: t->dtype = RKV_OPAQUE;
+             return ".element_bytes: must be the bytes of a row (RKV_OPAQUE)";
+    case 19: t->load = no_rows_after_17; return ".load: is for RKV_OPAQUE only";
+    case 20: t->dtype = RKV_OPAQUE; t->element_bytes = 9; t->dim_stride = 2;
+             return ".dim_stride: must be 0 or 1, the elements of a row must be adjacent";
+    case 21: t->dtype = RKV_Q8_0; t->dim = 32; t->dim_stride = 32;
+             return ".dim_stride: must be 0 or 1, the elements of a row must be adjacent";
+    case 22: t->dtype = RKV_Q8_0; t->dim = 80; return ".dim: must be a multiple of 32 (RKV_Q8_0)";
+    case 23: case 24: case 25: t->dtype = RKV_Q8_0; t->dim = 32;
+             *(which == 23 ? &t->token_stride : which == 24 ? &t->head_stride : &t->block_stride) =
+                 32 * 99 + 17;
+             return ": its strides must be multiples of 32 (RKV_Q8_0)";
+    case 26: t->dtype = RKV_Q8_0; t->dim = 32; t->element_bytes = 1;
+             return ".element_bytes: must be 0 or the dtype's";
     default: return NULL;
     }
 }
@@ -513,6 +547,8 @@ static const char *spoil_read_view(int which, rkv_tensor *t)
     case 0: t->dim_stride = 2;
             return ".dim_stride: must be 0 or 1, the elements of a row must be adjacent";
     case 1: t->element_bytes = 2; return ".element_bytes: must be 0 or the dtype's";
+    case 2: t->dtype = RKV_OPAQUE; t->element_bytes = 9;
+            return ".load: RKV_OPAQUE needs a row loader";
     default: return NULL;
     }
 }
@@ -750,6 +786,19 @@ static void test_data(scene *sc)
     refuse_data(sc, SELECT, RKV_ERROR_NONFINITE, "layer.scores: a score is NaN", 1, 1, 5);
     sc->layers[1].scores[(TOKENS - WINDOW) + 5] = 0;
 
+    case_begin("%s: row loaders", sc->backend->name);
+    for (which = 0; which < 2; which++) {
+        rkv_tensor *t = which ? &sc->layers[1].queries : &sc->layers[1].keys, was = *t;
+        t->dtype = RKV_OPAQUE;
+        t->element_bytes = DIM * (int)sizeof(float);
+        t->load = which ? no_rows : no_rows_after_17;
+        refuse_data(sc, SCORE | COMPRESS, RKV_ERROR_NONFINITE,
+                    which ? "layer.queries.load: the row loader does not give a query"
+                          : "layer.keys.load: the row loader does not give a key",
+                    1, 0, which ? 0 : 17);
+        *t = was;
+    }
+
     case_begin("%s: block tables", sc->backend->name);
     for (which = 0; which < 2; which++) {
         static const char *const rules[] = {
@@ -915,7 +964,12 @@ static const char *spoil_cache(int which, rkv_cache_config *c, rkv_status *want,
             return "cache.query_heads: must be a multiple of kv_heads";
     case 4: c->head_dim = 0; return "cache.head_dim: must be at least 1";
     case 5: c->value_dim = -1; return "cache.value_dim: must not be negative";
-    case 6: c->dtype = (rkv_dtype)3; return "cache.dtype: no such type";
+    case 6: c->dtype = (rkv_dtype)7; return "cache.dtype: no such type";
+    case 21: c->dtype = RKV_OPAQUE; return "cache.dtype: a cache does not hold RKV_OPAQUE";
+    case 22: c->dtype = RKV_Q8_0; c->head_dim = 33;
+             return "cache.head_dim: must be a multiple of 32 (RKV_Q8_0)";
+    case 23: c->dtype = RKV_Q8_0; c->head_dim = 32; c->value_dim = 40;
+             return "cache.value_dim: must be a multiple of 32 (RKV_Q8_0)";
     case 7: c->buffer = -1; return "cache.buffer: must not be negative";
     case 8: c->capacity = -1; return "cache.capacity: must not be negative";
     case 9: c->alloc = scarce_alloc; return "cache.alloc, cache.free: give both or none";
@@ -1398,9 +1452,10 @@ static const struct {
     const char *words, *why;
 } unreachable[] = {
     { "layer.values: it or its data is NULL", "values without data are allowed" },
-    { "layer.values.dim_stride: must be 0 or 1, the elements of a row must be adjacent",
-      "values may be transposed" },
-    { "layer.values.element_bytes: must be 0 or the dtype's", "values may have any size" },
+    { "layer.values.load: RKV_OPAQUE needs a row loader", "values are not read" },
+    { "keys.load: RKV_OPAQUE needs a row loader", "a cache holds none" },
+    { "values.load: RKV_OPAQUE needs a row loader", "likewise" },
+    { "queries.load: RKV_OPAQUE needs a row loader", "likewise" },
     { "layer.queries.tokens: fewer than n_tokens", "queries have a text of their own for it" },
     { "layer.queries: rows overlap, a stride is too small", "queries are only read" },
     { "layer.keys.dtype: not the cache's", "a text of rkv_cache_append" },
@@ -1412,10 +1467,6 @@ static const struct {
     { "layer.queries.dtype: not the cache's", "likewise" },
     { "layer.queries.heads: not the cache's", "likewise" },
     { "layer.queries.dim: not the cache's", "likewise" },
-    { "keys.dim_stride: must be 0 or 1, the elements of a row must be adjacent",
-      "what is appended may be transposed" },
-    { "values.dim_stride: must be 0 or 1, the elements of a row must be adjacent", "likewise" },
-    { "queries.dim_stride: must be 0 or 1, the elements of a row must be adjacent", "likewise" },
     { "keys: rows overlap, a stride is too small", "what is appended is only read" },
     { "values: rows overlap, a stride is too small", "likewise" },
     { "queries: rows overlap, a stride is too small", "likewise" },

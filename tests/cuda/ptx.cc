@@ -293,6 +293,20 @@ struct op_shr {
         return static_cast<T>(by > most ? a >> most >> 1 : a >> by);
     }
 };
+struct op_permute { /* each digit of c names a byte of b:a; with its highest bit, the byte's sign */
+    static uint32_t of(uint32_t a, uint32_t b, uint32_t c)
+    {
+        const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+        uint32_t out = 0;
+        for (int k = 0; k < 4; k++) {
+            const uint32_t digit = c >> (4 * k) & 15;
+            uint32_t byte = static_cast<uint32_t>(bytes >> (8 * (digit & 7)) & 255);
+            if (digit & 8) byte = byte & 128 ? 255 : 0;
+            out |= byte << (8 * k);
+        }
+        return out;
+    }
+};
 struct op_fma {
     static float of(float a, float b, float c)
     {
@@ -822,6 +836,7 @@ bool is_known(const words &op)
         "not",
         "or",
         "popc",
+        "prmt",
         "rcp.approx.ftz",
         "rcp.rn",
         "red.global.add",
@@ -1070,6 +1085,8 @@ struct parser {
         if (name == "mul" && has(op, "wide"))
             return type == "s32"   ? wide<int64_t, int32_t>
                    : type == "u32" ? wide<uint64_t, uint32_t>
+                   : type == "s16" ? wide<int32_t, int16_t>
+                   : type == "u16" ? wide<uint32_t, uint16_t>
                                    : static_cast<action>(NULL);
         if (name == "mul" && (is_float || has(op, "lo"))) return arithmetic<op_mul, op_mul>(type);
         if (name == "mad" && has(op, "lo")) return for_integer(type, THREE(op_mad));
@@ -1094,6 +1111,7 @@ struct parser {
         if (name == "shr") return for_integer(type, SHIFT(op_shr));
         if (name == "shf" && has(op, "wrap") && has(op, "l"))
             return three<uint32_t, op_funnel_left>;
+        if (name == "prmt") return three<uint32_t, op_permute>;
         if (name == "popc") return for_integer(type, COUNT(op_popc));
         if (name == "clz") return for_integer(type, COUNT(op_clz));
         if (name == "bfind" && has(op, "shiftamt") && type[0] == 'u')

@@ -95,10 +95,13 @@ static size_t or_else(int64_t given, size_t otherwise)
 static rkv_tensor mirror_tensor(mirror *m, const rkv_tensor &host, int n_tokens, bool writable)
 {
     rkv_tensor t = host;
-    const size_t dim = static_cast<size_t>(t.dim), heads = static_cast<size_t>(t.heads);
+    const bool is_opaque = t.dtype == RKV_OPAQUE; /* strides in bytes */
+    const size_t dim = static_cast<size_t>(is_opaque ? t.element_bytes : t.dim);
+    const size_t heads = static_cast<size_t>(t.heads);
+    const size_t numbers = static_cast<size_t>(element_dims(t.dtype)); /* of an element */
     const size_t rows = static_cast<size_t>(t.block_table ? t.block_tokens : t.tokens);
     const size_t element =
-        t.element_bytes ? static_cast<size_t>(t.element_bytes) : dtype_bytes(t.dtype);
+        t.element_bytes && !is_opaque ? static_cast<size_t>(t.element_bytes) : dtype_bytes(t.dtype);
     size_t last = (dim - 1) * or_else(t.dim_stride, 1) + (rows - 1) * or_else(t.token_stride, dim) +
                   (heads - 1) * or_else(t.head_stride, rows * dim);
     if (!t.data) return t;
@@ -111,7 +114,7 @@ static rkv_tensor mirror_tensor(mirror *m, const rkv_tensor &host, int n_tokens,
         t.block_table =
             m->add(t.block_table, static_cast<size_t>(n_blocks) * sizeof(int32_t), false);
     }
-    t.data = m->add(static_cast<char *>(t.data), (last + 1) * element, writable);
+    t.data = m->add(static_cast<char *>(t.data), (last / numbers + 1) * element, writable);
     return t;
 }
 
@@ -367,6 +370,20 @@ static int any_length(rng *r)
     if (rng_below(r, 8) == 0) return RNG_PICK(r, far_edges);
     return rng_below(r, 2) ? RNG_PICK(r, edges) : 1 + rng_below(r, 180);
 }
+/* Keys and values of another type than the queries, at any address. */
+static void other_keys(rng *r, shape *s)
+{
+    static const rkv_dtype types[] = { RKV_F16, RKV_BF16, RKV_F8_E4M3, RKV_F8_E5M2, RKV_Q8_0 };
+    s->key_dtype = types[rng_below(r, 5)];
+    s->misalign = static_cast<size_t>(rng_below(r, 16));
+    if (s->key_dtype == s->dtype) s->misalign = 0;
+    if (s->key_dtype != RKV_Q8_0) return;
+    s->head_dim = (s->head_dim + 31) / 32 * 32;
+    s->value_dim = (s->value_dim + 31) / 32 * 32;
+    s->value_bytes = 0;
+    if (s->values >= N_KEY_LAYOUTS) s->values = LAYOUT_PAGED_NHD;
+}
+
 static shape any_shape(rng *r, int n, int window)
 {
     static const int dims[] = { 1, 7, 16, 20, 64, 64, 67, 96, 128, 128, 136, 192, 256, 576 };
@@ -393,6 +410,7 @@ static shape any_shape(rng *r, int n, int window)
     s.sharpness = 0.5 + rng_unit(r);
     if (s.kind != KEYS_TINY) s.key_exponent = RNG_PICK(r, exponents);
     s.misalign = rng_below(r, 3) ? 0 : 4 * static_cast<size_t>(rng_below(r, 4));
+    if (rng_below(r, 3) == 0) other_keys(r, &s);
     if (rng_below(r, 2)) s.row_stride = s.capacity + rng_below(r, 3);
     if (rng_below(r, 3) == 0) s.pins = RNG_PICK(r, percents);
     return s;
@@ -895,10 +913,19 @@ static void test_faults()
         const char *name;
         int layer, query, head, token;
         float value;
+        rkv_dtype key_dtype; /* 0: the queries' */
     } cases[] = {
-        { "NaN in a key", 1, 0, 1, 70, NAN },  { "infinity in a key", 0, 0, 0, 0, INFINITY },
-        { "a huge key", 2, 0, 1, 99, 3e18f },  { "NaN in the window", 0, 0, 1, 97, NAN },
-        { "NaN in a query", 1, 1, 5, 3, NAN }, { "infinity in a query", 2, 1, 7, 7, -INFINITY },
+        { "NaN in a key", 1, 0, 1, 70, NAN, RKV_F32 },
+        { "infinity in a key", 0, 0, 0, 0, INFINITY, RKV_F32 },
+        { "a huge key", 2, 0, 1, 99, 3e18f, RKV_F32 },
+        { "NaN in the window", 0, 0, 1, 97, NAN, RKV_F32 },
+        { "NaN in a query", 1, 1, 5, 3, NAN, RKV_F32 },
+        { "infinity in a query", 2, 1, 7, 7, -INFINITY, RKV_F32 },
+        { "NaN in an e4m3 key", 1, 0, 1, 70, NAN, RKV_F8_E4M3 },
+        { "infinity in an e5m2 key", 0, 0, 0, 99, INFINITY, RKV_F8_E5M2 },
+        { "NaN in a scale of q8_0", 2, 0, 1, 5, NAN, RKV_Q8_0 },
+        { "infinity in a scale of q8_0", 2, 0, 1, 98, INFINITY, RKV_Q8_0 },
+        { "NaN in a query beside q8_0", 0, 1, 2, 1, NAN, RKV_Q8_0 },
     };
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
         rkv_config config = rkv_config_default(50);
@@ -906,8 +933,8 @@ static void test_faults()
         rng r = rng_seed(c);
         case_begin("%s", cases[c].name);
         for (int i = 0; i < 3; i++) {
-            const shape s =
-                plain_shape(2, 4, 32, 100, static_cast<rkv_dtype>(c % 2 ? RKV_F16 : RKV_F32));
+            shape s = plain_shape(2, 4, 32, 100, static_cast<rkv_dtype>(c % 2 ? RKV_F16 : RKV_F32));
+            s.key_dtype = cases[c].key_dtype;
             job_make(&jobs[i], &r, &config, &s);
         }
         job *bad = &jobs[cases[c].layer];
@@ -922,6 +949,39 @@ static void test_faults()
         shim_order_is(0);
         case_end();
         for (int i = 0; i < 3; i++) job_free(&jobs[i]);
+    }
+}
+
+/* Every finite fp8 code, at every place in a row: the scores are the CPU's. A row has 16 adjacent
+ * codes, and so few exponents that each of them counts. */
+static void test_f8_codes()
+{
+    enum { N = 256, DIM = 80 };
+    for (int type = RKV_F8_E4M3; type <= RKV_F8_E5M2; type++) {
+        const rkv_dtype dtype = static_cast<rkv_dtype>(type);
+        const int finite = type == RKV_F8_E4M3 ? 0x7F : 0x7C;
+        rng r = rng_seed(static_cast<uint64_t>(type));
+        trial t;
+        memset(&t, 0, sizeof t);
+        t.config = rkv_config_default(100);
+        shape s = plain_shape(1, 2, DIM, N, RKV_F16);
+        s.key_dtype = dtype;
+        case_begin("every %s code", dtype_name(dtype));
+        add_job(&t, &r, s, 1e-3f, 0);
+        for (int row = 0; row < N; row++)
+            for (int i = 0; i < DIM; i++) {
+                int code = row % 16 * 16 + (i + row / 16) % 16;
+                if ((code & 0x7F) >= finite) code &= 0xF3;
+                *view_at(&t.cpu[0].keys, 0, row, i) = static_cast<unsigned char>(code);
+                *view_at(&t.gpu[0].keys, 0, row, i) = static_cast<unsigned char>(code);
+                t.cpu[0].keys_f32[row * DIM + i] =
+                    f8_to_float(dtype, static_cast<unsigned char>(code));
+            }
+        block_remember(&t.cpu[0].keys.memory);
+        block_remember(&t.gpu[0].keys.memory);
+        run_trial(&t);
+        case_end();
+        free_trial(&t);
     }
 }
 
@@ -1264,11 +1324,17 @@ static void test_refusals()
     expect_status("none", rkv_compress(cuda(), &config, &j[0].layer, 1, NULL, bytes),
                   RKV_ERROR_WORKSPACE);
     expect_true("its rule", error.rule && strcmp(error.rule, RKVI_RULE_WORKSPACE_NULL) == 0);
-    j[1].layer.queries.dtype = RKV_BF16;
-    j[1].remembered = j[1].layer;
-    expect_host_refusal(config, j, 2, rkv_compress, RKV_ERROR_UNSUPPORTED,
-                        "layer 1: layer.queries.dtype: \"cuda\" needs the dtype of the keys");
-    j[1].layer.queries.dtype = RKV_F16;
+    for (int i = 0; i < 2; i++) {
+        rkv_tensor *tensor = i ? &j[1].layer.queries : &j[1].layer.keys, was = *tensor;
+        tensor->dtype = RKV_OPAQUE;
+        tensor->element_bytes = tensor->dim;
+        tensor->load = load_opaque;
+        j[1].remembered = j[1].layer;
+        expect_host_refusal(config, j, 2, rkv_compress, RKV_ERROR_UNSUPPORTED,
+                            i ? "layer 1: layer.queries.load: \"cuda\" has no row loaders"
+                              : "layer 1: layer.keys.load: \"cuda\" has no row loaders");
+        *tensor = was;
+    }
     j[1].remembered = j[1].layer;
     reinterpret_cast<float *>(j[0].scores.data)[92 + 5] = NAN;
     block_remember(&j[0].scores);
@@ -1736,6 +1802,7 @@ static void test_chosen()
     test_mixed_lengths();
     test_determinism();
     test_faults();
+    test_f8_codes();
     test_queued_stages();
     test_bad_lists();
     test_bad_tables();
@@ -1767,6 +1834,7 @@ static void test_kernels(uint64_t count)
     test_bad_tables();
     test_pins();
     test_copy_rows();
+    test_f8_codes();
     test_graph();
     for (uint64_t seed = 1; seed <= count; seed++) test_generated(seed);
 }
