@@ -2118,6 +2118,25 @@ static __device__ float rkvi_chain_dot_floats(const char *key, const float *row,
     return sum;
 }
 
+template <>
+__device__ float rkvi_chain_dot_floats<rkvi_any>(const char *key, const float *row, int head_dim,
+                                                 int load)
+{
+    float sum = 0.0f;
+    for (int i = 0; i < head_dim; i++) sum = fmaf(rkvi_load_any(key, i, load), row[i], sum);
+    return sum;
+}
+
+/* Number i of a key. */
+template <typename T> static __device__ float rkvi_number(const char *key, int i, int)
+{
+    return rkvi_to_float(reinterpret_cast<const T *>(key)[i]);
+}
+template <> __device__ float rkvi_number<rkvi_any>(const char *key, int i, int load)
+{
+    return rkvi_load_any(key, i, load);
+}
+
 /* How many threads of the block before this one have a similar key; *all: how many of all. */
 static __device__ int rkvi_rank(bool is_similar, rkvi_tiles &s, int *all)
 {
@@ -2146,11 +2165,11 @@ static __device__ void rkvi_scan_row(const rkvi_args &args, const rkvi_job &job,
     const rkvi_view &keys = job.moved[RKVI_KEYS].rows;
     const bool published = args.config.variant == RKV_PUBLISHED;
     const int row = job.open_rows[slot];
-    const T *key = reinterpret_cast<const T *>(rkvi_row(keys, row));
+    const char *key = rkvi_row(keys, row);
     float *floats = reinterpret_cast<float *>(s.a), cosine = 0;
     int need = job.open_need[slot], n_found, column = -1;
     for (int i = static_cast<int>(threadIdx.x); i < job.head_dim; i += RKVI_TILE_THREADS)
-        floats[i] = rkvi_to_float(key[i]);
+        floats[i] = rkvi_number<T>(key, i, job.key_load);
     __syncthreads();
     for (int newest = rkvi_span(args, job) - 1 - RKVI_NEAR_COLUMNS; newest >= 0 && need > 0;
          newest -= RKVI_TILE_THREADS) {

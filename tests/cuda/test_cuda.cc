@@ -516,10 +516,11 @@ static void run_given(const rkv_config &config, const shape &s, const std::vecto
 static void test_few_far_rows()
 {
     static const int alike[] = { 3, 7, 100, 101, 130, 200 };
+    static const rkv_dtype types[] = { RKV_F32, RKV_F16, RKV_BF16, RKV_F8_E4M3, RKV_Q8_0 };
     for (int recent = 1; recent < 4; recent += 2)
-        for (int type = RKV_F32; type <= RKV_BF16; type++) {
+        for (rkv_dtype type : types) {
             rkv_config config = rkv_config_default(200);
-            const shape s = plain_shape(1, 1, 32, 640, static_cast<rkv_dtype>(type));
+            shape s = plain_shape(1, 1, 32, 640, type);
             std::vector<float> keys(640 * 32), queries(8 * 32, 0.25f);
             rng r = rng_seed(17);
             for (size_t i = 0; i < keys.size(); i++)
@@ -529,6 +530,10 @@ static void test_few_far_rows()
             keys[0] = keys[50 * 32] = 0; /* these resemble none; each other a little */
             keys[2] = keys[50 * 32 + 3] = 1.0f;
             keys[50 * 32 + 2] = 0.3f;
+            if (type > RKV_BF16) {
+                s.dtype = RKV_F16;
+                s.key_dtype = type;
+            }
             config.recent = recent;
             config.variant = recent == 1 ? RKV_PUBLISHED : RKV_PAPER;
             config.lambda = 0;
