@@ -285,6 +285,7 @@ enum {
                                            registers                                            */
     RKVI_FIRST_COLUMNS = 16, /* columns of the scan's first step; most rows need no more        */
     RKVI_NEAR_COLUMNS = RKVI_FIRST_COLUMNS + 3 * RKVI_TILE, /* columns of the near scan         */
+    RKVI_FEW_ROWS = 12,      /* up to so many rows of a head are scanned far one by one         */
     RKVI_TRUSTED_DIMS = 256, /* up to here dots from tensor cores can stand for exact ones      */
     RKVI_HEAD_THREADS = 512, /* kernels with one block per head                                 */
     RKVI_HEAD_WARPS = RKVI_HEAD_THREADS / 32,
@@ -1743,7 +1744,8 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_share(const rkv
  * In: keys, inv_norm, unit_sum.  Out: redundancy (dot of each key with the sum), exempt.
  * Row i searches from the newest key back for its `recent` newest similar keys, first among 16
  * keys, then 64 at a time, and stops when it has them. Most rows stop in the first step. Rows that
- * still search after RKVI_NEAR_COLUMNS columns are packed together for a second, far scan.
+ * still search after RKVI_NEAR_COLUMNS columns are left to a second, far scan, packed together or,
+ * if a head has few of them, one by one.
  * An item is every args.items-th 64 rows of one head. */
 
 /* The rows of a tile: tokens, pointers, norms. Tiles are counted from the newest key back. */
@@ -1856,9 +1858,9 @@ static __device__ __forceinline__ bool rkvi_may_be_similar(const float (*acc)[4]
 }
 
 /* From dots with 8 * N_BLOCKS columns: for this lane's rows a bit for every column that may be
- * similar, and the cosine of the first of these. */
+ * similar, and the cosine of the first of these. False if no lane of the warp has any. */
 template <int N_BLOCKS>
-static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4],
+static __device__ __forceinline__ bool rkvi_mark_candidates(const float (*acc)[4],
                                                             const rkvi_tiles &s, int first_row,
                                                             float limit, unsigned long long *bits,
                                                             float *first)
@@ -1869,11 +1871,13 @@ static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4
     float a_inv[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        a_inv[half] = s.a_inv[first_row + rkvi_acc_row(lane, 2 * half)];
+        const int row = first_row + rkvi_acc_row(lane, 2 * half);
+        const bool open = 8 * N_BLOCKS < RKVI_TILE || s.need[row] > 0; /* first step: all are */
+        a_inv[half] = open ? s.a_inv[row] : 0.0f;                      /* 0: no candidates */
         first[half] = 0;
         bits[half] = 0;
     }
-    if (8 * N_BLOCKS == RKVI_TILE && !rkvi_may_be_similar(acc, a_inv, b_inv, limit)) return;
+    if (8 * N_BLOCKS == RKVI_TILE && !rkvi_may_be_similar(acc, a_inv, b_inv, limit)) return false;
 #pragma unroll
     for (int block = N_BLOCKS - 1; block >= 0; block--) /* backwards: the first is set last */
 #pragma unroll
@@ -1892,6 +1896,7 @@ static __device__ __forceinline__ void rkvi_mark_candidates(const float (*acc)[4
         bits[half] = static_cast<unsigned long long>(marks[half][1]) << 32 | marks[half][0];
     bits[0] <<= rkvi_acc_column(lane, 0, 0); /* to their columns: no bit leaves its byte */
     bits[1] <<= rkvi_acc_column(lane, 0, 0);
+    return true;
 }
 
 /* The columns that a row is compared with: all that exist, without its own. */
@@ -1918,7 +1923,7 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
     const float limit = args.config.threshold - rkvi_cosine_error<T>(job.head_dim);
     float acc[8][4] = { { 0 } }, first[2];
     unsigned long long bits[2];
-    bool open = true;
+    bool open = true, any;
     if (!columns_staged) rkvi_scan_columns(job, columns, s);
     for (int chunk = 0; chunk < n_chunks; chunk++) {
         if (!rows_staged)
@@ -1934,11 +1939,12 @@ static __device__ void rkvi_find_candidates(const rkvi_args &args, const rkvi_jo
     }
     if (!open) return;
     if (columns.n == RKVI_TILE)
-        rkvi_mark_candidates<RKVI_TILE / 8>(acc, s, 16 * warp, limit, bits, first);
+        any = rkvi_mark_candidates<RKVI_TILE / 8>(acc, s, 16 * warp, limit, bits, first);
     else
-        rkvi_mark_candidates<RKVI_FIRST_COLUMNS / 8>(acc, s, 16 * warp, limit, bits, first);
+        any = rkvi_mark_candidates<RKVI_FIRST_COLUMNS / 8>(acc, s, 16 * warp, limit, bits, first);
+    if (!any && lane < 16) s.candidates[16 * warp + lane] = 0;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < 2 && any; half++) {
         const int row = 16 * warp + rkvi_acc_row(lane, 2 * half);
         const unsigned long long wanted = rkvi_wanted_columns(args, s, row, columns);
         const unsigned long long mine = bits[half], mine_first = mine & (0 - mine);
@@ -2010,7 +2016,7 @@ static __device__ bool rkvi_decide_candidates(const rkvi_args &args, const rkvi_
     const int row = 16 * warp + lane % 16;
     int need = lane < 16 ? s.need[row] : 0;
     unsigned long long bits = need > 0 ? s.candidates[row] : 0;
-    float known = need > 0 ? s.first[row] : 0; /* from rkvi_dots */
+    float known = bits ? s.first[row] : 0; /* from rkvi_dots */
     const float trusted = rkvi_trusted_above<T>(args, job.head_dim);
     while (__any_sync(0xffffffffu, bits != 0)) {
         const int column = bits ? __ffsll(static_cast<long long>(bits)) - 1 : 0;
@@ -2089,6 +2095,100 @@ static __device__ void rkvi_scan_tile(const rkvi_args &args, const rkvi_job &job
         rkvi_exempt_first_token<T>(args, job, s);
 }
 
+/* The exact dot of a key in global memory, aligned to `load` bytes, with shared floats. */
+template <typename T>
+static __device__ float rkvi_chain_dot_floats(const char *key, const float *row, int head_dim,
+                                              int load)
+{
+    const T *x = reinterpret_cast<const T *>(key);
+    const int step = 16 / static_cast<int>(sizeof(T));
+    const int whole = load == 16 ? head_dim / step * step : 0;
+    float sum = 0.0f;
+#pragma unroll 4 /* loads in flight */
+    for (int i = 0; i < whole; i += step) {
+        float piece[step], y[4];
+        rkvi_load_piece(piece, x + i);
+#pragma unroll
+        for (int k = 0; k < step; k++) {
+            if (k % 4 == 0) rkvi_load4(y, row + i + k);
+            sum = fmaf(piece[k], y[k % 4], sum);
+        }
+    }
+    for (int i = whole; i < head_dim; i++) sum = fmaf(rkvi_to_float(x[i]), row[i], sum);
+    return sum;
+}
+
+template <>
+__device__ float rkvi_chain_dot_floats<rkvi_any>(const char *key, const float *row, int head_dim,
+                                                 int load)
+{
+    float sum = 0.0f;
+    for (int i = 0; i < head_dim; i++) sum = fmaf(rkvi_load_any(key, i, load), row[i], sum);
+    return sum;
+}
+
+/* Number i of a key. */
+template <typename T> static __device__ float rkvi_number(const char *key, int i, int)
+{
+    return rkvi_to_float(reinterpret_cast<const T *>(key)[i]);
+}
+template <> __device__ float rkvi_number<rkvi_any>(const char *key, int i, int load)
+{
+    return rkvi_load_any(key, i, load);
+}
+
+/* How many threads of the block before this one have a similar key; *all: how many of all. */
+static __device__ int rkvi_rank(bool is_similar, rkvi_tiles &s, int *all)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    const unsigned votes = __ballot_sync(0xffffffffu, is_similar);
+    int rank = __popc(votes & ((1u << lane) - 1));
+    if (lane == 0) s.need[warp] = __popc(votes);
+    __syncthreads();
+    *all = 0;
+#pragma unroll
+    for (int w = 0; w < RKVI_TILE_THREADS / 32; w++) {
+        if (w < warp) rank += s.need[w];
+        *all += s.need[w];
+    }
+    return rank;
+}
+
+/* One row of the far scan on a whole block: each thread compares it with a column, in every step
+ * the next older ones. In most heads of real models one row searches to the end, the first
+ * token's; a tile of 64 rows for its sake would execute a chain three times as long. Rows need no
+ * barrier between them: the last step's first barrier comes after all uses of the floats. */
+template <typename T>
+static __device__ void rkvi_scan_row(const rkvi_args &args, const rkvi_job &job, int slot,
+                                     rkvi_tiles &s)
+{
+    const rkvi_view &keys = job.moved[RKVI_KEYS].rows;
+    const bool published = args.config.variant == RKV_PUBLISHED;
+    const int row = job.open_rows[slot];
+    const char *key = rkvi_row(keys, row);
+    float *floats = reinterpret_cast<float *>(s.a), cosine = 0;
+    int need = job.open_need[slot], n_found, column = -1;
+    for (int i = static_cast<int>(threadIdx.x); i < job.head_dim; i += RKVI_TILE_THREADS)
+        floats[i] = rkvi_number<T>(key, i, job.key_load);
+    __syncthreads();
+    for (int newest = rkvi_span(args, job) - 1 - RKVI_NEAR_COLUMNS; newest >= 0 && need > 0;
+         newest -= RKVI_TILE_THREADS) {
+        column = newest - static_cast<int>(threadIdx.x);
+        cosine = 0; /* the diagonal's */
+        if (column >= 0 && column != row)
+            cosine = rkvi_cosine(rkvi_chain_dot_floats<T>(rkvi_row(keys, column), floats,
+                                                          job.head_dim, job.key_load),
+                                 job.inv_norm[row], job.inv_norm[column]);
+        const bool is_similar = column >= 0 && cosine > args.config.threshold;
+        if (!__syncthreads_or(is_similar)) continue;
+        const int rank = rkvi_rank(is_similar, s, &n_found);
+        rkvi_exempt(job, is_similar && rank < need, published ? column : row, cosine);
+        need -= n_found;
+    }
+    if (published && need == args.config.recent && column == 0 && row > 0) /* found none */
+        rkvi_add_fixed(&job.exempt[0], rkvi_to_fixed(cosine));
+}
+
 /* The last jobs first: their keys are still in the L2 from the attention pass. */
 template <typename T> static __device__ void rkvi_scan(const rkvi_args &args, bool far_rows)
 {
@@ -2101,6 +2201,11 @@ template <typename T> static __device__ void rkvi_scan(const rkvi_args &args, bo
         if (far_rows && args.open_count[at.job] == 0) continue; /* the usual case */
         if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
         const int n_rows = far_rows ? args.open_count[at.job] : rkvi_span(args, job);
+        if (far_rows && n_rows <= RKVI_FEW_ROWS) {
+            for (int slot = at.part; slot < n_rows; slot += args.items)
+                rkvi_scan_row<T>(args, job, slot, s);
+            continue;
+        }
         /* No barrier between tiles: after the last barrier of a tile a thread reads only its own
          * row of s, which it overwrites itself. */
         for (int64_t tile = at.part; tile * RKVI_TILE < n_rows; tile += args.items)

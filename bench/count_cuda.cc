@@ -1,13 +1,15 @@
 /* Counts what the CUDA kernels execute for one rkv_compress of one layer. tests/cuda/ptx.cc
  * interprets the PTX: no GPU, no clock, the same numbers every time.
  *     make count-cuda        (one case: RKV_PTX_COUNTS=1 build/cuda/ptx/count_cuda KV_HEADS GROUP
- *                             HEAD_DIM N BUDGET f32|f16|bf16 KEYS, keys as in bench/job.c)
+ *                             HEAD_DIM N BUDGET f32|f16|bf16 KEYS, keys as in bench/job.c; or NAME,
+ *                             a single-round file of tests/golden)
  *
  * The assembler turns PTX into other instructions, but about as many. A call for many layers
  * executes fewer per layer: each block then has several tiles and loads its queries once. */
 #define RKV_CUDA
 extern "C" {
 #include "bench/job.h"
+#include "tests/golden_file.h"
 }
 
 static void must(bool holds, const char *what)
@@ -25,46 +27,68 @@ static void *device_memory(size_t bytes, const void *host)
     return memory;
 }
 
-int main(int argc, char **argv)
+static bench_job made_job(char **arguments)
 {
+    bench_job job;
     bench_shape shape = {};
     int *const numbers[] = { &shape.kv_heads, &shape.group, &shape.head_dim, &shape.n_tokens,
                              &shape.budget };
     bool has_type = false, has_keys = false;
-    must(argc == 8, "arguments: KV_HEADS GROUP HEAD_DIM N BUDGET f32|f16|bf16 KEYS");
-    for (int i = 0; i < 5; i++) *numbers[i] = atoi(argv[1 + i]);
+    for (int i = 0; i < 5; i++) *numbers[i] = atoi(arguments[i]);
     for (int type = RKV_F32; type <= RKV_BF16; type++)
-        if (strcmp(argv[6], bench_dtype_name(static_cast<rkv_dtype>(type))) == 0)
+        if (strcmp(arguments[5], bench_dtype_name(static_cast<rkv_dtype>(type))) == 0)
             shape.dtype = static_cast<rkv_dtype>(type), has_type = true;
     for (int keys = 0; keys < BENCH_KEYS_COUNT; keys++)
-        if (strcmp(argv[7], bench_keys_name(static_cast<bench_keys>(keys))) == 0)
+        if (strcmp(arguments[6], bench_keys_name(static_cast<bench_keys>(keys))) == 0)
             shape.keys = static_cast<bench_keys>(keys), has_keys = true;
     must(has_type && has_keys, "no such type or keys");
+    bench_job_make(&job, &shape);
+    return job;
+}
 
-    const rkv_config config = rkv_config_default(shape.budget);
-    const size_t row = static_cast<size_t>(shape.head_dim) * (shape.dtype == RKV_F32 ? 4 : 2);
-    const size_t heads = static_cast<size_t>(shape.kv_heads);
-    const size_t key_bytes = heads * static_cast<size_t>(shape.n_tokens) * row;
-    const size_t query_bytes = heads * static_cast<size_t>(shape.group * config.window) * row;
-    std::vector<char> keys(key_bytes), queries(query_bytes);
-    bench_fill_keys(keys.data(), &shape);
-    bench_fill_queries(queries.data(), &shape, config.window);
+static bench_job golden_job(const char *name)
+{
+    bench_job job;
+    golden g;
+    must(golden_read(&g, "tests/golden", name) && g.rounds == 1, "no such file in tests/golden");
+    const bench_shape shape = { BENCH_GIVEN, g.dtype, g.n_tokens, g.budget,
+                                g.kv_heads,  g.group, g.dim };
+    rkv_config config = rkv_config_default(g.budget);
+    config.window = g.window;
+    config.pool = g.pool;
+    config.lambda = g.lambda;
+    config.threshold = g.threshold;
+    bench_job_make_from(&job, &shape, &config, name, g.round[0].keys, g.round[0].queries);
+    golden_free(&g);
+    return job;
+}
 
+int main(int argc, char **argv)
+{
+    must(argc == 8 || argc == 2,
+         "arguments: KV_HEADS GROUP HEAD_DIM N BUDGET f32|f16|bf16 KEYS, or NAME");
+    bench_job job = argc == 8 ? made_job(argv + 1) : golden_job(argv[1]);
+    const bench_shape &shape = job.shape;
+    const rkv_layer &host = job.layers[0];
     rkv_backend cuda;
     rkv_layer layer = RKV_INIT;
     size_t bytes = 0;
+    const size_t query_bytes = job.key_bytes / static_cast<size_t>(shape.n_tokens) *
+                               static_cast<size_t>(shape.group * job.config.window);
     must(rkv_cuda_backend(&cuda, NULL, NULL) == RKV_OK, "rkv_cuda_backend");
-    layer.keys = rkv_tensor_make(device_memory(key_bytes, keys.data()), shape.dtype, shape.kv_heads,
-                                 shape.n_tokens, shape.head_dim);
-    layer.values = rkv_tensor_make(device_memory(key_bytes, keys.data()), shape.dtype,
-                                   shape.kv_heads, shape.n_tokens, shape.head_dim);
-    layer.queries = rkv_tensor_make(device_memory(query_bytes, queries.data()), shape.dtype,
-                                    shape.kv_heads * shape.group, config.window, shape.head_dim);
+    layer.keys = host.keys;
+    layer.values = host.values;
+    layer.queries = host.queries;
+    layer.keys.data = device_memory(job.key_bytes, host.keys.data);
+    layer.values.data = device_memory(job.key_bytes, host.values.data);
+    layer.queries.data = device_memory(query_bytes, host.queries.data);
     layer.n_tokens = shape.n_tokens;
-    must(rkv_workspace_size(&cuda, &config, &layer, 1, &bytes) == RKV_OK, "rkv_workspace_size");
+    must(rkv_workspace_size(&cuda, &job.config, &layer, 1, &bytes) == RKV_OK, "rkv_workspace_size");
     printf("# %d kv heads, group %d, head dim %d, %d -> %d tokens, %s, %s\n", shape.kv_heads,
-           shape.group, shape.head_dim, shape.n_tokens, shape.budget, argv[6], argv[7]);
-    must(rkv_compress(&cuda, &config, &layer, 1, device_memory(bytes, NULL), bytes) == RKV_OK,
+           shape.group, shape.head_dim, shape.n_tokens, shape.budget, bench_dtype_name(shape.dtype),
+           argv[argc - 1]);
+    must(rkv_compress(&cuda, &job.config, &layer, 1, device_memory(bytes, NULL), bytes) == RKV_OK,
          "rkv_compress");
+    bench_job_free(&job);
     return 0;
 }

@@ -104,7 +104,8 @@ $(BUILD)/tests/test_cuda_ptx: $(PTX_DIR)/test.o $(PTX_DIR)/kernels.o $(PTX_DIR)/
 	@mkdir -p $(@D)
 	$(CXX) -rdynamic $^ -o $@ $(LIBS) -ldl
 
-# Counts what each kernel executes, for one layer of each shape of bench-cuda.
+# Counts what each kernel executes, for one layer of each shape of bench-cuda and for keys of a real
+# model.
 PTX_COUNT = RKV_PTX_COUNTS=1 $(PTX_DIR)/count_cuda
 .PHONY: count-cuda
 count-cuda:
@@ -113,13 +114,16 @@ count-cuda:
 	$(PTX_COUNT) 2 6 128 1152 1024 bf16 'cosine 0.7'; \
 	for type in bf16 f16 f32; do $(PTX_COUNT) 8 4 128 1152 1024 $$type 'cosine 0.7'; done; \
 	for keys in 'cosine 0.4' distinct; do $(PTX_COUNT) 8 4 128 1152 1024 bf16 "$$keys"; done; \
-	$(PTX_COUNT) 8 4 128 16807 8403 bf16 'cosine 0.7'
+	$(PTX_COUNT) 8 4 128 16807 8403 bf16 'cosine 0.7'; \
+	for layer in prose_layer00 prose_layer02 prose_layer15 trace_layer22; do \
+	    $(PTX_COUNT) real_$${layer}_f16; done
 
-$(PTX_DIR)/count_cuda.o: bench/count_cuda.cc bench/job.h tests/cuda/shim.h tests/cuda/cuda.mk
+$(PTX_DIR)/count_cuda.o: bench/count_cuda.cc bench/job.h tests/golden_file.h tests/cuda/shim.h \
+        tests/cuda/cuda.mk
 	@mkdir -p $(@D)
 	$(CXX) $(PTX_FLAGS) -c $< -o $@
 $(PTX_DIR)/count_cuda: $(PTX_DIR)/count_cuda.o $(PTX_DIR)/kernels.o $(PTX_DIR)/ptx.o \
-        $(patsubst %,$(BUILD)/obj/%.o,bench/job tests/harness tests/rkv_impl)
+        $(patsubst %,$(BUILD)/obj/%.o,bench/job tests/harness tests/golden_file tests/rkv_impl)
 	$(CXX) -rdynamic $^ -o $@ $(LIBS) -ldl
 
 # ---- Races --------------------------------------------------------------------------------------

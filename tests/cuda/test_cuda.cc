@@ -512,6 +512,37 @@ static void run_given(const rkv_config &config, const shape &s, const std::vecto
     free_trial(&t);
 }
 
+/* Few rows that search far: some resemble each other only, two resemble none. */
+static void test_few_far_rows()
+{
+    static const int alike[] = { 3, 7, 100, 101, 130, 200 };
+    static const rkv_dtype types[] = { RKV_F32, RKV_F16, RKV_BF16, RKV_F8_E4M3, RKV_Q8_0 };
+    for (int recent = 1; recent < 4; recent += 2)
+        for (rkv_dtype type : types) {
+            rkv_config config = rkv_config_default(200);
+            shape s = plain_shape(1, 1, 32, 640, type);
+            std::vector<float> keys(640 * 32), queries(8 * 32, 0.25f);
+            rng r = rng_seed(17);
+            for (size_t i = 0; i < keys.size(); i++)
+                keys[i] = 0.05f * static_cast<float>(rng_normal(&r)) + (i % 32 == 0 ? 1.0f : 0.0f);
+            for (int row : alike) keys[static_cast<size_t>(row) * 32] = 0;
+            for (int row : alike) keys[static_cast<size_t>(row) * 32 + 1] += 1.0f;
+            keys[0] = keys[50 * 32] = 0; /* these resemble none; each other a little */
+            keys[2] = keys[50 * 32 + 3] = 1.0f;
+            keys[50 * 32 + 2] = 0.3f;
+            if (type > RKV_BF16) {
+                s.dtype = RKV_F16;
+                s.key_dtype = type;
+            }
+            config.recent = recent;
+            config.variant = recent == 1 ? RKV_PUBLISHED : RKV_PAPER;
+            config.lambda = 0;
+            case_begin("few rows of the far scan, recent %d, type %d", recent, type);
+            run_given(config, s, keys, queries);
+            case_end();
+        }
+}
+
 /* Cosines that equal the threshold exactly: not above it, so not similar. */
 static void test_at_threshold()
 {
@@ -1794,6 +1825,7 @@ static void test_chosen()
 {
     test_golden();
     test_far_scan();
+    test_few_far_rows();
     test_at_threshold();
     test_near_threshold();
     test_near_threshold_signs();
@@ -1828,6 +1860,7 @@ static void test_chosen()
 static void test_kernels(uint64_t count)
 {
     test_far_scan();
+    test_few_far_rows();
     test_mixed_lengths();
     test_cache();
     test_bad_lists();
