@@ -3019,7 +3019,8 @@ static rkv_status rkvi_pack_queries(const rkvi_head *h, rkvi_scratch *s)
     return RKV_OK;
 }
 
-/* Norms of a chunk; finds keys that are not finite, or not there. With a key, also its dot products. */
+/* Norms of a chunk; finds keys that are not finite, or not there. With a key, also its dot
+ * products. */
 static rkv_status rkvi_chunk_norms(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first,
                                    const float *key, float *dots)
 {
@@ -3522,7 +3523,8 @@ static uint64_t rkvi_lane_cosines(const rkvi_head *h, const rkvi_scratch *s, flo
     return above;
 }
 
-/* The rows [first, end) of a chunk have met no column. Bit r of the result: row first + r is open. */
+/* The rows [first, end) of a chunk have met no column. Bit r of the result: row first + r is
+ * open. */
 static uint64_t rkvi_open_rows(const rkvi_head *h, rkvi_scratch *s, int first, int end)
 {
     uint64_t open = ~(uint64_t)0 >> (64 - (end - first));
@@ -3572,7 +3574,11 @@ static void rkvi_meet_spare(const rkvi_head *h, rkvi_scratch *s, int first, int 
                             const rkvi_packed *newest)
 {
     rkvi_tile_rows rows;
-    for (rows.n = 0; rows.n < end - first; rows.n++) rows.token[rows.n] = first + rows.n;
+    int r;
+    rows.data = NULL; /* not needed */
+    rows.stride = 0;
+    rows.n = end - first;
+    for (r = 0; r < rows.n; r++) rows.token[r] = first + r;
     rkvi_search_dots(h, s, &rows, newest, RKVI_ROWS_SEARCH, s->tile + h->n_queries,
                      rkvi_tile_stride(h));
 }
@@ -3700,8 +3706,8 @@ static void rkvi_stop_waiting(const rkvi_scratch *s, rkvi_waiting *waiting)
  * key has no similar key. */
 #define RKVI_FEW 12
 
-/* The waiting row i meets the tokens [first, end), a chunk of columns; dots: with them, in lanes. What
- * may be similar is decided exactly. */
+/* The waiting row i meets the tokens [first, end), a chunk of columns; dots: with them, in lanes.
+ * What may be similar is decided exactly. */
 static void rkvi_search_one(const rkvi_head *h, rkvi_scratch *s, int i, const float *row,
                             rkvi_rows columns, int first, int end, float *dots)
 {

@@ -382,9 +382,9 @@ static void print_parts_of(const bench *b, bench_job *job)
 static void show_parts(const bench *b)
 {
     bench_job job;
-    printf(
-        "\n# parts of rkv_score, each timed by itself from a warm cache, the kv heads together\n"
-        "# newest columns: the first pass less the parts above; search, mix: less the second pass\n");
+    printf("\n# parts of rkv_score, each timed by itself from a warm cache, the kv heads together\n"
+           "# newest columns: the first pass less the parts above\n"
+           "# search, mix: less the second pass\n");
     for (int i = 0; i < N_REAL; i++) {
         golden g;
         if (!read_real(&g, i)) continue;
