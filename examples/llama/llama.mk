@@ -122,8 +122,9 @@ $(BUILD)/tiny_model: $(patsubst %,$(BUILD)/obj/%.o, tests/llama/tiny_model examp
         examples/ponder/options)
 	$(link)
 
+# One after another: they share the models that they write.
 test-llama:
-	$(call with_llama,$(LLAMA_TESTS),sh tests/run.sh $(LLAMA_TESTS))
+	$(call with_llama,$(LLAMA_TESTS),JOBS=1 sh tests/run.sh $(LLAMA_TESTS))
 
 # The same tests with the oldest release that passes them, half a year older than LLAMA_RELEASE.
 OLDEST_VENV = build/llama-cpp-$(LLAMA_OLDEST)

@@ -30,9 +30,9 @@
  *
  * Kept set   One per sequence, for all layers and heads: a cell of llama.cpp is shared by all of
  *            them. Scores are those of rkv.h with RKV_PER_SEQUENCE.
- * Keys       Read in place where they are f32, f16 or bf16 in host memory; otherwise copied to
- *            f32, layer by layer. All types that ggml can convert to f32, flash attention on or
- *            off. Values are not read.
+ * Keys       Read in place in host memory, in every type that ggml can convert to f32, flash
+ *            attention on or off. Copied to f32, layer by layer, where they lie elsewhere or a
+ *            head is not a whole number of blocks. Values are not read.
  * Windows    Sliding-window models (Gemma 3): the layers that see everything are scored. Tokens
  *            inside the window are never evicted, so the budget must be larger than the window.
  * Refused    with a sentence: recurrent and hybrid models, encoders, M-RoPE, ALiBi, attention
@@ -1109,14 +1109,33 @@ static int rkvli_self_test(rkv_llama *r)
 
 /* ==== 7. Rounds ============================================================================= */
 
-static int rkvli_dtype(enum ggml_type type)
+/* Rows of any type of ggml, by ggml's own conversion: a row loader. */
+static int rkvli_load_rows(void *traits, const rkv_rows *rows, float *dst)
+{
+    const char *row = (const char *)rows->data;
+    int i;
+    for (i = 0; i < rows->n_rows; i++, row += rows->stride, dst += rows->dim)
+        ((const struct ggml_type_traits *)traits)->to_float(row, dst, rows->dim);
+    return rows->n_rows;
+}
+
+static rkv_dtype rkvli_dtype(enum ggml_type type)
 {
     switch ((int)type) {
     case GGML_TYPE_F32: return RKV_F32;
     case GGML_TYPE_F16: return RKV_F16;
     case GGML_TYPE_BF16: return RKV_BF16;
-    default: return -1;
+    case GGML_TYPE_Q8_0: return RKV_Q8_0;
+    default: return RKV_OPAQUE;
     }
+}
+
+/* Can the heads' keys be told apart and read, where they are? */
+static int rkvli_is_readable(const rkvli_layer *layer)
+{
+    const struct ggml_type_traits *traits = ggml_get_type_traits(layer->keys->type);
+    return rkvli_is_host(layer->keys) && layer->dim % (int)traits->blck_size == 0 &&
+           (traits->to_float || rkvli_dtype(layer->keys->type) != RKV_OPAQUE);
 }
 
 static int rkvli_reads_in_place(const rkv_llama *r)
@@ -1126,7 +1145,7 @@ static int rkvli_reads_in_place(const rkv_llama *r)
     for (i = 0; i < r->n_layers; i++) {
         const rkvli_layer *layer = &r->layers[i];
         if (layer->group != r->full) continue;
-        if (rkvli_dtype(layer->keys->type) < 0 || !rkvli_is_host(layer->keys)) return 0;
+        if (!rkvli_is_readable(layer)) return 0;
     }
     return 1;
 }
@@ -1171,14 +1190,21 @@ static void rkvli_view_layer(const rkv_llama *r, const rkvli_layer *layer, const
                              const rkv_config *config, float *votes, rkv_layer *shown)
 {
     const rkv_layer empty = RKV_INIT;
-    const int dtype = rkvli_dtype(layer->keys->type);
+    const rkv_dtype dtype = rkvli_dtype(layer->keys->type);
     *shown = empty;
-    shown->keys = rkv_tensor_make(layer->keys->data, dtype < 0 ? RKV_F32 : (rkv_dtype)dtype,
-                                  layer->kv_heads, s->n, layer->dim);
+    shown->keys = rkv_tensor_make(layer->keys->data, dtype, layer->kv_heads, s->n, layer->dim);
     shown->keys.block_table = s->cells[r->full];
     shown->keys.block_tokens = 1;
     shown->keys.block_stride = layer->keys->ne[0];
     shown->keys.head_stride = layer->dim;
+    if (dtype == RKV_OPAQUE) {
+        const size_t bytes = ggml_row_size(layer->keys->type, layer->dim);
+        shown->keys.block_stride = (int64_t)layer->keys->nb[1];
+        shown->keys.head_stride = (int64_t)bytes;
+        shown->keys.element_bytes = (int)bytes;
+        shown->keys.load = rkvli_load_rows;
+        shown->keys.load_user = (void *)ggml_get_type_traits(layer->keys->type);
+    }
     shown->queries = rkv_tensor_make(votes, RKV_F32, layer->heads, config->window, layer->dim);
     shown->n_tokens = s->n;
     shown->scale = layer->scale;

@@ -109,6 +109,12 @@ static void snapshot_row(const snapshot *s, int layer, int row, float *out, int 
             memcpy(&half, p + 34 * (i / 32), 2);
             out[i] = f16_to_float(half) * (float)(int8_t)p[34 * (i / 32) + 2 + i % 32];
             break;
+        case GGML_TYPE_Q4_0: { /* blocks of 32: an f16 scale, 16 low halves, 16 high ones */
+            const unsigned char *packed = p + 18 * (i / 32), byte = packed[2 + i % 16];
+            memcpy(&half, packed, 2);
+            out[i] = f16_to_float(half) * (float)((i % 32 < 16 ? byte & 15 : byte >> 4) - 8);
+            break;
+        }
         default: case_fail("type %d", s->types[layer]); return;
         }
     }
@@ -336,9 +342,9 @@ static void run_judged(tiny_kind kind, enum ggml_type keys, int flash, key_place
 static void test_kept_sets(void)
 {
     static const enum ggml_type types[] = { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16,
-                                            GGML_TYPE_Q8_0 };
+                                            GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 };
     int t, flash;
-    for (t = 0; t < 4; t++)
+    for (t = 0; t < 5; t++)
         for (flash = 0; flash < 2; flash++) {
             run_judged(TINY_LLAMA, types[t], flash, IN_PLACE, 1, 512);
             run_judged(TINY_LLAMA, types[t], flash, ON_DEVICE, 1, 512);

@@ -139,15 +139,18 @@ static void test_rounds(const real_model *m)
 
 int main(void)
 {
-    size_t i;
+    size_t i, n_there = 0;
+    int status;
     beds_begin();
     for (i = 0; i < sizeof models / sizeof *models; i++) {
         if (!is_there(models[i].path)) {
             skip("%s: not there, make llama-models fetches it", models[i].path);
             continue;
         }
+        n_there++;
         test_hook(&models[i]);
         test_rounds(&models[i]);
     }
-    return beds_end();
+    status = beds_end();
+    return n_there ? status : 0; /* where there is no model, nothing has failed */
 }
