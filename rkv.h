@@ -3051,6 +3051,11 @@ static rkvi_fetch rkvi_fetch_keys(const rkvi_head *h, int first,
     return fetch;
 }
 
+static size_t rkvi_tile_stride(const rkvi_head *h)
+{
+    return rkvi_round_up((size_t)h->n_queries, RKVI_LANES) + RKVI_LANES;
+}
+
 /* The newest keys of the span, which the first pass compares all rows with: packed into the places
  * that the queries leave free in the panel, or, where there are none, RKVI_NEWEST as they are. */
 static void rkvi_take_newest(const rkvi_head *h, rkvi_scratch *s, rkvi_packed *newest)
@@ -3066,12 +3071,9 @@ static void rkvi_take_newest(const rkvi_head *h, rkvi_scratch *s, rkvi_packed *n
     }
     rkvi_dot_rows_with(h, rows, newest->n, NULL, square, NULL, NULL);
     h->kernels->normalise(square, RKVI_LANES, newest->inverse, self);
-    if (h->n_spare) rkvi_pack(h, s->panel, h->n_queries + newest->n, h->n_queries, rows, newest->n);
-}
-
-static size_t rkvi_tile_stride(const rkvi_head *h)
-{
-    return rkvi_round_up((size_t)h->n_queries, RKVI_LANES) + RKVI_LANES;
+    if (h->n_spare == 0) return;
+    rkvi_pack(h, s->panel, h->n_queries + newest->n, h->n_queries, rows, newest->n);
+    memset(s->tile, 0, RKVI_CHUNK * rkvi_tile_stride(h) * sizeof *s->tile); /* what pads its rows */
 }
 
 /* Dot products of a chunk with all vectors of the panel: tile[row][vector]. */
