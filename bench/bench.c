@@ -1,5 +1,6 @@
 /* Times rkv on this machine, beside what the machine can do at most and the scalar definition.
- * make bench      or:  build/bench/bench [--full | --smoke | --real | --stages] [--csv FILE] */
+ * make bench      or:  build/bench/bench [--full | --smoke | --real | --types | --stages]
+ *                                                  [--csv FILE] */
 #define _POSIX_C_SOURCE 200809L
 #include "bench/job.h"
 #include "bench/machine.h"
@@ -582,10 +583,11 @@ static void print_machine(const bench *b, const char *when)
 static int usage(void)
 {
     fprintf(stderr,
-            "usage: bench [--full | --smoke | --real | --stages] [--csv FILE]\n"
+            "usage: bench [--full | --smoke | --real | --types | --stages] [--csv FILE]\n"
             "  --full   the worst case also in f16 and bf16 and at n 65536 (minutes)\n"
             "  --smoke  only that everything runs: short lengths, short timings\n"
             "  --real   keys of a real model and shapes of models, and nothing else\n"
+            "  --types  quantised keys beside f16, and nothing else\n"
             "  --stages where the time of rkv_score goes, part by part, and nothing else\n");
     return 2;
 }
@@ -594,7 +596,7 @@ int main(int argc, char **argv)
 {
     bench b = { 0 };
     const char *csv = NULL;
-    int stages = 0, real = 0;
+    int stages = 0, real = 0, types = 0;
     b.seconds = 0.5;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--full"))
@@ -605,6 +607,8 @@ int main(int argc, char **argv)
             stages = 1;
         else if (!strcmp(argv[i], "--real"))
             real = 1;
+        else if (!strcmp(argv[i], "--types"))
+            types = 1;
         else if (!strcmp(argv[i], "--csv") && i + 1 < argc)
             csv = argv[++i];
         else
@@ -636,15 +640,17 @@ int main(int argc, char **argv)
     if (b.csv)
         fprintf(b.csv, "keys,stage,backend,dtype,kv_heads,group,head_dim,n,budget,threads,us,"
                        "scalar_us,roof_us\n");
-    if (!real) {
+    if (!real && !types) {
         table_stages(&b);
         table_backends(&b);
         table_keys(&b);
-        table_types(&b);
     }
-    table_real(&b);
-    table_shapes(&b);
-    if (!real) {
+    if (!real) table_types(&b);
+    if (!types) {
+        table_real(&b);
+        table_shapes(&b);
+    }
+    if (!real && !types) {
         table_threads(&b);
         table_blas(&b);
         table_workspace(&b);
