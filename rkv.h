@@ -2968,7 +2968,8 @@ static int rkvi_spare_vectors(int n)
     return (int)rkvi_round_up((size_t)n, RKVI_LANES) - n;
 }
 
-/* n_rows rows become the vectors v, v + 1, ... of a panel of n; v is a multiple of 8. */
+/* n_rows rows become the vectors v, v + 1, ... of a panel of n, eight at a time: counted from v, no
+ * eight of them may lie in two blocks. */
 static void rkvi_pack(const rkvi_head *h, float *panel, int n, int v, rkvi_rows rows, int n_rows)
 {
     int end = v + n_rows;
