@@ -183,6 +183,51 @@ typedef enum rkv_scope {
  *                     exempts the first token             */
 typedef enum rkv_variant { RKV_PUBLISHED = 0, RKV_PAPER } rkv_variant;
 
+/* Which score decides. Below: t, i true positions of rows; m = n_tokens - window candidates; C =
+ * rkv_layer.n_new; p_t(i) = softmax over all rows i <= t of the logits of one query at t; "votes":
+ * the newest min(votes, C) queries of all query heads of the group; k', q' = key, query before
+ * rotary embedding; rank(x) = candidates with a smaller x, of two equal ones the more recent ranks
+ * higher. I and D are carried from round to round in rkv_layer.state; a new row has I = D = 0.
+ *   RKV              lambda * importance - (1 - lambda) * redundancy           (arXiv 2505.24133)
+ *   MEMORY_TRACES    lambda * rank(I) / m - (1 - lambda) * rank(D) / m
+ *   MEMORY_PROSE     lambda * rank(I) / m - (1 - lambda) * D
+ *                    I <- max(decay^C * I, max of p_t(i) over votes t > i)
+ *                    D <- max(D, max of cos(k'_i, k'_j) over new rows j > i)           (rkv's own)
+ *   H2O              I <- I + sum of p_t(i) over votes t >= i                  (arXiv 2306.14048)
+ *   TRIATTENTION     max over the group of z(s), z-score of s over the candidates, s(i) =
+ *                    (u . k_i + sum over pairs f of (E|q'_f| - |E q'_f|) * |k_i,f|) / sqrt(dim),
+ *                    u = mean over delta in {1, 2, 4, ..., 512} of E[q'] rotated to T + delta, T =
+ *                    the newest position; E from rkv_layer.query_means         (arXiv 2604.04921)
+ *   RANDOM           a hash of (seed, index of the layer, KV head, position), in [0, 1)
+ *   OWN_SCORE        0: rkv_layer.bias alone decides
+ * rkv_layer.bias, where given, is added to each of them. */
+typedef enum rkv_policy {
+    RKV_POLICY_RKV = 0,
+    RKV_POLICY_MEMORY_TRACES,
+    RKV_POLICY_MEMORY_PROSE,
+    RKV_POLICY_H2O,
+    RKV_POLICY_TRIATTENTION,
+    RKV_POLICY_RANDOM,
+    RKV_POLICY_OWN_SCORE
+} rkv_policy;
+
+/* Rotary embedding of a model, for policies that look at keys or queries before it. At position t
+ * the pair f = 0 ... dims / 2 - 1 is turned by the angle t * frequency[f], in radians. */
+typedef enum rkv_pairing {
+    RKV_ROPE_UNKNOWN = 0, /* not told: policies that need it refuse                               */
+    RKV_ROPE_NONE,        /* this layer has none                                                  */
+    RKV_ROPE_HALVES,      /* pair f: numbers f and f + dims / 2 (Hugging Face, "neox")            */
+    RKV_ROPE_ADJACENT     /* pair f: numbers 2 f and 2 f + 1 (llama.cpp's "normal")               */
+} rkv_pairing;
+
+typedef struct rkv_rope {
+    rkv_pairing pairing;
+    int dims;          /* the first numbers of a row, which are turned; even; 0 means head_dim    */
+    float base;        /* frequency[f] = base^(-2 f / dims); 0 means 10000                        */
+    const float *frequencies; /* [dims / 2], in [0, 4], in the backend's memory: instead of a
+                          base, for scaled variants                                               */
+} rkv_rope;
+
 /* Runs task(arg, i) once for every i in [0, n_tasks), on any threads, in any order, and returns
  * when all are done. It is called in rkv's floating-point environment: if the calling thread also
  * runs tasks of your own meanwhile, restore yours for them. */
@@ -203,15 +248,22 @@ typedef struct rkv_config {
     void *pool_handle; /* passed to parallel_for                                                  */
 
     /* Advanced. The presets fill these in; a zero means what its comment says. */
-    int window;        /* w (the paper's alpha): newest tokens that vote and are kept; 0 means 8  */
+    int window;        /* w (the paper's alpha): newest tokens, which are no candidates: they are
+                          kept, and vote; 0 means 8                                               */
     int protect;       /* newest tokens that are kept, voting or not: a sliding window, a tool call
                           in progress. Counts from `window` on; 0 means the window alone          */
     int pool;          /* width of max pooling, [j - pool/2, j + (pool-1)/2]; 0 means 7, 1: none */
+    int mean_pool;     /* not 0: mean pooling instead; what lies outside counts as 0              */
     int recent;        /* beta: newest similar keys exempted; 0 means 1                           */
     float lambda;      /* weight of importance, in [0, 1]; 0 is redundancy alone                  */
     float threshold;   /* T: keys with a cosine above it are similar; in [-1, 1]. Below 0, a key
                           counts as similar to itself. At 1, rounding decides about equal keys    */
     rkv_variant variant;
+    rkv_policy policy;
+    int votes;         /* newest queries that vote: queries.tokens; 0 means `window`. More than
+                          `window`: in RKV each looks at the candidates up to its own token       */
+    float decay;       /* MEMORY: of importance, per token, in (0, 1]; 0 means 0.995              */
+    uint32_t seed;     /* RANDOM                                                                  */
     rkv_error *device_error; /* out, optional, device backends only: device memory (rkv_cuda.cu) */
 } rkv_config;
 
@@ -277,9 +329,9 @@ typedef struct rkv_layer {
     rkv_tensor keys;      /* in/out [kv_heads][tokens][head_dim], after rotary embedding          */
     rkv_tensor values;    /* in/out [kv_heads][tokens][any]; data NULL: you move them yourself, or
                              they lie within the keys (MLA)                                       */
-    rkv_tensor queries;   /* in [kv_heads * group][window][head_dim], after rotary embedding; query
+    rkv_tensor queries;   /* in [kv_heads * group][votes][head_dim], after rotary embedding; query
                              head h * group + g reads KV head h. Not read where nothing is chosen,
-                             and with lambda 0                                                    */
+                             with lambda 0 (RKV), and by TRIATTENTION, RANDOM and OWN_SCORE       */
     int n_tokens;         /* in/out: rows in use; n_kept after compaction                         */
     int n_kept;           /* out: rows kept, the same for every set: min(n_tokens, budget); in for
                              rkv_compact: the rows of your list                                   */
@@ -288,7 +340,8 @@ typedef struct rkv_layer {
     /* Advanced */
     uint8_t *pins;        /* in/out, optional [sets][row_stride]: a row whose byte is not 0 is kept
                              (it counts towards the budget, and moves); move with the rows        */
-    int row_stride;       /* entries per set in positions and pins; 0 means keys.tokens           */
+    int row_stride;       /* entries per set in positions and pins, and per plane of state and
+                             bias; 0 means keys.tokens                                            */
     float scale;          /* of logits; 0 means 1 / sqrt(head_dim)                                */
     float softcap;        /* > 0: logits become softcap * tanh(logit / softcap)                   */
     int sequence;         /* RKV_PER_SEQUENCE: layers with the same number, all adjacent, share   */
@@ -299,6 +352,21 @@ typedef struct rkv_layer {
     float *shared_scores; /* other scopes than RKV_PER_HEAD, out of rkv_score and into rkv_select:
                              [n_tokens - window], the set's summed means. Under tensor parallelism
                              all-reduce (sum) it between the two. Optional in rkv_compress        */
+
+    /* For other policies than RKV */
+    float *bias;          /* in/out, optional, also RKV [kv_heads][row_stride]: a score of your own
+                             (a learned gate, a class of token), added to each row's; moves with
+                             rows                                                                 */
+    float *state;         /* in/out [kv_heads][rkv_state_floats][row_stride]: what MEMORY and H2O
+                             carry: I, then D. Moves with rows; needs no first value              */
+    int n_new;            /* in/out, with state: the newest rows, which were no part of a round yet.
+                             Count them; rkv_score and rkv_compress set it to 0                   */
+    int first_query;      /* slot of the oldest query: `queries` is a ring. Slot t % votes for token
+                             t: (t + 1) % votes after token t. Needed with state, and where votes
+                             is above window                                                      */
+    rkv_rope rope;        /* MEMORY, TRIATTENTION: required, also if it is RKV_ROPE_NONE. With other
+                             pairings, and with RANDOM, positions are required                    */
+    const float *query_means; /* TRIATTENTION: in, from rkv_query_means_update, or measured before */
 } rkv_layer;
 
 typedef struct rkv_backend rkv_backend; /* an implementation of the method: room 6 */
@@ -314,15 +382,49 @@ RKV_API const char *rkv_explain(const rkv_error *error, char *text, size_t size)
 RKV_API const char *rkv_status_string(rkv_status status);
 
 /* Presets. All keep `budget` tokens per KV head, window included; every field may be changed.
- *   default      R-KV as published: window 8, pool 7, recent 1, lambda 0.1, threshold 0.5, a kept
- *                set per head
- *   paper        R-KV by the paper's equations: RKV_PAPER, one kept set per layer (Algorithm 1)
- *   snapkv       attention alone (lambda 1), window and pooling as default
- *   streaming    StreamingLLM: the first 4 tokens and the newest budget - 4; reads no keys       */
+ * Formulas: rkv_policy. Cost in dot products per row (C new tokens, group G); state: floats.
+ *   default        R-KV as published: window 8, pool 7, recent 1, lambda 0.1, threshold 0.5, a
+ *                  kept set per head. 8 G; no state
+ *   paper          R-KV by the paper's equations: RKV_PAPER, one kept set per layer (Algorithm 1)
+ *   wide           R-KV with lambda 0.5, 64 votes, mean pooling over 5: better on prose, worse on
+ *                  facts of the prompt. 64 G; no state
+ *   snapkv         attention alone (lambda 1), window and pooling as default
+ *   memory_traces  MEMORY_TRACES: lambda 0.5, 32 votes. 32 G + C; 2 floats per row and KV head.
+ *                  For long chains of thought
+ *   memory_prose   MEMORY_PROSE: lambda 0.3, otherwise the same
+ *   h2o            H2O: half of the budget for the newest, 128 votes (give the buffer). 128 G; 1
+ *   triattention   TRIATTENTION: the first 4 tokens pinned, window 8. G and half a dot product;
+ *                  running means of the queries
+ *   streaming      StreamingLLM: the first 4 tokens and the newest budget - 4; reads no keys
+ *   random         RANDOM: window 8; the baseline. Reads no keys                                 */
 RKV_API rkv_config rkv_config_default(int budget);
 RKV_API rkv_config rkv_config_paper(int budget);
+RKV_API rkv_config rkv_config_wide(int budget);
 RKV_API rkv_config rkv_config_snapkv(int budget);
+RKV_API rkv_config rkv_config_memory_traces(int budget);
+RKV_API rkv_config rkv_config_memory_prose(int budget);
+RKV_API rkv_config rkv_config_h2o(int budget);
+RKV_API rkv_config rkv_config_triattention(int budget);
 RKV_API rkv_config rkv_config_streaming(int budget);
+RKV_API rkv_config rkv_config_random(int budget, uint32_t seed);
+
+/* rkv_state_floats: floats per row and KV head in rkv_layer.state: 0, 1 (H2O) or 2 (MEMORY). */
+RKV_API int rkv_state_floats(const rkv_config *config);
+
+/* rkv_query_means_update: adds the queries of tokens to the running means that TRIATTENTION needs;
+ * call it for every token, or for every batch, in order.
+ *   queries   in      view of query_heads heads, after rotary embedding; any number of rows
+ *   slot, n   in      rows slot, slot + 1, ..., n of them, are added
+ *   position  in      of the first; the tokens at positions 0 to 3 are left out
+ *   means     in/out  rkv_query_means_floats of them, in the backend's memory, zeros at first:
+ *                     [query_heads][head_dim] E[q'], [query_heads][head_dim / 2] E|q'_f|, and the
+ *                     number of tokens. Means measured before may be given instead
+ * config: for its error record only. Returns RKV_OK, RKV_ERROR_NULL, _ARGUMENT, _NONFINITE,
+ * _UNSUPPORTED or _DEVICE; on an error means is untouched. */
+RKV_API size_t rkv_query_means_floats(int query_heads, int head_dim);
+RKV_API rkv_status rkv_query_means_update(const rkv_backend *backend, const rkv_config *config,
+                                          const rkv_rope *rope, const rkv_tensor *queries, int slot,
+                                          int n, int position, float *means);
 
 /* rkv_tensor_make: a contiguous [heads][tokens][dim] view; change its strides for other layouts.
  * rkv_tensor_strided: a view with the strides that another library tells (PyTorch's stride(), in
@@ -455,6 +557,7 @@ typedef struct rkv_cache_config {
                                    0 means budget + buffer                                        */
     int value_dim;              /* 0 means head_dim                                               */
     float scale, softcap;       /* as in rkv_layer                                                */
+    rkv_rope rope;              /* as in rkv_layer, of all layers                                 */
     const rkv_backend *backend; /* where the memory lies; NULL: rkv_backend_find(NULL)            */
     void *(*alloc)(void *user, size_t bytes); /* host memory of the cache's own records; both     */
     void (*free)(void *user, void *memory);   /* NULL: malloc and free. Rows: the backend's       */
@@ -570,6 +673,15 @@ typedef struct rkv_call {
     size_t bytes;
 } rkv_call;
 
+/* One call of rkv_query_means_update, checked; config may be NULL. */
+typedef struct rkv_means_call {
+    const rkv_config *config;
+    rkv_rope rope;             /* dims and base filled in */
+    const rkv_tensor *queries; /* rows [slot, slot + n), the first of them at `position` >= 4 */
+    int slot, n, position;
+    float *means;
+} rkv_means_call;
+
 struct rkv_backend {
     const char *name;
     const void *context;
@@ -591,6 +703,8 @@ struct rkv_backend {
     rkv_status (*fill_positions)(const rkv_backend *self, int32_t *positions, int n_sets,
                                  int stride, int row, int first, int n);
     rkv_status (*synchronize)(const rkv_backend *self);
+    /* rkv_query_means_update; NULL: the backend has none. */
+    rkv_status (*update_means)(const rkv_backend *self, const rkv_means_call *call);
 };
 
 /* Rules about the data, which backends check. Their texts are the same on all backends. */
