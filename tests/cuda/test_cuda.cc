@@ -193,7 +193,8 @@ static const rkv_backend mirrored = { "cuda by way of host memory",
                                       NULL,
                                       NULL,
                                       NULL,
-                                      NULL, NULL };
+                                      NULL,
+                                      NULL };
 
 /* Sets the order of blocks and threads; every other order runs on few blocks. */
 static void shim_order_is(int order)
