@@ -66,7 +66,8 @@ help:
 # ---- Programs -----------------------------------------------------------------------------------
 
 TESTS       = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/test_*.c)))
-TEST_SHARED = $(patsubst %,$(BUILD)/obj/tests/%.o,harness oracle golden_file rkv_impl)
+TEST_SHARED = $(patsubst %,$(BUILD)/obj/tests/%.o,harness oracle oracle_policies golden_file \
+                  golden_policy rkv_impl)
 EXAMPLES    = $(patsubst %.c,$(BUILD)/%,$(sort $(filter-out examples/cuda.c, \
                   $(wildcard examples/*.c))))
 

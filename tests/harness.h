@@ -129,6 +129,8 @@ void view_make(view *v, rng *r, layout l, rkv_dtype dtype, int element_bytes, in
 void view_free(view *v);
 unsigned char *view_at(const view *v, int head, int token, int i);
 void view_store(view *v, const float *values, int n_tokens); /* [heads][n_tokens][dim] */
+void view_store_row(view *v, int head, int token, const float *row);
+void view_load_row(const view *v, int head, int token, float *row);
 void view_store_one(view *v, int head, int token, int i, float value);
 void view_restore(view *v);
 int view_unchanged(const char *at, const view *v);
