@@ -717,7 +717,7 @@ struct rkv_backend {
 #define RKVI_RULE_STATE          "layer.state: a number is negative, NaN or infinite"
 #define RKVI_RULE_BIAS           "layer.bias: a score with it is NaN"
 #define RKVI_RULE_MEANS          "layer.query_means: a mean is NaN, infinite or too large"
-#define RKVI_RULE_FREQUENCY      "layer.rope.frequencies: one is not in [0, 4]"
+#define RKVI_RULE_FREQUENCY      "rope.frequencies: one is not in [0, 4]"
 #define RKVI_RULE_SCORE          "layer.scores: a score is NaN"
 #define RKVI_RULE_KEY_BLOCKS     "layer.keys.block_table: a block is negative or occurs twice"
 #define RKVI_RULE_VALUE_BLOCKS   "layer.values.block_table: a block is negative or occurs twice"
@@ -5922,14 +5922,21 @@ static int rkvi_needs_queries(const rkv_config *config, const rkv_layer *layer)
     return rkvi_is_scored(config, layer->n_tokens) && rkvi_reads_queries(config);
 }
 
+static const char *rkvi_query_heads_rule(const rkv_layer *layer)
+{
+    const int heads = layer->queries.heads;
+    return heads < 1 || heads % layer->keys.heads != 0
+               ? "layer.queries.heads: must be a multiple of keys.heads"
+               : NULL;
+}
+
 static const char *rkvi_queries_rule(const rkv_config *config, const rkv_layer *layer)
 {
     const rkv_tensor *queries = &layer->queries;
     rkvi_view_rule rule = rkvi_readable_rule(queries);
     if (rule != RKVI_SOUND) return rkvi_view_rules[RKVI_QUERIES][rule];
     if (queries->dim != layer->keys.dim) return "layer.queries.dim: must equal keys.dim";
-    if (queries->heads % layer->keys.heads != 0)
-        return "layer.queries.heads: must be a multiple of keys.heads";
+    if (rkvi_query_heads_rule(layer)) return rkvi_query_heads_rule(layer);
     if (queries->tokens != config->votes)
         return "layer.queries.tokens: must equal config.votes, or window if that is 0";
     if (layer->first_query < 0 || layer->first_query >= config->votes)
@@ -5959,10 +5966,8 @@ static const char *rkvi_policy_rule(const rkv_config *config, const rkv_layer *l
     if (layer->n_new > layer->n_tokens) return "layer.n_new: more than n_tokens";
     if (!rkvi_is_scored(config, layer->n_tokens)) return NULL;
     if (rkvi_needs_rope(config)) rule = rkvi_rope_rule(&layer->rope, layer->keys.dim);
-    if (rule || config->policy != RKV_POLICY_TRIATTENTION) return rule;
-    if (layer->queries.heads < 1 || layer->queries.heads % layer->keys.heads != 0)
-        return "layer.queries.heads: must be a multiple of keys.heads";
-    return NULL;
+    if (!rule && config->policy == RKV_POLICY_TRIATTENTION) rule = rkvi_query_heads_rule(layer);
+    return rule;
 }
 
 /* Positions are the owner's. */
