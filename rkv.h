@@ -6063,8 +6063,9 @@ static const char *rkvi_rope_rule(const rkv_rope *rope, int dim)
 static const char *rkvi_policy_rule(const rkv_config *config, const rkv_layer *layer)
 {
     const char *rule = NULL;
-    if (layer->n_new < 0) return "layer.n_new: must not be negative";
-    if (layer->n_new > layer->n_tokens) return "layer.n_new: more than n_tokens";
+    if (rkvi_has_state(config) && layer->n_new < 0) return "layer.n_new: must not be negative";
+    if (rkvi_has_state(config) && layer->n_new > layer->n_tokens)
+        return "layer.n_new: more than n_tokens";
     if (!rkvi_is_scored(config, layer->n_tokens)) return NULL;
     if (rkvi_needs_rope(config)) rule = rkvi_rope_rule(&layer->rope, layer->keys.dim);
     if (!rule && config->policy == RKV_POLICY_TRIATTENTION) rule = rkvi_query_heads_rule(layer);
