@@ -20,7 +20,7 @@ static const rkv_backend *backends[MAX_BACKENDS];
 static int n_backends;
 static rkv_threads *two_threads, *seven_threads;
 static long rows_decided[N_POLICIES], rows_open[N_POLICIES]; /* of rows that rounding may turn */
-static long heads_compared, heads_near_threshold, faults_planted;
+static long heads_compared, heads_near_threshold, faults_planted[6];
 
 static int reads_queries(const rkv_config *config)
 {
@@ -36,6 +36,22 @@ static int reads_keys(const rkv_config *config)
 static int needs_rope(const rkv_config *config)
 {
     return config_state_floats(config) == 2 || config->policy == RKV_POLICY_TRIATTENTION;
+}
+
+/* Runs a call; a status that is not wanted is explained. 1 if it is. */
+static int expect_call(const char *at, stage_function call, const rkv_backend *backend,
+                       const rkv_config *config, job *jobs, int n_jobs)
+{
+    rkv_config with_record = *config;
+    rkv_error record = { "of an earlier call", RKV_ERROR_DEVICE, 7, 7, 7 };
+    rkv_status status;
+    char text[256];
+    with_record.error = &record;
+    status = call_stage(call, backend, &with_record, jobs, n_jobs);
+    expect_int("status of the record", 0, record.status, status);
+    if (status == RKV_OK) return expect_true("record, nothing wrong", record.rule == NULL);
+    case_fail("%s: %s", at, rkv_explain(&record, text, sizeof text));
+    return 0;
 }
 
 /* ---- generating a round ----
@@ -461,8 +477,7 @@ static int play_first(trial *t, const rkv_backend *backend)
     int i, going;
     char at[64];
     snprintf(at, sizeof at, "%s, first run", backend->name);
-    going =
-        expect_status(at, call_stage(rkv_score, backend, &t->config, t->jobs, t->n_jobs), RKV_OK);
+    going = expect_call(at, rkv_score, backend, &t->config, t->jobs, t->n_jobs);
     for (i = 0; i < t->n_jobs && going; i++) {
         job *j = &t->jobs[i];
         job_inputs_unchanged("inputs after scoring", j);
@@ -475,14 +490,10 @@ static int play_first(trial *t, const rkv_backend *backend)
         if (j->state_floats > 0) judge_mix(t, i);
         judge_scores(t, i);
     }
-    going = going &&
-            expect_status("select", call_stage(rkv_select, backend, &t->config, t->jobs, t->n_jobs),
-                          RKV_OK);
+    going = going && expect_call("select", rkv_select, backend, &t->config, t->jobs, t->n_jobs);
     for (i = 0; i < t->n_jobs && going; i++) judge_kept(t, i);
     snapshot(t);
-    return going &&
-           expect_status("compact",
-                         call_stage(rkv_compact, backend, &t->config, t->jobs, t->n_jobs), RKV_OK);
+    return going && expect_call("compact", rkv_compact, backend, &t->config, t->jobs, t->n_jobs);
 }
 
 /* Scores, sets and state are the first run's, bit by bit; rows lie where they belong. */
@@ -514,64 +525,85 @@ static void restore(trial *t)
     for (i = 0; i < t->n_jobs; i++) job_restore(&t->jobs[i]);
 }
 
+static int call_steps(const char *name, const rkv_backend *backend, const rkv_config *config,
+                      job *jobs, int n_jobs)
+{
+    return expect_call(name, rkv_score, backend, config, jobs, n_jobs) &&
+           expect_call(name, rkv_select, backend, config, jobs, n_jobs) &&
+           expect_call(name, rkv_compact, backend, config, jobs, n_jobs);
+}
+
 static int run_request(trial *t, const rkv_backend *backend, const request *q)
 {
     rkv_config config = t->config;
     char name[96];
-    rkv_status status;
+    int going;
     snprintf(name, sizeof name, "%s, %s", backend->name, q->name);
     restore(t);
     if (q->bare) strip_optional(t);
     lend_threads(&config, q);
-    status = q->staged ? call_stages(backend, &config, t->jobs, t->n_jobs)
-                       : call_stage(rkv_compress, backend, &config, t->jobs, t->n_jobs);
-    if (!expect_status(name, status, RKV_OK)) return 0;
-    expect_same_answers(t, name, q->bare);
-    return 1;
+    going = q->staged ? call_steps(name, backend, &config, t->jobs, t->n_jobs)
+                      : expect_call(name, rkv_compress, backend, &config, t->jobs, t->n_jobs);
+    if (going) expect_same_answers(t, name, q->bare);
+    return going;
 }
 
 /* ---- one fault in a trial ---- */
 enum { FAULT_KEY, FAULT_QUERY, FAULT_BIAS, FAULT_IMPORTANCE, FAULT_COPY, FAULT_MEAN, N_FAULTS };
 
-/* Damages one number that the call must read; 0 if there is none of the kind. */
-static int plant(trial *t, rng *r, int i, int kind)
+/* What the record says of each kind. */
+static const char *const fault_rules[N_FAULTS] = { "layer.keys: ",  "layer.queries: ",
+                                                   "layer.bias: ",  "layer.state: ",
+                                                   "layer.state: ", "layer.query_means: " };
+
+/* Damages one number that the call must read, and notes head and token in the record (-1: not
+ * told); 0 if there is none of the kind. */
+static int plant(trial *t, rng *r, int i, int kind, rkv_error *record)
 {
     job *j = &t->jobs[i];
     const int n = j->shape.n_tokens, old = n - j->layer.n_new, m = score_count(j);
     const int stride = job_row_stride(j), head = rng_below(r, j->shape.kv_heads);
     const int new_votes = j->state_floats && j->layer.n_new < j->votes ? j->layer.n_new : j->votes;
     const float bad = rng_below(r, 2) ? NAN : INFINITY;
+    const int query_head = head * j->shape.group + rng_below(r, j->shape.group);
+    const int age = rng_below(r, new_votes), row = rng_below(r, m);
+    const int plane = kind - FAULT_IMPORTANCE;
     float *list;
+    record->head = head;
+    record->token = row;
     switch (kind) {
     case FAULT_KEY:
-        if (!reads_keys(&t->config) || t->config.policy == RKV_POLICY_OWN_SCORE) return 0;
-        view_store_one(&j->keys, head, rng_below(r, m), rng_below(r, j->shape.head_dim), bad);
+        if (!reads_keys(&t->config)) return 0;
+        view_store_one(&j->keys, head, row, rng_below(r, j->shape.head_dim), bad);
         block_remember(&j->keys.memory);
         return 1;
     case FAULT_QUERY:
         if (!reads_queries(&t->config)) return 0;
-        view_store_one(&j->queries, rng_below(r, j->shape.kv_heads * j->shape.group),
-                       (j->layer.first_query - 1 - rng_below(r, new_votes) + 2 * j->votes) %
-                           j->votes,
-                       rng_below(r, j->shape.head_dim), bad);
+        record->head = query_head;
+        record->token = (j->layer.first_query - 1 - age + 2 * j->votes) % j->votes;
+        view_store_one(&j->queries, query_head, record->token, rng_below(r, j->shape.head_dim),
+                       bad);
         block_remember(&j->queries.memory);
         return 1;
     case FAULT_BIAS:
         if (!j->layer.bias) return 0;
-        j->layer.bias[head * stride + rng_below(r, m)] = NAN;
+        j->layer.bias[head * stride + row] = NAN;
         block_remember(&j->bias);
         return 1;
     case FAULT_IMPORTANCE:
     case FAULT_COPY:
-        if (kind - FAULT_IMPORTANCE >= j->state_floats || old == 0) return 0;
-        list = job_state(j, head, kind - FAULT_IMPORTANCE);
-        list[rng_below(r, old < m ? old : m)] = NAN;
+        if (plane >= j->state_floats || old == 0) return 0;
+        record->token = rng_below(r, old);
+        list = job_state(j, head, plane);
+        list[record->token] = rng_below(r, 2) ? bad : -0.25f;
         block_remember(&j->state);
         return 1;
     case FAULT_MEAN:
         if (t->config.policy != RKV_POLICY_TRIATTENTION) return 0;
+        record->head = query_head;
+        record->token = -1;
         list = (float *)(void *)j->means.data;
-        list[rng_below(r, j->shape.kv_heads * j->shape.group * j->shape.head_dim)] = bad;
+        list[query_head * j->shape.head_dim + rng_below(r, j->shape.head_dim)] = bad;
         block_remember(&j->means);
         return 1;
     }
@@ -585,16 +617,22 @@ static void run_fault(trial *t, uint64_t seed, const rkv_backend *backend, const
     const int i = rng_below(&r, t->n_jobs), first = rng_below(&r, N_FAULTS);
     rkv_config config = t->config;
     stage_function call = rng_below(&r, 2) ? rkv_compress : rkv_score;
+    rkv_error record, want;
     int k, kind = first, planted = 0;
     char at[96];
     restore(t);
     for (k = 0; k < N_FAULTS && !planted && is_scored(t, i); k++)
-        planted = plant(t, &r, i, kind = (first + k) % N_FAULTS);
+        planted = plant(t, &r, i, kind = (first + k) % N_FAULTS, &want);
     if (!planted) return;
-    faults_planted++;
+    faults_planted[kind]++;
     lend_threads(&config, q);
+    config.error = &record;
     snprintf(at, sizeof at, "%s, %s, fault %d", backend->name, q->name, kind);
     expect_status(at, call_stage(call, backend, &config, t->jobs, t->n_jobs), RKV_ERROR_NONFINITE);
+    expect_true(fault_rules[kind], record.rule && strstr(record.rule, fault_rules[kind]));
+    expect_int("layer at fault", kind, record.layer, i);
+    expect_int("head at fault", kind, record.head, want.head);
+    expect_int("token at fault", kind, record.token, want.token);
     for (k = 0; k < t->n_jobs; k++) job_unchanged(at, &t->jobs[k]);
 }
 
@@ -882,7 +920,7 @@ static int run_history_round(history *h, const rkv_backend *backend, int round)
     int head, plane, i, ok;
     for (head = 0; head < H_HEADS; head++) play_history_head(h, head, n_new, &heads[head]);
     j->layer.n_tokens = h->n;
-    ok = expect_status("round", call_stage(rkv_compress, backend, &h->config, j, 1), RKV_OK);
+    ok = expect_call("round", rkv_compress, backend, &h->config, j, 1);
     if (ok) {
         judge_history(h, heads, pins);
         follow_history(h, heads);
@@ -1137,7 +1175,7 @@ static int golden_ask_backend(golden_answer *a, const golden_policy *g, job *j,
     int h, p, i, going;
     for (i = 0; i < last; i++) job_make(&jobs[i], &random, &g->config, &idle);
     jobs[last] = *j;
-    expect_status("score", call_stage(rkv_score, backend, &g->config, jobs, last + 1), RKV_OK);
+    expect_call("score", rkv_score, backend, &g->config, jobs, last + 1);
     for (h = 0; h < g->kv_heads; h++) {
         for (p = 0; p < g->floats; p++)
             for (i = 0; i < j->shape.n_tokens; i++)
@@ -1145,8 +1183,7 @@ static int golden_ask_backend(golden_answer *a, const golden_policy *g, job *j,
         for (i = 0; i < m; i++) a->score[h][i] = (double)job_scores(&jobs[last])[h * m + i];
     }
     job_restore(&jobs[last]);
-    going = expect_status("compress", call_stage(rkv_compress, backend, &g->config, jobs, last + 1),
-                          RKV_OK);
+    going = expect_call("compress", rkv_compress, backend, &g->config, jobs, last + 1);
     for (h = 0; h < g->sets; h++)
         memcpy(a->kept[h], job_kept(&jobs[last]) + h * g->config.budget,
                (size_t)g->config.budget * sizeof(int32_t));
@@ -1351,12 +1388,12 @@ static void test_bias_by_hand(const rkv_backend *backend, rkv_policy policy)
     s.bias = 0;
     job_make(&j, &r, &config, &s);
     m = score_count(&j);
-    expect_status("alone", call_stage(rkv_score, backend, &config, &j, 1), RKV_OK);
+    expect_call("alone", rkv_score, backend, &config, &j, 1);
     alone = (float *)copy_of(j.scores.data, j.scores.bytes);
     job_restore(&j);
     for (i = 0; i < 2 * 90; i++) bias[i] = (float)rng_normal(&r);
     j.layer.bias = bias;
-    expect_status("with bias", call_stage(rkv_score, backend, &config, &j, 1), RKV_OK);
+    expect_call("with bias", rkv_score, backend, &config, &j, 1);
     for (i = 0; i < 2 * m; i++) {
         float sum = alone[i] + bias[i / m * 90 + i % m];
         if (!expect_bytes("score", job_scores(&j) + i, &sum, sizeof sum)) break;
@@ -1384,7 +1421,7 @@ static void test_random_numbers(const rkv_backend *backend)
     m = score_count(&jobs[0]);
     for (l = 0; l < 2; l++)
         for (i = 0; i < HEADS * N; i++) jobs[l].layer.positions[i] = i % N;
-    expect_status("status", call_stage(rkv_score, backend, &config, jobs, 2), RKV_OK);
+    expect_call("status", rkv_score, backend, &config, jobs, 2);
     memcpy(first, jobs[0].scores.data, jobs[0].scores.bytes);
     for (i = 0; i < m; i++) {
         sum += (double)first[i] / m;
@@ -1393,11 +1430,11 @@ static void test_random_numbers(const rkv_backend *backend)
     }
     expect_near("mean", 0, sum, 0.5, 0.06);
     for (i = 0; i < HEADS * N; i++) jobs[0].layer.positions[i] = i % N + gap;
-    expect_status("status", call_stage(rkv_score, backend, &config, jobs, 2), RKV_OK);
+    expect_call("status", rkv_score, backend, &config, jobs, 2);
     for (i = 0; i + gap < m; i++)
         expect_bytes("the same position", jobs[0].layer.scores + i, first + i + gap, sizeof *first);
     config.seed = 2;
-    expect_status("status", call_stage(rkv_score, backend, &config, jobs, 2), RKV_OK);
+    expect_call("status", rkv_score, backend, &config, jobs, 2);
     for (i = 0; i + gap < m; i++) same += jobs[0].layer.scores[i] == first[i + gap];
     expect_true("different numbers", same < 3);
     case_end();
@@ -1420,13 +1457,13 @@ static void test_new_rows(const rkv_backend *backend, rkv_policy policy)
         s.n_new = n_new[l];
         job_make(&jobs[l], &r, &config, &s);
     }
-    expect_status("together", call_stage(rkv_compress, backend, &config, jobs, 4), RKV_OK);
+    expect_call("together", rkv_compress, backend, &config, jobs, 4);
     for (l = 0; l < 4; l++) {
         rng r = rng_seed(7);
         shape s = plain_shape(policy, n_tokens[l]);
         s.n_new = n_new[l];
         job_make(&alone, &r, &config, &s);
-        expect_status("alone", call_stage(rkv_compress, backend, &config, &alone, 1), RKV_OK);
+        expect_call("alone", rkv_compress, backend, &config, &alone, 1);
         expect_bytes("state", jobs[l].state.data, alone.state.data, alone.state.bytes);
         expect_bytes("kept", jobs[l].kept.data, alone.kept.data, alone.kept.bytes);
         expect_int("n_new", l, jobs[l].layer.n_new, l < 3 ? 0 : 9);
@@ -1459,8 +1496,8 @@ static void test_ring(const rkv_backend *backend, rkv_policy policy)
                 memcpy(turned + (head * votes + (slot + offset) % votes) * dim,
                        a.queries_f32 + (head * votes + slot) * dim, (size_t)dim * sizeof *turned);
         view_store(&b.queries, turned, votes);
-        expect_status("0", call_stage(rkv_compress, backend, &config, &a, 1), RKV_OK);
-        expect_status("turned", call_stage(rkv_compress, backend, &config, &b, 1), RKV_OK);
+        expect_call("0", rkv_compress, backend, &config, &a, 1);
+        expect_call("turned", rkv_compress, backend, &config, &b, 1);
         expect_bytes("kept", a.kept.data, b.kept.data, a.kept.bytes);
         for (slot = 0; slot < 2 * score_count(&a); slot++)
             if (!expect_near("score", slot, (double)job_scores(&b)[slot],
@@ -1490,7 +1527,7 @@ static void test_ties(const rkv_backend *backend, rkv_policy policy)
     s.bias = 0;
     job_make(&j, &r, &config, &s);
     for (i = 0; i < (int)(j.state.bytes / sizeof(float)); i++) j.layer.state[i] = 0.25f;
-    expect_status("status", call_stage(rkv_compress, backend, &config, &j, 1), RKV_OK);
+    expect_call("status", rkv_compress, backend, &config, &j, 1);
     for (h = 0; h < 2; h++)
         for (i = 0; i < config.budget; i++)
             expect_int("kept", h * 100 + i, job_kept(&j)[h * config.budget + i],
@@ -1515,7 +1552,7 @@ static void test_unread(const rkv_backend *backend, rkv_policy policy)
             view_store_one(&j.keys, head, row, 3, NAN);
     for (head = 0; head < 6 && !reads_queries(&config); head++)
         for (row = 0; row < j.votes; row++) view_store_one(&j.queries, head, row, 3, NAN);
-    expect_status("status", call_stage(rkv_compress, backend, &config, &j, 1), RKV_OK);
+    expect_call("status", rkv_compress, backend, &config, &j, 1);
     case_end();
     job_free(&j);
 }
@@ -1638,15 +1675,18 @@ int main(int argc, char **argv)
     for (seed = first; seed < first + count && cases_failed() < MAX_FAILED; seed++) run_trial(seed);
     rkv_threads_destroy(two_threads);
     rkv_threads_destroy(seven_threads);
-    printf("compared with the oracle: %ld heads (%ld too near the threshold), %ld faults; "
-           "rows decided, open to rounding:",
-           heads_compared, heads_near_threshold, faults_planted);
+    printf(
+        "compared with the oracle: %ld heads (%ld too near the threshold); faults %ld, %ld, %ld, "
+        "%ld, %ld, %ld; rows decided, open to rounding:",
+        heads_compared, heads_near_threshold, faults_planted[0], faults_planted[1],
+        faults_planted[2], faults_planted[3], faults_planted[4], faults_planted[5]);
     for (policy = 0; policy < N_POLICIES; policy++)
         printf(" %s %ld, %ld%s", policy_names[policy], rows_decided[policy], rows_open[policy],
                policy + 1 < N_POLICIES ? ";" : "\n");
     case_begin("share of comparable results");
     for (policy = 0; policy < N_POLICIES && count >= 100 && cases_failed() == 0; policy++)
         expect_true("three of four rows", rows_decided[policy] > 3 * rows_open[policy]);
-    if (count >= 100) expect_true("faults", faults_planted > (long)count / 4);
+    for (b = 0; b < N_FAULTS && count >= 100; b++)
+        expect_true("faults of each kind", faults_planted[b] > (long)count / 70);
     return close_tests();
 }

@@ -30,7 +30,8 @@ class Undecided(Exception):
 def to_bf16(x):
     """The 16 bits of the nearest bf16, ties to even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)).astype("<u2")
+    sixteen, one = np.uint64(16), np.uint64(1)
+    return ((bits + np.uint64(0x7FFF) + ((bits >> sixteen) & one)) >> sixteen).astype("<u2")
 
 
 def encode(x, dtype):
@@ -45,7 +46,7 @@ def decode(code, dtype):
     return code.astype(np.float64)
 
 
-# ---- rotary embedding ------------------------------------------------------------------------------
+# ---- rotary embedding ----------------------------------------------------------------------------
 def frequencies_of(c):
     """Radians per position of each pair, as the floats that an engine has."""
     if c["table"] is not None:
@@ -80,7 +81,7 @@ def rotate(c, x, positions):
     return with_pairs(c, x, pairs_of(c, x) * np.exp(1j * angles))
 
 
-# ---- parts of the policies -------------------------------------------------------------------------
+# ---- parts of the policies -----------------------------------------------------------------------
 def softmax(x):
     e = np.exp(x - np.max(x))
     return e / np.sum(e)
@@ -134,8 +135,8 @@ def remember(c, state, queries, keys, positions, n_new):
 
 
 def memory_score(c, state, m):
-    """(score, tolerance) of the candidates. With a share of one half the scores of traces are exact,
-    and so are their ties."""
+    """(score, tolerance) of the candidates. With a share of one half the scores of traces are
+    exact, and so are their ties."""
     importance, copies, share = state[0, :m], state[1, :m], c["lambda"]
     tolerance = share * may_swap(importance, RELATIVE_ERROR, 0) / m
     if c["policy"] == TRACES:
@@ -237,7 +238,7 @@ def similarity(c, keys):
     return cosines.mean(axis=0 if c["variant"] == PUBLISHED else 1)
 
 
-# ---- a round ---------------------------------------------------------------------------------------
+# ---- a round -------------------------------------------------------------------------------------
 def keep(c, score, tolerance, n):
     """The rows of one set; raises Undecided if rounding may change it."""
     protect = max(c["protect"], c["window"])
@@ -297,7 +298,7 @@ def play(c, cache, queries, means):
     return state, score, np.array(kept)
 
 
-# ---- inputs ------------------------------------------------------------------------------------------
+# ---- inputs --------------------------------------------------------------------------------------
 def make_rows(r, c, n, positions, heads, basis, spread):
     """Rows of a few directions plus noise before rotary embedding; then turned."""
     content = r.standard_normal((heads, n, basis.shape[1])) * spread
@@ -383,45 +384,60 @@ def make_case(c, attempt):
     return header(c) + b"".join(out)
 
 
-# ---- cases -------------------------------------------------------------------------------------------
-USUAL = dict(variant=PUBLISHED, scope=PER_HEAD, kv_heads=2, group=2, dim=64, n_tokens=120, budget=64,
-             window=8, protect=0, pinned=0, votes=0, pool=7, mean_pool=0, recent=1, dtype=F32,
-             rounds=1, appended=32, pairing=HALVES, dims=0, table=False, bias=False, layer=0, seed=0,
-             threshold=0.5, decay=0.995, scale=0.0, softcap=0.0, base=10000.0, sharp=1.2, first=0,
-             gaps=False)
+# ---- cases ---------------------------------------------------------------------------------------
+USUAL = dict(variant=PUBLISHED, scope=PER_HEAD, kv_heads=2, group=2, dim=64, n_tokens=120,
+             budget=64, window=8, protect=0, pinned=0, votes=0, pool=7, mean_pool=0, recent=1,
+             dtype=F32, rounds=1, appended=32, pairing=HALVES, dims=0, table=False, bias=False,
+             layer=0, seed=0, threshold=0.5, decay=0.995, scale=0.0, softcap=0.0, base=10000.0,
+             sharp=1.2, first=0, gaps=False)
 USUAL["lambda"] = 0.5
-MEMORY = dict(votes=32)
 
 CASES = [
-    ("traces_gqa4_d64", dict(MEMORY, policy=TRACES, group=4)),
-    ("traces_multi_adjacent_f16", dict(MEMORY, policy=TRACES, rounds=6, dtype=F16, dims=48,
-                                       pairing=ADJACENT, gaps=True, pinned=7)),
-    ("traces_multi_few_votes_bf16", dict(policy=TRACES, rounds=4, votes=5, dtype=BF16, group=1,
-                                         first=70000, decay=0.9)),
-    ("traces_layer_multi_f16", dict(MEMORY, policy=TRACES, rounds=4, scope=PER_LAYER, dtype=F16,
-                                    bias=True)),
-    ("prose_norope_d40", dict(MEMORY, policy=PROSE, pairing=NONE, dim=40, protect=20)),
-    ("prose_multi_table_bf16", dict(MEMORY, policy=PROSE, rounds=6, dtype=BF16, table=True, pinned=12,
-                                    group=3, softcap=4.0, gaps=True)),
-    ("prose_multi_votes_f16", dict(policy=PROSE, rounds=4, votes=48, appended=20, dtype=F16, kv_heads=1,
-                                   group=7, base=500000.0)),
-    ("h2o_mqa_d96_f16", dict(policy=H2O, kv_heads=1, group=8, dim=96, votes=120, protect=32, dtype=F16)),
-    ("h2o_multi_f16", dict(policy=H2O, rounds=6, dtype=F16, votes=32, protect=24, pinned=4)),
-    ("h2o_multi_few_votes_bf16", dict(policy=H2O, rounds=4, dtype=BF16, votes=9, window=1, bias=True,
-                                      scale=0.2)),
-    ("triattention_gqa4_d64", dict(policy=TRIATTENTION, group=4, pinned=4)),
-    ("triattention_multi_adjacent_bf16", dict(policy=TRIATTENTION, rounds=4, dtype=BF16, dims=48,
-                                              pairing=ADJACENT, gaps=True, pinned=4)),
-    ("triattention_table_f16", dict(policy=TRIATTENTION, dtype=F16, table=True, first=9000, pinned=4)),
-    ("triattention_norope", dict(policy=TRIATTENTION, pairing=NONE, group=1, dim=40)),
-    ("random_multi", dict(policy=RANDOM, rounds=4, seed=4000000007, layer=2, dim=4, gaps=True,
-                          pinned=10, kv_heads=3)),
-    ("own_score_multi_f16", dict(policy=OWN_SCORE, rounds=4, bias=True, dtype=F16, dim=16)),
-    ("wide_gqa4_d64", dict(policy=RKV, group=4, votes=64, pool=5, mean_pool=1)),
-    ("wide_multi_f16", dict(policy=RKV, rounds=4, votes=64, pool=5, mean_pool=1, dtype=F16, pinned=5,
-                            bias=True)),
-    ("wide_paper_bf16", dict(policy=RKV, variant=PAPER, votes=60, pool=4, dtype=BF16, window=3)),
-    ("wide_mean_pool_4", dict(policy=RKV, votes=8, pool=4, mean_pool=1, softcap=2.0, recent=2)),
+    ("traces_gqa4_d64",
+     dict(policy=TRACES, votes=32, group=4)),
+    ("traces_multi_adjacent_f16",
+     dict(policy=TRACES, votes=32, rounds=6, dtype=F16, dims=48, pairing=ADJACENT, gaps=True,
+          pinned=7)),
+    ("traces_multi_few_votes_bf16",
+     dict(policy=TRACES, rounds=4, votes=5, dtype=BF16, group=1, first=70000, decay=0.9)),
+    ("traces_layer_multi_f16",
+     dict(policy=TRACES, votes=32, rounds=4, scope=PER_LAYER, dtype=F16, bias=True)),
+    ("prose_norope_d40",
+     dict(policy=PROSE, votes=32, pairing=NONE, dim=40, protect=20)),
+    ("prose_multi_table_bf16",
+     dict(policy=PROSE, votes=32, rounds=6, dtype=BF16, table=True, pinned=12, group=3,
+          softcap=4.0, gaps=True)),
+    ("prose_multi_votes_f16",
+     dict(policy=PROSE, rounds=4, votes=48, appended=20, dtype=F16, kv_heads=1, group=7,
+          base=500000.0)),
+    ("h2o_mqa_d96_f16",
+     dict(policy=H2O, kv_heads=1, group=8, dim=96, votes=120, protect=32, dtype=F16)),
+    ("h2o_multi_f16",
+     dict(policy=H2O, rounds=6, dtype=F16, votes=32, protect=24, pinned=4)),
+    ("h2o_multi_few_votes_bf16",
+     dict(policy=H2O, rounds=4, dtype=BF16, votes=9, window=1, bias=True, scale=0.2)),
+    ("triattention_gqa4_d64",
+     dict(policy=TRIATTENTION, group=4, pinned=4)),
+    ("triattention_multi_adjacent_bf16",
+     dict(policy=TRIATTENTION, rounds=4, dtype=BF16, dims=48, pairing=ADJACENT, gaps=True,
+          pinned=4)),
+    ("triattention_table_f16",
+     dict(policy=TRIATTENTION, dtype=F16, table=True, first=9000, pinned=4)),
+    ("triattention_norope",
+     dict(policy=TRIATTENTION, pairing=NONE, group=1, dim=40)),
+    ("random_multi",
+     dict(policy=RANDOM, rounds=4, seed=4000000007, layer=2, dim=4, gaps=True, pinned=10,
+          kv_heads=3)),
+    ("own_score_multi_f16",
+     dict(policy=OWN_SCORE, rounds=4, bias=True, dtype=F16, dim=16)),
+    ("wide_gqa4_d64",
+     dict(policy=RKV, group=4, votes=64, pool=5, mean_pool=1)),
+    ("wide_multi_f16",
+     dict(policy=RKV, rounds=4, votes=64, pool=5, mean_pool=1, dtype=F16, pinned=5, bias=True)),
+    ("wide_paper_bf16",
+     dict(policy=RKV, variant=PAPER, votes=60, pool=4, dtype=BF16, window=3)),
+    ("wide_mean_pool_4",
+     dict(policy=RKV, votes=8, pool=4, mean_pool=1, softcap=2.0, recent=2)),
 ]
 
 
