@@ -6228,7 +6228,7 @@ static rkvi_buffers rkvi_buffers_of(const rkv_config *config, const rkv_layer *l
     if (config->policy == RKV_POLICY_TRIATTENTION)
         buffers.of[RKVI_BUFFER_MEANS] =
             rkvi_range_of(layer->query_means,
-                          sizeof(float) * rkvi_means_floats(layer->queries.heads, layer->keys.dim));
+                          sizeof(float) * rkvi_count_at(layer->queries.heads, layer->keys.dim));
     return buffers;
 }
 
