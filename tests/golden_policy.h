@@ -1,4 +1,5 @@
-/* Reads one golden file of a policy: see tests/golden/README.md. Part of test_policies: make test. */
+/* Reads one golden file of a policy: see tests/golden/README.md. Part of test_policies:
+ * make test. */
 #ifndef RKV_TESTS_GOLDEN_POLICY_H
 #define RKV_TESTS_GOLDEN_POLICY_H
 

@@ -159,7 +159,7 @@ static void remember_copies(oracle_round *out, const oracle_input *in)
 static int rank_of(const double *x, int n, int i)
 {
     int j, rank = 0;
-    for (j = 0; j < n; j++) rank += x[j] < x[i] || (x[j] == x[i] && j < i);
+    for (j = 0; j < n; j++) rank += x[j] < x[i] || (j < i && x[j] == x[i]);
     return rank;
 }
 

@@ -841,11 +841,11 @@ static void expect_history_rows(const history *h, int round)
         for (i = 0; i < h->n; i++) {
             const int token = h->rows[head][i], set = j->sets == 1 ? 0 : head;
             view_load_row(&j->keys, head, i, row);
-            if (!expect_bytes("key of the row", row,
-                              h->keys + (size_t)(head * H_TOKENS + token) * H_DIM, sizeof row) |
-                !expect_int("position", i, j->layer.positions[set * stride + i],
-                            h->positions[token]) |
-                !expect_int("pin", i, j->layer.pins[set * stride + i], token % 97 == 50))
+            if (!(expect_bytes("key of the row", row,
+                               h->keys + (size_t)(head * H_TOKENS + token) * H_DIM, sizeof row) &
+                  expect_int("position", i, j->layer.positions[set * stride + i],
+                             h->positions[token]) &
+                  expect_int("pin", i, j->layer.pins[set * stride + i], token % 97 == 50)))
                 case_fail("in round %d", round);
             if (j->layer.bias)
                 expect_bytes("bias", j->layer.bias + head * stride + i,
