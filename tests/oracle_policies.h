@@ -10,11 +10,11 @@
 typedef struct oracle_input {
     const rkv_config *config;
     int n_tokens, n_new, dim, group, first_query, layer, head;
-    const float *keys;        /* [n_tokens][dim] */
-    const float *queries;     /* [group][votes][dim], slots of the ring; NULL where none is read */
-    const int32_t *positions; /* [n_tokens] */
-    const double *importance; /* carried I and D of the rows that are not new; NULL: no state, or */
-    const double *later_copy; /* no old row */
+    const float *keys;         /* [n_tokens][dim] */
+    const float *queries;      /* [group][votes][dim], slots of the ring; NULL where none is read */
+    const int32_t *positions;  /* [n_tokens] */
+    const double *importance;  /* carried I of the rows that are not new; NULL without state */
+    const double *later_copy;  /* carried D, the same */
     const float *mean_queries; /* TRIATTENTION: [group][dim] E[q'], [group][dim / 2] E|q'_f| */
     const float *mean_sizes;
     const float *bias; /* [n_tokens] or NULL */
@@ -26,8 +26,8 @@ typedef struct oracle_input {
  * that rounding may turn included; infinite where rounding may decide anything. */
 typedef struct oracle_round {
     int n_tokens, n_candidates;
-    double *importance,
-        *later_copy;           /* [n_tokens] carried from here on; 0 where it does not apply */
+    double *importance;        /* [n_tokens] I, carried from here on; 0 where it does not apply */
+    double *later_copy;        /* [n_tokens] D, the same */
     double *score, *tolerance; /* [n_candidates] */
     double importance_error;   /* of importance[], relative */
     int near_threshold;        /* R-KV: rounding decides which entry is exempt */
