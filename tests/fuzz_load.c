@@ -75,7 +75,7 @@ static void decode(rkv_cache *cache, const rkv_cache_config *config, input *in, 
     }
 }
 
-/* The checksum of a snapshot, as room 21 of rkv.h describes it. */
+/* The checksum of a snapshot, as room 22 of rkv.h describes it. */
 static uint64_t mix(uint64_t sum, uint64_t word)
 {
     sum ^= word;
