@@ -103,6 +103,14 @@ static rkv_config random_rows(int budget)
     return rkv_config_random(budget, 7);
 }
 
+/* A cache has no scores of the caller's: all are equal. */
+static rkv_config own_score(int budget)
+{
+    rkv_config config = rkv_config_default(budget);
+    config.policy = RKV_POLICY_OWN_SCORE;
+    return config;
+}
+
 /* The rows of a policy with state when nothing is to be chosen. */
 static rkv_config traces_protected(int budget)
 {
@@ -171,6 +179,8 @@ static const setup setups[] = {
     { "random, f16, per head", random_rows, 32, 12, 0, 0, 4, 0, RKV_PER_HEAD, RKV_F16,
       2, 2, 4, 16, 0, 0, 0 },
     { "random, f32, per sequence", random_rows, 24, 12, 0, 5, 0, 0, RKV_PER_SEQUENCE, RKV_F32,
+      2, 2, 4, 16, 0, 0, 0 },
+    { "own scores, f16, per layer", own_score, 24, 12, 0, 0, 3, 0, RKV_PER_LAYER, RKV_F16,
       2, 2, 4, 16, 0, 0, 0 },
     { "traces that protect all", traces_protected, 24, 12, 0, 0, 0, 0, RKV_PER_HEAD, RKV_F32,
       2, 2, 4, 16, 0, 0, 0 },
@@ -927,8 +937,25 @@ static void test_partial_window(const setup *s)
     rkv_cache_destroy(want);
 }
 
+/* A fork, or another cache that has loaded what this one saved, in its place. */
+static rkv_cache *replaced(const setup *s, rkv_cache *cache, int by_fork)
+{
+    rkv_cache *other = NULL;
+    if (by_fork) {
+        expect_status("fork", rkv_cache_fork(cache, &other), RKV_OK);
+    } else {
+        image saved = image_of(cache);
+        other = cache_of(s, NULL);
+        expect_status("load", rkv_cache_load(other, saved.bytes, saved.size), RKV_OK);
+        free(saved.bytes);
+    }
+    rkv_cache_destroy(cache);
+    return other;
+}
+
 /* Tokens come and are taken back at random, as far as truncation reaches: rows that were part of a
- * round too. The same calls by hand give the same rows, state and means. */
+ * round too. Now and then another cache goes on. The same calls by hand give the same rows, state
+ * and means. */
 static void test_truncated_histories(const setup *s, uint64_t seed)
 {
     enum { LENGTH = 500 };
@@ -951,6 +978,7 @@ static void test_truncated_histories(const setup *s, uint64_t seed)
             feed(s, cache, text, n);
             plain_append(&p, text, n);
         }
+        if (rng_below(&r, 10) == 0) cache = replaced(s, cache, rng_below(&r, 2));
         if (step(cache) > 0) {
             evicted = 1;
             plain_round(&p, NULL);
@@ -1816,17 +1844,17 @@ static void test_nonfinite_key(const setup *s, int own)
     rkv_cache_destroy(cache);
 }
 
-/* The next token, with a query that is not finite in the last head of this layer. */
-static rkv_status feed_bad_query(const setup *s, rkv_cache *cache, int layer, int text)
+/* The next n tokens, with a query that is not finite in the last row of the last head. */
+static rkv_status feed_bad_query(const setup *s, rkv_cache *cache, int layer, int text, int n)
 {
     const int position = rkv_cache_position(cache, layer);
-    rkv_tensor keys = rows_of(s, KEY, layer, text, position, 1);
-    rkv_tensor values = rows_of(s, VALUE, layer, text, position, 1);
-    rkv_tensor queries = rows_of(s, QUERY, layer, text, position, 1);
+    rkv_tensor keys = rows_of(s, KEY, layer, text, position, n);
+    rkv_tensor values = rows_of(s, VALUE, layer, text, position, n);
+    rkv_tensor queries = rows_of(s, QUERY, layer, text, position, n);
     const size_t bytes = row_bytes(queries.dtype, queries.dim);
     rkv_status status;
-    memset((unsigned char *)queries.data + bytes * (size_t)(queries.heads - 1), 0xff, bytes);
-    status = rkv_cache_append(cache, layer, 1, &keys, &values, &queries);
+    memset((unsigned char *)queries.data + bytes * (size_t)(queries.heads * n - 1), 0xff, bytes);
+    status = rkv_cache_append(cache, layer, n, &keys, &values, &queries);
     free(keys.data);
     free(values.data);
     free(queries.data);
@@ -1844,7 +1872,7 @@ static void test_nonfinite_query(const setup *s, int before, int after)
     decode(s, want, 1, before);
     for (l = 0; l < s->n_layers; l++)
         expect_status("append",
-                      l == 1 ? feed_bad_query(s, cache, l, 2) : feed_layer(s, cache, l, 2, 1),
+                      l == 1 ? feed_bad_query(s, cache, l, 2, 1) : feed_layer(s, cache, l, 2, 1),
                       RKV_OK);
     feed(s, cache, 2, after);
     expect_status("a round", rkv_cache_compress(cache, NULL), RKV_ERROR_NONFINITE);
@@ -1872,11 +1900,11 @@ static void test_refused_query(const setup *s, int before)
     decode(s, want, 1, before);
     saved = image_of(cache);
     for (l = 0; l < s->n_layers; l++) {
-        expect_status("append", feed_bad_query(s, cache, l, 2), RKV_ERROR_NONFINITE);
+        expect_status("append", feed_bad_query(s, cache, l, 2, l + 1), RKV_ERROR_NONFINITE);
         error = rkv_cache_error(cache);
         expect_int("layer", 0, error->layer, l);
         expect_int("head", 0, error->head, s->query_heads - 1);
-        expect_int("row of the view", 0, error->token, 0);
+        expect_int("row of the view", 0, error->token, l);
         expect_true("why", says(error, "quer"));
         expect_int("in no row", l, rkv_cache_error_position(cache), -1);
         expect_image("nothing appended", cache, &saved);
@@ -3054,6 +3082,8 @@ int main(void)
     case_begin("no queries: random");
     test_no_queries(setup_named("random, f16, per head"));
     test_no_queries(setup_named("random, f32, per sequence"));
+    case_begin("no queries: own scores");
+    test_no_queries(setup_named("own scores, f16, per layer"));
     case_begin("views out of range");
     test_views_out_of_range();
     for (i = 1; i <= 8; i++) {
