@@ -7588,10 +7588,9 @@ RKV_API int rkv_cache_error_position(const rkv_cache *cache)
 {
     const rkv_error *error = rkv_cache_error(cache);
     int position, last, votes;
-    if (cache != NULL && error->status == RKV_ERROR_NONFINITE &&
-        strcmp(error->rule, RKVI_RULE_MEANS) == 0)
-        return 0;
-    if (cache == NULL || error->status != RKV_ERROR_NONFINITE || error->token < 0) return -1;
+    if (cache == NULL || error->status != RKV_ERROR_NONFINITE) return -1;
+    if (strcmp(error->rule, RKVI_RULE_MEANS) == 0) return 0;
+    if (error->token < 0) return -1;
     position = error->token + cache->evicted;
     if (strcmp(error->rule, RKVI_RULE_QUERY) == 0) {
         if (cache->plan.query_bytes == 0) return -1;

@@ -1453,6 +1453,33 @@ static void test_forged_means(void)
     expect_forgeries(&s, 14, list, sizeof list / sizeof *list);
 }
 
+/* Means that are too large for a round, which each of their numbers may be: the way out is to empty
+ * the cache. */
+static void test_huge_means(void)
+{
+    enum { MEANS = IMAGE_ROWS + 2 * 8 + 4 * 2 * 4 };
+    const setup s = small_of(rkv_config_triattention);
+    rkv_cache *cache = cache_of(&s, NULL), *want = cache_of(&s, NULL);
+    image forged;
+    int i;
+    decode(&s, cache, 1, 14);
+    forged = image_of(cache);
+    for (i = 0; i < 4; i++) put_u32(forged.bytes + MEANS + 4 * i, float_bits(1e18f));
+    reseal(&forged);
+    expect_status("load", rkv_cache_load(cache, forged.bytes, forged.size), RKV_OK);
+    feed(&s, cache, 1, 1);
+    expect_status("a round", rkv_cache_step(cache, NULL), RKV_ERROR_NONFINITE);
+    expect_true("why", says(rkv_cache_error(cache), "layer.query_means"));
+    expect_int("the token of all", 0, rkv_cache_error_position(cache), 0);
+    expect_status("empty", rkv_cache_truncate(cache, rkv_cache_error_position(cache)), RKV_OK);
+    decode(&s, cache, 2, 20);
+    decode(&s, want, 2, 20);
+    expect_equal_caches("begun again", cache, want);
+    free(forged.bytes);
+    rkv_cache_destroy(cache);
+    rkv_cache_destroy(want);
+}
+
 /* Of another policy, whatever else is equal. */
 static void test_foreign_policies(void)
 {
@@ -2985,6 +3012,7 @@ static void run_damage(void)
     test_forged_settled_rows();
     case_begin("forged images: means");
     test_forged_means();
+    test_huge_means();
     case_begin("foreign images");
     test_foreign_images();
     case_begin("images of other policies");
