@@ -656,6 +656,11 @@ static void expect_carried(const rkv_cache *cache, const plain *p)
     image saved = image_of(cache);
     const unsigned char *at = saved.bytes + IMAGE_ROWS + 8 * (size_t)s->n_layers + 4 * sets * fixed;
     size_t plane, l, i;
+    if (!expect_int("settled rows", 0, (int64_t)get_u32(saved.bytes + IMAGE_SETTLED), p->settled) ||
+        !expect_int("rounds", 0, (int64_t)get_u32(saved.bytes + IMAGE_ROUNDS), p->rounds)) {
+        free(saved.bytes);
+        return;
+    }
     for (plane = 0; plane < n_planes; plane++)
         for (i = 0; i < (size_t)p->settled; i++, at += 4)
             if (!expect_int("state", (int)i, (int64_t)get_u32(at),
@@ -986,7 +991,9 @@ static void test_truncated_histories(const setup *s, uint64_t seed)
         } else if (calls % 8 == 0) {
             expect_like_plain(cache, &p);
         }
-        if (!expect_true("room", rkv_cache_room(cache, 0) > 0)) break;
+        if (!expect_int("rows", calls, rkv_cache_rows(cache, 0), p.rows) ||
+            !expect_true("room", rkv_cache_room(cache, 0) > 0))
+            break;
     }
     expect_like_plain(cache, &p);
     expect_true("some rounds", p.rounds > 5);
