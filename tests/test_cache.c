@@ -1432,6 +1432,44 @@ static void test_forged_state(void)
     expect_forgeries(&s, 14, list, sizeof list / sizeof *list);
 }
 
+/* Other numbers of settled rows, of rows, in images that are as long as they say. */
+static void test_forged_sizes(void)
+{
+    enum { STATE = IMAGE_ROWS + 2 * 8 + 4 * 2 * 4, PLANES = 2 * 2, ROW_BYTES = 2 * (4 + 3) };
+    static const struct {
+        int settled, rows, loads;
+    } list[] = { { 6, 8, 1 }, { 5, 8, 1 }, { 4, 8, 1 }, { 3, 8, 0 }, { 0, 8, 0 },
+                 { 6, 6, 1 }, { 6, 5, 0 }, { 5, 5, 1 }, { 4, 4, 1 }, { 5, 4, 0 } };
+    const setup s = small_of(traces_few_votes);
+    rkv_cache *cache = cache_of(&s, NULL);
+    image saved, forged;
+    size_t i, plane;
+    decode(&s, cache, 1, 14);
+    saved = image_of(cache);
+    forged.bytes = (unsigned char *)alloc_checked(saved.size);
+    for (i = 0; i < sizeof list / sizeof *list; i++) {
+        const size_t settled = (size_t)list[i].settled;
+        const size_t end = STATE + 4 * PLANES * settled, after = STATE + 4 * PLANES * 6;
+        rkv_cache *other = cache_of(&s, NULL);
+        memcpy(forged.bytes, saved.bytes, saved.size);
+        for (plane = 0; plane < PLANES; plane++)
+            memcpy(forged.bytes + STATE + 4 * plane * settled, saved.bytes + STATE + 4 * plane * 6,
+                   4 * settled);
+        forged.size = saved.size - (after - end) - (size_t)(ROW_BYTES * (8 - list[i].rows));
+        memcpy(forged.bytes + end, saved.bytes + after, forged.size - end);
+        put_u32(forged.bytes + IMAGE_SETTLED, (uint32_t)settled);
+        put_u32(forged.bytes + IMAGE_ROWS, (uint32_t)list[i].rows);
+        reseal(&forged);
+        expect_status("another size", rkv_cache_load(other, forged.bytes, forged.size),
+                      list[i].loads ? RKV_OK : RKV_ERROR_ARGUMENT);
+        expect_int("rows", (int)i, rkv_cache_rows(other, 0), list[i].loads ? list[i].rows : 0);
+        rkv_cache_destroy(other);
+    }
+    free(saved.bytes);
+    free(forged.bytes);
+    rkv_cache_destroy(cache);
+}
+
 static void test_forged_settled_rows(void)
 {
     static const forgery list[] = {
@@ -1487,12 +1525,19 @@ static void test_huge_means(void)
     rkv_cache_destroy(want);
 }
 
+typedef rkv_config (*preset_function)(int budget);
+
 /* Of another policy, whatever else is equal. */
 static void test_foreign_policies(void)
 {
-    static rkv_config (*const presets[])(
-        int budget) = { rkv_config_default, traces_few_votes, prose_few_votes,
-                        h2o_few_votes,      random_rows,      rkv_config_triattention };
+    static const preset_function presets[] = { rkv_config_default,
+                                               traces_few_votes,
+                                               prose_few_votes,
+                                               h2o_few_votes,
+                                               random_rows,
+                                               rkv_config_triattention,
+                                               rkv_config_memory_traces,
+                                               rkv_config_memory_prose };
     enum { N = (int)(sizeof presets / sizeof *presets) };
     int i, j;
     for (i = 0; i < N; i++)
@@ -3017,6 +3062,7 @@ static void run_damage(void)
     case_begin("forged images: state");
     test_forged_state();
     test_forged_settled_rows();
+    test_forged_sizes();
     case_begin("forged images: means");
     test_forged_means();
     test_huge_means();
