@@ -117,7 +117,8 @@ typedef struct rkv_llama_options {
                       RKV_POLICY_OWN_SCORE, whose place `score` takes. pinned
                       counts as pins on a sequence's first tokens, besides the prompt. A protect
                       that does not fit beside the pinned tokens shrinks, so that
-                      rkv_config_streaming goes with a pinned prompt                             */
+                      rkv_config_streaming goes with a pinned prompt; so does H2O's window,
+                      to 8 at least                             */
 
     /* Advanced */
     rkv_llama_score score; /* NULL: as config says. rkv_llama_score_random, or your own          */
@@ -1638,15 +1639,25 @@ static int rkvli_reserve_round(rkv_llama *r, int n)
     return 1;
 }
 
+/* The newest tokens that must stay: those inside a sliding window, and the window, but of H2O's only
+ * 8: it is a share of the budget, more than is asked of others. */
+static int rkvli_least_tail(const rkv_llama *r)
+{
+    const int is_share = r->config.policy == RKV_POLICY_H2O && r->config.window > 8;
+    const int window = is_share ? 8 : r->config.window;
+    return window > r->n_swa ? window : r->n_swa;
+}
+
 /* The config of one round: pins take the place of config.pinned; a tail that does not fit beside
  * them shrinks, down to what must stay. */
 static int rkvli_round_config(rkv_llama *r, llama_seq_id seq, rkv_config *config, int *tail)
 {
     const rkvli_sequence *s = &r->sequences[seq];
     int i, n_pins = 0, n_before, votes = rkvli_count_votes(r, s);
-    int least = r->config.window > r->n_swa ? r->config.window : r->n_swa;
+    int least = rkvli_least_tail(r);
     *config = r->config;
-    *tail = config->protect > least ? config->protect : least;
+    *tail = config->protect > config->window ? config->protect : config->window;
+    if (*tail < least) *tail = least;
     for (i = 0; i < s->n; i++) {
         r->round_pins[i] =
             s->pins[i] || i < r->config.pinned || r->owners[s->cells[r->full][i]] > 1;
@@ -1663,6 +1674,7 @@ static int rkvli_round_config(rkv_llama *r, llama_seq_id seq, rkv_config *config
     }
     config->pinned = 0;
     config->protect = *tail;
+    if (config->window > *tail) config->window = *tail;
     if (r->method == RKVLI_SCORED && votes == 0 && config->policy == RKV_POLICY_RKV)
         config->lambda = 0; /* nobody votes: redundancy alone */
     config->votes = votes ? votes : 1;

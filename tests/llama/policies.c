@@ -652,6 +652,26 @@ static void test_no_votes(int preset)
     case_end();
 }
 
+/* H2O's share for the newest makes room for pins. */
+static void test_pinned_h2o(void)
+{
+    rkv_config config = rkv_config_h2o(96);
+    setup s = setup_of(TINY_LLAMA, 96, 32);
+    bed b;
+    int i, k;
+    case_begin("h2o: its window makes room for pins");
+    s.options.config = &config;
+    bed_open(&b, &s);
+    expect_int("pin", 0, rkv_llama_pin(b.r, 0, 0, 80), 0);
+    for (i = 0; i < 400; i++)
+        if (!expect_decode(&b, 0, i, 1)) break;
+    expect_int("compress", 0, rkv_llama_compress(b.r, 0), 0);
+    for (i = 0; i < 80; i++) expect_int("pinned", i, rkv_llama_positions(b.r, 0)[i], i);
+    for (k = 0; k < 8; k++) expect_int("newest", k, rkv_llama_positions(b.r, 0)[95 - k], 399 - k);
+    bed_close(&b);
+    case_end();
+}
+
 /* ---- rotary embedding ------------------------------------------------------------------------ */
 
 static void turn_back(const rkv_rope *rope, int dim, int position, const float *x, double *out)
@@ -720,5 +740,6 @@ int main(void)
         test_no_votes(p);
     }
     test_aborted();
+    test_pinned_h2o();
     return beds_end();
 }
