@@ -371,6 +371,7 @@ static void refuses_node(bed *b, const struct ggml_tensor *node, const char *wor
     layer->rope_fault = NULL;
     rkvli_see_rope(layer, node);
     doctored(b, words);
+    free(layer->frequencies);
     *layer = old;
 }
 
