@@ -859,19 +859,20 @@ enum rkvi_fault {
     RKVI_BAD_KEY_BLOCKS,
     RKVI_BAD_VALUE_BLOCKS,
     RKVI_BAD_QUERY_BLOCKS,
-    RKVI_BAD_FREQUENCY,
     RKVI_BAD_QUERY,
     RKVI_BAD_KEY,
     RKVI_BAD_LOGITS,
     RKVI_BAD_SCORE,
-    RKVI_BAD_BIAS,
-    RKVI_BAD_STATE,
-    RKVI_BAD_MEANS,
     RKVI_BAD_KEPT_RANGE,
     RKVI_BAD_KEPT_ORDER,
     RKVI_BAD_KEPT_PINNED,
     RKVI_BAD_KEPT_PINS,
-    RKVI_N_RULES
+    RKVI_BAD_FREQUENCY, /* from here on: of what rkvi_upload_more describes */
+    RKVI_BAD_BIAS,
+    RKVI_BAD_STATE,
+    RKVI_BAD_MEANS,
+    RKVI_N_RULES,
+    RKVI_N_USUAL_RULES = RKVI_BAD_FREQUENCY
 };
 enum { RKVI_NO_ROW = (1 << 30) - 1, RKVI_MAX_JOBS = 1 << 26 };
 #define RKVI_NO_FAULT 0xffffffffffffffffull
@@ -931,14 +932,15 @@ struct rkvi_args {
     rkvi_control *control;
     int *open_count; /* [n_jobs] */
     int n_jobs;
-    int items;      /* per job; each kernel says what an item is   */
-    int checks;     /* of rkvi_check; 0: it is not launched        */
-    int scoring;    /* this call scores: it resets the record      */
-    int votes;      /* queries of a query head                     */
-    int importance; /* queries are read: by R-KV with lambda > 0   */
-    int redundancy; /* lambda < 1                                  */
-    int select_too; /* the score kernel also selects               */
-    int folds;      /* rkvi_vote: the second pass                  */
+    int items;       /* per job; each kernel says what an item is   */
+    int checks;      /* of rkvi_check; 0: it is not launched        */
+    int votes;       /* queries of a query head                     */
+    int logit_rows;  /* of rkvi_job.logits                          */
+    bool scoring;    /* this call scores: it resets the record      */
+    bool importance; /* queries are read: by R-KV with lambda > 0   */
+    bool redundancy; /* lambda < 1                                  */
+    bool select_too; /* the score kernel also selects               */
+    bool folds;      /* rkvi_vote: the second pass                  */
 };
 
 static __device__ __forceinline__ bool rkvi_has_fault(const rkvi_args &args)
@@ -994,8 +996,10 @@ static __device__ void rkvi_report(const rkvi_args &args)
               row = static_cast<int>(least >> 4 & RKVI_NO_ROW);
     if (least == RKVI_EARLIER) return;
     const rkvi_job &job = args.jobs[least >> 36 & (RKVI_MAX_JOBS - 1)];
-    const bool is_nonfinite = fault >= RKVI_BAD_QUERY && fault <= RKVI_BAD_MEANS;
-    const bool of_layer = fault >= RKVI_BAD_KEY_BLOCKS && fault <= RKVI_BAD_FREQUENCY;
+    const bool is_nonfinite =
+        (fault >= RKVI_BAD_QUERY && fault <= RKVI_BAD_SCORE) || fault >= RKVI_BAD_BIAS;
+    const bool of_layer = (fault >= RKVI_BAD_KEY_BLOCKS && fault <= RKVI_BAD_QUERY_BLOCKS) ||
+                          fault == RKVI_BAD_FREQUENCY;
     const bool is_query = fault == RKVI_BAD_QUERY, is_means = fault == RKVI_BAD_MEANS;
     const int first_head = job.head * job.group;
     memcpy(&record->rule, &args.control->rules[fault], sizeof record->rule);
@@ -1039,15 +1043,12 @@ struct rkvi_arrays {
     long long *exempt, *unit_sum;
     float *logits, *inv_norm, *redundancy;
     int32_t *open_rows, *open_need;
-    float *sums, *vectors;
-    int logit_rows; /* of logits, per head                       */
-    int max_group;  /* sums and vectors are of so many per layer */
 };
 struct rkvi_upload_head {
     rkvi_args args;
     rkvi_arrays arrays;
     rkvi_shape shape;
-    uintptr_t rules[RKVI_N_RULES];
+    uintptr_t rules[RKVI_N_USUAL_RULES];
     int64_t first_dim; /* of the first entry, in unit_sum */
     int n_entries, is_first;
 };
@@ -1061,6 +1062,7 @@ enum {
     RKVI_FEW_ENTRIES = rkvi_entries_in(4096), /* enough for most models: the driver copies all */
     RKVI_UPLOAD_THREADS = 128
 };
+static_assert(RKVI_FEW_ENTRIES >= 28, "a model of 28 layers takes one small upload");
 template <int N> struct rkvi_upload_args {
     rkvi_upload_head head;
     rkvi_entry entries[N];
@@ -1107,7 +1109,7 @@ static __device__ void rkvi_describe_buffers(const rkvi_upload_head &head, const
     job->exempt = arrays.exempt + at;
     job->unit_sum = arrays.unit_sum + head.first_dim +
                     static_cast<int64_t>(entry.first_job - first_job + h) * head.shape.head_dim;
-    job->logits = arrays.logits + at * arrays.logit_rows;
+    job->logits = arrays.logits + at * head.args.logit_rows;
     job->inv_norm = arrays.inv_norm + at;
     job->redundancy = arrays.redundancy + at;
     job->open_rows = arrays.open_rows + at;
@@ -1177,7 +1179,7 @@ static __global__ void __launch_bounds__(RKVI_UPLOAD_THREADS)
         head.args.control->policy = head.args.config.policy;
         if (record && head.args.scoring) *record = none;
     }
-    if (head.is_first && blockIdx.x == 0 && thread < RKVI_N_RULES)
+    if (head.is_first && blockIdx.x == 0 && thread < RKVI_N_USUAL_RULES)
         head.args.control->rules[thread] = head.rules[thread];
     const int64_t n = static_cast<int64_t>(head.shape.heads) * head.shape.head_dim;
     for (int e = static_cast<int>(blockIdx.x); e < head.n_entries;
@@ -1217,9 +1219,11 @@ struct rkvi_more_entry {
 enum { RKVI_MORE_ENTRIES = 32 };
 struct rkvi_more_args {
     rkvi_args args;
-    rkvi_arrays arrays;
     rkvi_rope rope;
-    int n_entries, planes, head_dim, heads, group, row_stride, n_queries;
+    uintptr_t rules[RKVI_N_RULES - RKVI_N_USUAL_RULES];
+    float *sums, *vectors; /* of all heads */
+    int max_group;         /* sums and vectors have room for so many query heads per KV head */
+    int n_entries, planes, head_dim, heads, row_stride, n_queries;
     rkvi_more_entry entries[RKVI_MORE_ENTRIES];
 };
 static_assert(sizeof(rkvi_more_args) <= 4096, "too many kernel parameters");
@@ -1247,10 +1251,9 @@ static __device__ void rkvi_describe_more(const rkvi_more_args &up, const rkvi_m
     more->positions = entry.positions;
     if (entry.positions && up.args.config.scope == RKV_PER_HEAD) more->positions += at;
     more->means = entry.means;
-    more->sums =
-        up.arrays.sums + 2 * (entry.first_sum + h * (n_tiles + 1) * votes * up.arrays.max_group);
-    more->vectors = up.arrays.vectors + entry.first_vector +
-                    static_cast<int64_t>(h) * 3 * rkvi_n_pairs(up.head_dim) * up.arrays.max_group;
+    more->sums = up.sums + 2 * (entry.first_sum + h * (n_tiles + 1) * votes * up.max_group);
+    more->vectors = up.vectors + entry.first_vector +
+                    static_cast<int64_t>(h) * 3 * rkvi_n_pairs(up.head_dim) * up.max_group;
     more->row_stride = up.row_stride;
     more->query_heads = up.n_queries;
     more->n_new = entry.n_new;
@@ -1281,6 +1284,8 @@ static __global__ void __launch_bounds__(RKVI_UPLOAD_THREADS)
     rkvi_upload_more(const RKVI_GRID_CONSTANT rkvi_more_args up)
 {
     const int n_pairs = rkvi_n_pairs(up.head_dim), thread = static_cast<int>(threadIdx.x);
+    if (blockIdx.x == 0 && thread < RKVI_N_RULES - RKVI_N_USUAL_RULES)
+        up.args.control->rules[RKVI_N_USUAL_RULES + thread] = up.rules[thread];
     for (int e = static_cast<int>(blockIdx.x); e < up.n_entries; e += static_cast<int>(gridDim.x)) {
         rkvi_job *jobs = up.args.jobs + up.entries[e].first_job;
         for (int h = thread; h < up.heads; h += RKVI_UPLOAD_THREADS)
@@ -1733,6 +1738,7 @@ struct rkvi_head_memory {
 
 /* Logits to probabilities, in place; 0 for what a query does not see. A warp takes a part of the row
  * of one query. */
+template <bool PLAIN>
 static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_job &job,
                                               rkvi_head_memory &s)
 {
@@ -1746,7 +1752,8 @@ static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_
         const int row = first + warp % at_once;
         const bool busy = part < parts && row < n_rows;
         float *values = job.logits + static_cast<int64_t>(busy ? row : 0) * job.n_tokens;
-        const int n_seen = rkvi_seen(args, job, busy ? row : 0), last = end < n_seen ? end : n_seen;
+        const int n_seen = PLAIN ? n : rkvi_seen(args, job, busy ? row : 0);
+        const int last = PLAIN || end < n_seen ? end : n_seen;
         rkvi_softmax whole = rkvi_softmax_of_none();
         if (busy) whole = rkvi_softmax_of(values, begin + lane, last, 32);
         whole = rkvi_merge_warp(whole);
@@ -1756,7 +1763,7 @@ static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_
         for (int p = 1; p < parts; p++)
             whole = rkvi_merge(whole, s.warp[p * at_once + warp % at_once]);
         if (busy) rkvi_to_probabilities(values, begin + lane, last, 32, whole);
-        for (int j = (begin > n_seen ? begin : n_seen) + lane; busy && j < end; j += 32)
+        for (int j = (begin > n_seen ? begin : n_seen) + lane; !PLAIN && busy && j < end; j += 32)
             values[j] = 0.0f;
         __syncthreads();
     }
@@ -1821,6 +1828,7 @@ static __device__ void rkvi_add_pooled(const rkvi_args &args, const float *row, 
 #pragma unroll
     for (int u = 0; u < RKVI_AT_ONCE; u++) sum[u] += largest[u];
 }
+template <bool PLAIN>
 static __device__ void rkvi_importance(const rkvi_args &args, const float *logits, int n_tokens,
                                        int first, float *importance)
 {
@@ -1831,7 +1839,7 @@ static __device__ void rkvi_importance(const rkvi_args &args, const float *logit
     for (int u = 0; u < RKVI_AT_ONCE; u++) importance[u] = 0;
     for (int row = 0; row < n_rows; row++) {
         const float *values = logits + static_cast<int64_t>(row) * n_tokens;
-        if (args.config.mean_pool)
+        if (!PLAIN && args.config.mean_pool)
             rkvi_add_mean_pooled(args, values, first, n, importance);
         else
             rkvi_add_pooled(args, values, first, n, importance);
@@ -1880,6 +1888,7 @@ static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rk
     return rkvi_merge_warp(lane < RKVI_HEAD_WARPS ? s.warp[lane] : none);
 }
 
+template <bool PLAIN>
 static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &job,
                                        rkvi_head_memory &s)
 {
@@ -1887,7 +1896,7 @@ static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &jo
     const int n_tokens = job.n_tokens, n = n_tokens - args.config.window;
     rkvi_softmax whole = { 0.0f, 1.0f };
     if (args.importance) {
-        rkvi_attention_weights(args, job, s);
+        rkvi_attention_weights<PLAIN>(args, job, s);
         if (args.config.variant == RKV_PUBLISHED) rkvi_mean_weights(args, job);
     }
     if (args.redundancy) whole = rkvi_mean_cosines(args, job, s);
@@ -1897,14 +1906,14 @@ static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &jo
     for (int first = static_cast<int>(threadIdx.x); first < n;
          first += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
         float score[RKVI_AT_ONCE] = { 0 }, mean[RKVI_AT_ONCE];
-        if (args.importance) rkvi_importance(args, logits, n_tokens, first, score);
+        if (args.importance) rkvi_importance<PLAIN>(args, logits, n_tokens, first, score);
         if (args.redundancy) rkvi_load_each(mean, redundancy, first, n, RKVI_HEAD_THREADS, 0.0f);
 #pragma unroll
         for (int u = 0; u < RKVI_AT_ONCE; u++) {
             if (args.importance) score[u] *= lambda;
             if (args.redundancy) score[u] -= share * __expf(mean[u] - whole.largest);
         }
-        if (bias) {
+        if (!PLAIN && bias) {
             rkvi_load_each(mean, bias, first, n, RKVI_HEAD_THREADS, 0.0f);
 #pragma unroll
             for (int u = 0; u < RKVI_AT_ONCE; u++) score[u] += mean[u];
@@ -1917,6 +1926,8 @@ static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &jo
 static __device__ void rkvi_select_set(const rkvi_args &args, const rkvi_job &job,
                                        rkvi_head_memory &s); /* room 16 */
 
+/* PLAIN: no more votes than the window, max pooling, no biases. */
+template <bool PLAIN>
 static __global__ void __launch_bounds__(RKVI_HEAD_THREADS, RKVI_SM_THREADS / RKVI_HEAD_THREADS)
     rkvi_score(const rkvi_args args)
 {
@@ -1925,7 +1936,7 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS, RKVI_SM_THREADS / RK
     if (rkvi_has_fault(args)) return;
     for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
         const rkvi_job &job = args.jobs[i];
-        if (job.scored) rkvi_score_head(args, job, s);
+        if (job.scored) rkvi_score_head<PLAIN>(args, job, s);
         if (args.select_too) rkvi_select_set(args, job, s);
     }
 }
@@ -3892,6 +3903,8 @@ struct rkvi_plan {
     int most_tokens, most_scored, most_slices;
     bool dtypes[4], has_tables, has_pins; /* by rkvi_shape.dtype */
     bool has_bias, has_more, has_unscored_state;
+    float *sums, *vectors; /* see rkvi_more */
+    int max_group;
 };
 
 /* Writes a record, unless error is NULL, and returns the status. */
@@ -3948,13 +3961,13 @@ static rkv_status rkvi_carve(rkvi_plan *plan, void *workspace)
     rkvi_arena arena = { workspace ? aligned : NULL, 0, false };
     rkvi_arrays &arrays = plan->head.arrays;
     size_t tokens = 0, dims = 0, jobs = 0, tiles = 0;
-    arrays.max_group = 1;
+    plan->max_group = 1;
     for (int l = 0; l < plan->call->n_layers && !arena.overflow; l++) {
         const rkv_layer &layer = plan->call->layers[l];
         const size_t heads = static_cast<size_t>(layer.keys.heads);
         jobs += heads;
         tiles += heads * static_cast<size_t>(rkvi_tiles_of(layer.n_tokens) + 1);
-        if (rkvi_group_of(layer) > arrays.max_group) arrays.max_group = rkvi_group_of(layer);
+        if (rkvi_group_of(layer) > plan->max_group) plan->max_group = rkvi_group_of(layer);
         tokens += heads * static_cast<size_t>(layer.n_tokens); /* both below 2^31 */
         dims += heads * static_cast<size_t>(layer.keys.dim);
         arena.overflow = tokens > PTRDIFF_MAX / 2 || dims > PTRDIFF_MAX / 2;
@@ -3962,22 +3975,23 @@ static rkv_status rkvi_carve(rkvi_plan *plan, void *workspace)
             return rkvi_record(config->error, RKV_ERROR_UNSUPPORTED,
                                "layers: \"cuda\" takes fewer than 2^26 KV heads in a call", l);
     }
-    const size_t group = static_cast<size_t>(arrays.max_group);
+    const size_t group = static_cast<size_t>(plan->max_group);
     const size_t votes = static_cast<size_t>(config->votes);
-    arrays.logit_rows = rkvi_logit_rows(config, arrays.max_group);
+    const int logit_rows = rkvi_logit_rows(config, plan->max_group);
     rkvi_take(&arena, &plan->head.args.control, 1, 1);
     rkvi_take(&arena, &plan->head.args.jobs, jobs, 1);
     rkvi_take(&arena, &plan->head.args.open_count, jobs, 1);
     rkvi_take(&arena, &arrays.exempt, tokens, 1);
     rkvi_take(&arena, &arrays.unit_sum, dims, 1);
-    rkvi_take(&arena, &arrays.logits, tokens, static_cast<size_t>(arrays.logit_rows));
+    rkvi_take(&arena, &arrays.logits, tokens, static_cast<size_t>(logit_rows));
     rkvi_take(&arena, &arrays.inv_norm, tokens, 1);
     rkvi_take(&arena, &arrays.redundancy, tokens, 1);
     rkvi_take(&arena, &arrays.open_rows, tokens, 1);
     rkvi_take(&arena, &arrays.open_need, tokens, 1);
-    if (rkvi_planes_of(*config) > 0) rkvi_take(&arena, &arrays.sums, tiles, 2 * votes * group);
+    if (rkvi_planes_of(*config) > 0) rkvi_take(&arena, &plan->sums, tiles, 2 * votes * group);
     if (config->policy == RKV_POLICY_TRIATTENTION)
-        rkvi_take(&arena, &arrays.vectors, dims + jobs, 3 * group); /* a pair has 2 dims, or 1 */
+        rkvi_take(&arena, &plan->vectors, dims + jobs, 3 * group); /* a pair has 2 dims, or 1 */
+    plan->head.args.logit_rows = logit_rows;
     plan->n_jobs = static_cast<int64_t>(jobs);
     plan->bytes = arena.used + align;
     if (arena.overflow)
@@ -4186,13 +4200,25 @@ static void rkvi_fill_rope(const rkv_rope &from, int dim, rkvi_rope *rope)
         rope->powers[k] = pow(base, -2.0 * (1 << k) / dims);
 }
 
+static void rkvi_fill_more_rules(uintptr_t *rules)
+{
+    enum { FIRST = RKVI_N_USUAL_RULES };
+    rules[RKVI_BAD_FREQUENCY - FIRST] = reinterpret_cast<uintptr_t>(RKVI_RULE_FREQUENCY);
+    rules[RKVI_BAD_BIAS - FIRST] = reinterpret_cast<uintptr_t>(RKVI_RULE_BIAS);
+    rules[RKVI_BAD_STATE - FIRST] = reinterpret_cast<uintptr_t>(RKVI_RULE_STATE);
+    rules[RKVI_BAD_MEANS - FIRST] = reinterpret_cast<uintptr_t>(RKVI_RULE_MEANS);
+}
+
 /* All that the entries of an upload must have in common, apart from the entries. */
 static void rkvi_fill_more(const rkvi_plan &plan, const rkv_layer &layer, rkvi_more_args *up)
 {
     const rkv_config *config = plan.call->config;
     memset(up, 0, sizeof *up); /* compared as bytes */
     up->args = plan.head.args;
-    up->arrays = plan.head.arrays;
+    up->sums = plan.sums;
+    up->vectors = plan.vectors;
+    up->max_group = plan.max_group;
+    rkvi_fill_more_rules(up->rules);
     if (rkvi_needs_rope(config)) rkvi_fill_rope(layer.rope, layer.keys.dim, &up->rope);
     up->planes = rkvi_planes_of(*config);
     up->head_dim = layer.keys.dim;
@@ -4229,7 +4255,7 @@ static rkvi_more_entry rkvi_more_entry_of(const rkv_config *config, const rkv_la
 static cudaError_t rkvi_upload_all_more(const rkvi_plan &plan)
 {
     const rkv_call &call = *plan.call;
-    const int64_t group = plan.head.arrays.max_group, votes = call.config->votes;
+    const int64_t group = plan.max_group, votes = call.config->votes;
     rkvi_more_args up, wanted;
     int leader = 0, job = 0;
     int64_t first_sum = 0, first_vector = 0;
@@ -4276,7 +4302,7 @@ static int rkvi_checks_of(const rkvi_plan &plan)
 
 static void rkvi_fill_rules(uintptr_t *rules)
 {
-    const char *texts[RKVI_N_RULES];
+    const char *texts[RKVI_N_USUAL_RULES];
     texts[RKVI_BAD_PINS] = RKVI_RULE_PINS;
     texts[RKVI_BAD_KEY_BLOCKS] = RKVI_RULE_KEY_BLOCKS;
     texts[RKVI_BAD_VALUE_BLOCKS] = RKVI_RULE_VALUE_BLOCKS;
@@ -4285,15 +4311,11 @@ static void rkvi_fill_rules(uintptr_t *rules)
     texts[RKVI_BAD_KEY] = RKVI_RULE_KEY;
     texts[RKVI_BAD_LOGITS] = RKVI_RULE_LOGITS;
     texts[RKVI_BAD_SCORE] = RKVI_RULE_SCORE;
-    texts[RKVI_BAD_BIAS] = RKVI_RULE_BIAS;
-    texts[RKVI_BAD_STATE] = RKVI_RULE_STATE;
-    texts[RKVI_BAD_MEANS] = RKVI_RULE_MEANS;
-    texts[RKVI_BAD_FREQUENCY] = RKVI_RULE_FREQUENCY;
     texts[RKVI_BAD_KEPT_RANGE] = RKVI_RULE_KEPT_RANGE;
     texts[RKVI_BAD_KEPT_ORDER] = RKVI_RULE_KEPT_ORDER;
     texts[RKVI_BAD_KEPT_PINNED] = RKVI_RULE_KEPT_PINNED;
     texts[RKVI_BAD_KEPT_PINS] = RKVI_RULE_KEPT_PINS;
-    for (int i = 0; i < RKVI_N_RULES; i++) rules[i] = reinterpret_cast<uintptr_t>(texts[i]);
+    for (int i = 0; i < RKVI_N_USUAL_RULES; i++) rules[i] = reinterpret_cast<uintptr_t>(texts[i]);
 }
 
 /* Everything before the first launch: every refusal of the host. */
@@ -4386,7 +4408,10 @@ static cudaError_t rkvi_run_rkv(rkvi_plan *plan)
     if (error == cudaSuccess) error = rkvi_score_type<rkvi_bf16>(*plan);
     if (error == cudaSuccess) error = rkvi_score_type<rkvi_any>(*plan);
     if (error != cudaSuccess) return error;
-    return rkvi_launch_items(*plan, rkvi_score, 1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
+    return rkvi_launch_items(*plan,
+                             plan->has_more || plan->call->config->mean_pool ? rkvi_score<false>
+                                                                             : rkvi_score<true>,
+                             1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
 }
 
 /* Launches one of four kernels for tiles of keys, for each type that occurs. */
@@ -4411,7 +4436,7 @@ static cudaError_t rkvi_run_votes(rkvi_plan *plan)
     if (error == cudaSuccess)
         error =
             rkvi_launch_items(*plan, rkvi_prepare, 1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
-    plan->head.args.folds = 1;
+    plan->head.args.folds = true;
     if (error == cudaSuccess) error = rkvi_launch_types(*plan, votes, sizeof(rkvi_tiles));
     if (error == cudaSuccess && rkvi_needs_rope(plan->call->config))
         error = rkvi_launch_types(*plan, compares, sizeof(rkvi_tiles));
@@ -4605,7 +4630,8 @@ static cudaError_t rkvi_load_kernels()
         rkvi_kernel(rkvi_rate),
         rkvi_kernel(rkvi_start_state),
         rkvi_kernel(rkvi_update_means),
-        rkvi_kernel(rkvi_score),
+        rkvi_kernel(rkvi_score<true>),
+        rkvi_kernel(rkvi_score<false>),
         rkvi_kernel(rkvi_share),
         rkvi_kernel(rkvi_select),
         rkvi_kernel(rkvi_compact),
