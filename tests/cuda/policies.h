@@ -413,7 +413,7 @@ static rkv_rope any_rope(rng *r, policy_trial *t, int dim)
     rope.pairing = static_cast<rkv_pairing>(RKV_ROPE_NONE + rng_below(r, 3));
     if (dim < 2) rope.pairing = RKV_ROPE_NONE;
     rope.base = static_cast<float>(RNG_PICK(r, bases));
-    if (dim % 2 || rng_below(r, 3) == 0) rope.dims = 2 * rng_below(r, dim / 2 + 1);
+    if (dim % 2 || rng_below(r, 3) == 0) rope.dims = dim < 2 ? 0 : 2 + 2 * rng_below(r, dim / 2);
     if (rng_below(r, 3) || rope.pairing == RKV_ROPE_NONE) return rope;
     if (t->frequencies.empty())
         for (int f = 0; f < 300; f++)
@@ -522,6 +522,378 @@ static void test_policy(uint64_t seed)
     shim_order_is(0);
     case_end();
     policy_free(&t);
+}
+
+/* ---- Chosen histories ------------------------------------------------------------------------ */
+
+static policy_shape plain_policy_shape(int heads, int group, int dim, rkv_dtype dtype)
+{
+    policy_shape s;
+    memset(&s, 0, sizeof s);
+    s.heads = heads;
+    s.group = group;
+    s.dim = dim;
+    s.value_dim = 4;
+    s.dtype = s.key_dtype = dtype;
+    s.leads = true;
+    s.rope.pairing = RKV_ROPE_HALVES;
+    return s;
+}
+static void policy_trial_plain(policy_trial *t, rng *r, const rkv_config &config, int capacity,
+                               const policy_shape &s, int n_layers)
+{
+    t->config = config;
+    t->capacity = capacity;
+    t->next_position = t->first_query = 0;
+    for (int l = 0; l < n_layers; l++) {
+        std::vector<policy_layer> *const sides[] = { &t->cpu, &t->gpu, &t->whole };
+        const rng before = *r;
+        for (std::vector<policy_layer> *side : sides) {
+            policy_layer made;
+            *r = before;
+            policy_layer_make(&made, r, *t, s);
+            side->push_back(made);
+            policy_layer_point(&side->back());
+        }
+    }
+}
+static rkv_config preset(rkv_policy policy, int budget)
+{
+    switch (policy) {
+    case RKV_POLICY_RKV: return rkv_config_wide(budget);
+    case RKV_POLICY_MEMORY_TRACES: return rkv_config_memory_traces(budget);
+    case RKV_POLICY_MEMORY_PROSE: return rkv_config_memory_prose(budget);
+    case RKV_POLICY_H2O: return rkv_config_h2o(budget);
+    case RKV_POLICY_TRIATTENTION: return rkv_config_triattention(budget);
+    case RKV_POLICY_RANDOM: return rkv_config_random(budget, 7);
+    case RKV_POLICY_OWN_SCORE: break;
+    }
+    rkv_config own = rkv_config_default(budget);
+    own.policy = RKV_POLICY_OWN_SCORE;
+    return own;
+}
+
+/* More rows than are sorted at a time. */
+static void test_long_policies()
+{
+    for (int policy = RKV_POLICY_MEMORY_TRACES; policy <= RKV_POLICY_MEMORY_PROSE; policy++) {
+        const int n = on_gpu ? 16807 : 4200;
+        rng r = rng_seed(5);
+        policy_trial t;
+        policy_shape s = plain_policy_shape(1, 1, 8, RKV_F16);
+        rkv_config config = preset(static_cast<rkv_policy>(policy), n / 2);
+        config.votes = 2;
+        case_begin("%s, %d rows", policy_name(config.policy), n);
+        policy_trial_plain(&t, &r, config, n, s, 1);
+        policy_append(&t, &r, n - 100);
+        t.gpu[0].layer.n_new = 90; /* the others have a state */
+        for (float &x : t.gpu[0].state) x = static_cast<float>(rng_unit(&r));
+        policy_round(&t);
+        case_end();
+        policy_free(&t);
+    }
+}
+
+/* Every preset gives the same bits in whatever order blocks and threads run. */
+static void test_policy_determinism()
+{
+    for (int policy = RKV_POLICY_RKV; policy <= RKV_POLICY_OWN_SCORE; policy++) {
+        rng r = rng_seed(21);
+        policy_trial t;
+        policy_shape s = plain_policy_shape(2, 4, 64, RKV_BF16);
+        s.biased = true;
+        case_begin("%s, five runs, the same bits", policy_name(static_cast<rkv_policy>(policy)));
+        policy_trial_plain(&t, &r, preset(static_cast<rkv_policy>(policy), 150), 400, s, 2);
+        policy_append(&t, &r, 390);
+        for (int run = 0; run < 5; run++) {
+            std::vector<policy_layer> &side = run ? t.whole : t.cpu; /* cpu: the first run's */
+            for (size_t l = 0; l < t.gpu.size(); l++) policy_layer_copy(&side[l], t.gpu[l]);
+            shim_order_is(run);
+            expect_status("run", policy_call(rkv_compress, &mirrored, t.config, &side), RKV_OK);
+            for (size_t l = 0; l < t.gpu.size() && run; l++) {
+                const std::vector<float> &a = t.cpu[l].scores, &b = t.whole[l].scores;
+                expect_same_layers("run", t.whole[l], t.cpu[l]);
+                expect_bytes("scores", b.data(), a.data(), a.size() * 4);
+            }
+        }
+        shim_order_is(0);
+        case_end();
+        policy_free(&t);
+    }
+}
+
+/* All of the budget is pinned or protected: nothing is scored, but the rows move, and the state of
+ * the new ones begins. */
+static void test_unscored_state()
+{
+    for (int policy = RKV_POLICY_MEMORY_TRACES; policy <= RKV_POLICY_H2O; policy++) {
+        rng r = rng_seed(8);
+        policy_trial t;
+        rkv_config config = preset(static_cast<rkv_policy>(policy), 60);
+        config.pinned = 10;
+        config.protect = 50;
+        case_begin("%s, nothing to choose", policy_name(config.policy));
+        policy_trial_plain(&t, &r, config, 100, plain_policy_shape(2, 2, 16, RKV_F32), 2);
+        for (int round = 0; round < 2; round++) {
+            policy_append(&t, &r, round ? 20 : 90);
+            policy_round(&t);
+        }
+        case_end();
+        policy_free(&t);
+    }
+}
+
+/* A captured round, replayed on new data. */
+static void test_policy_graph()
+{
+    for (int policy = RKV_POLICY_RKV; policy <= RKV_POLICY_OWN_SCORE; policy++) {
+        rkv_config config = preset(static_cast<rkv_policy>(policy), 128);
+        policy_shape s = plain_policy_shape(2, 2, 64, RKV_F16);
+        rng r = rng_seed(33);
+        policy_trial t;
+        rkv_backend backend;
+        cudaStream_t stream;
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        mirror m, work;
+        size_t bytes = 0;
+        s.biased = true;
+        case_begin("%s, captured and replayed", policy_name(config.policy));
+        policy_trial_plain(&t, &r, config, 256, s, 1);
+        policy_append(&t, &r, 250);
+        must("a stream", cudaStreamCreate(&stream) == cudaSuccess);
+        must("a table", rkv_cuda_backend(&backend, stream, NULL) == RKV_OK);
+        policy_layer_point(&t.gpu[0]);
+        rkv_layer layer = mirror_layer(&m, &config, t.gpu[0].layer, true);
+        expect_status("size", rkv_workspace_size(&backend, &config, &layer, 1, &bytes), RKV_OK);
+        char *workspace = work.reserve(static_cast<char *>(NULL), bytes, false);
+        must("capture", cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
+        expect_status("captured", rkv_compress(&backend, &config, &layer, 1, workspace, bytes),
+                      RKV_OK);
+        must("end of capture", cudaStreamEndCapture(stream, &graph) == cudaSuccess);
+        must("instance", cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess);
+        for (int replay = 0; replay < 2; replay++) {
+            policy_layer *live = &t.gpu[0];
+            live->layer.n_tokens = live->layer.n_new = 0;
+            t.next_position = 0;
+            policy_append(&t, &r, 250);
+            for (policy_layer *l : { &t.whole[0], &t.cpu[0] }) {
+                policy_layer_copy(l, *live);
+                l->layer.first_query = layer.first_query;
+            }
+            mirror fresh;
+            mirror_layer(&fresh, &config, t.whole[0].layer, true);
+            for (size_t i = 0; i < m.pieces.size(); i++) {
+                m.pieces[i].host = fresh.pieces[i].host;
+                to_device(m.pieces[i].device, m.pieces[i].host, m.pieces[i].bytes);
+            }
+            must("replay", cudaGraphLaunch(exec, stream) == cudaSuccess &&
+                               cudaStreamSynchronize(stream) == cudaSuccess);
+            m.copy_back();
+            expect_status("launched", policy_call(rkv_compress, &mirrored, config, &t.cpu), RKV_OK);
+            t.whole[0].layer = t.cpu[0].layer;
+            policy_layer_point(&t.whole[0]);
+            expect_same_layers("replayed", t.whole[0], t.cpu[0]);
+        }
+        case_end();
+        (void)cudaGraphExecDestroy(exec);
+        (void)cudaGraphDestroy(graph);
+        (void)cudaStreamDestroy(stream);
+        policy_free(&t);
+    }
+}
+
+/* ---- Faults ---------------------------------------------------------------------------------- */
+
+enum policy_fault {
+    BAD_KEY,
+    BAD_QUERY,
+    BAD_OLD_QUERY, /* of a token that does not vote */
+    BAD_LOGITS,
+    BAD_STATE,
+    BAD_LATER_STATE,
+    BAD_BIAS,
+    BAD_WINDOW_BIAS,
+    BAD_MEANS,
+    BAD_FREQUENCY,
+    N_POLICY_FAULTS
+};
+
+static void put_policy_fault(policy_trial *t, rng *r, policy_fault fault)
+{
+    policy_layer *l = &t->gpu[static_cast<size_t>(rng_below(r, static_cast<int>(t->gpu.size())))];
+    const int n = l->layer.n_tokens, votes = votes_of(t->config), dim = l->layer.keys.dim;
+    const int heads = l->layer.keys.heads, h = rng_below(r, heads);
+    const int query_head = rng_below(r, l->layer.queries.heads);
+    const size_t stride = static_cast<size_t>(l->layer.row_stride);
+    const int planes = rkv_state_floats(&t->config);
+    const float bad = rng_below(r, 2) ? NAN : INFINITY;
+    std::vector<float> huge(static_cast<size_t>(dim), 1e17f);
+    switch (fault) {
+    case BAD_KEY: view_store_one(&l->keys, h, rng_below(r, n), rng_below(r, dim), bad); break;
+    case BAD_QUERY:
+        view_store_one(&l->queries, query_head, rng_below(r, votes), rng_below(r, dim), bad);
+        break;
+    case BAD_OLD_QUERY:
+        view_store_one(&l->queries, query_head, l->layer.first_query, rng_below(r, dim), NAN);
+        break;
+    case BAD_LOGITS:
+        if (l->keys.tensor.dtype != RKV_F32 || l->queries.tensor.dtype != RKV_F32) return;
+        for (int row = 0; row < 3; row++) store_row(&l->keys, h, row, huge);
+        for (int slot = 0; slot < votes; slot++)
+            store_row(&l->queries, h * (l->layer.queries.heads / heads), slot, huge);
+        for (policy_layer &each : t->gpu) each.layer.scale = 100.0f, each.layer.softcap = 0;
+        break;
+    case BAD_STATE:
+    case BAD_LATER_STATE:
+        if (planes == 0 || (fault == BAD_LATER_STATE && planes < 2)) return;
+        l->state[static_cast<size_t>(h * planes + (fault == BAD_LATER_STATE)) * stride +
+                 static_cast<size_t>(rng_below(r, n - l->layer.n_new))] =
+            rng_below(r, 2) ? -1.0f : bad;
+        break;
+    case BAD_BIAS:
+    case BAD_WINDOW_BIAS:
+        if (l->bias.empty()) return;
+        l->bias[static_cast<size_t>(h) * stride +
+                static_cast<size_t>(fault == BAD_BIAS ? rng_below(r, n) : n - 1)] = NAN;
+        break;
+    case BAD_MEANS: l->means[product(query_head, dim)] = bad; break;
+    case BAD_FREQUENCY:
+        if (t->frequencies.empty()) return;
+        t->frequencies[static_cast<size_t>(rng_below(r, 4))] = rng_below(r, 2) ? -1.0f : 5.0f;
+        break;
+    case N_POLICY_FAULTS: break;
+    }
+}
+
+/* Device and CPU find the same fault in the same data, or none, and then nothing has changed. */
+static void expect_same_fault(policy_trial *t, stage_function call)
+{
+    rkv_error on_cpu, on_device = { NULL, RKV_OK, -1, -1, -1 };
+    rkv_config config = t->config;
+    for (size_t l = 0; l < t->gpu.size(); l++) {
+        policy_layer_copy(&t->cpu[l], t->gpu[l]);
+        policy_layer_copy(&t->whole[l], t->gpu[l]); /* as it was */
+    }
+    config.error = &on_cpu;
+    const rkv_status want = policy_call(call, rkv_backend_find(NULL), config, &t->cpu);
+    config.error = NULL;
+    config.device_error = &on_device;
+    expect_status("CUDA", policy_call(call, &mirrored, config, &t->gpu), want);
+    expect_record("the device's record", &on_device, &on_cpu);
+    for (size_t l = 0; l < t->gpu.size() && want != RKV_OK; l++) {
+        expect_same_layers("a refused call", t->gpu[l], t->whole[l]);
+        expect_bytes("scores", t->gpu[l].scores.data(), t->whole[l].scores.data(),
+                     t->whole[l].scores.size() * 4);
+    }
+}
+
+static void test_policy_fault(uint64_t seed)
+{
+    rng r = rng_seed(seed);
+    policy_trial t;
+    const policy_fault fault = static_cast<policy_fault>(seed / 7 % N_POLICY_FAULTS);
+    policy_trial_make(&t, &r, static_cast<rkv_policy>(seed % 7));
+    case_begin("policy fault %lu: %s, fault %d, %s keys", static_cast<unsigned long>(seed),
+               policy_name(t.config.policy), fault, dtype_name(t.gpu[0].layer.keys.dtype));
+    policy_append(&t, &r, t.capacity);
+    for (policy_layer &l : t.gpu)
+        if (l.layer.n_new) l.layer.n_new = 1 + rng_below(&r, t.capacity - 1);
+    put_policy_fault(&t, &r, fault);
+    shim_order_is(static_cast<int>(seed / 7 % 6));
+    expect_same_fault(&t, seed % 2 ? rkv_score : rkv_compress);
+    shim_order_is(0);
+    case_end();
+    policy_free(&t);
+}
+
+/* ---- Means of queries ------------------------------------------------------------------------ */
+
+/* The function on device memory, by way of host memory. */
+static rkv_status means_on_device(const rkv_config &given, const rkv_rope &host_rope,
+                                  const rkv_tensor &host, int slot, int n, int position,
+                                  std::vector<float> *means, rkv_error *found)
+{
+    mirror m;
+    rkv_config config = given;
+    rkv_rope rope = host_rope;
+    const rkv_tensor queries = mirror_tensor(&m, host, host.tokens, false);
+    const size_t pairs = static_cast<size_t>(rope.dims ? rope.dims : host.dim) / 2;
+    float *on_device = m.add(means->data(), means->size() * 4, true);
+    rope.frequencies = m.add(rope.frequencies, pairs * 4, false);
+    config.error = NULL;
+    config.device_error = m.add(found, sizeof *found, true);
+    const rkv_status status =
+        rkv_query_means_update(cuda(), &config, &rope, &queries, slot, n, position, on_device);
+    expect_status("synchronize", cuda()->synchronize(cuda()), RKV_OK);
+    m.copy_back();
+    return status;
+}
+
+static void test_query_means(uint64_t seed)
+{
+    static const int dims[] = { 2, 7, 16, 64, 80, 128, 130 };
+    static const rkv_dtype types[] = { RKV_F32,     RKV_F16,     RKV_BF16,
+                                       RKV_F8_E4M3, RKV_F8_E5M2, RKV_Q8_0 };
+    rng r = rng_seed(seed);
+    policy_trial t; /* for its frequencies */
+    int dim = RNG_PICK(&r, dims), position = rng_below(&r, 2) ? 0 : 5000000;
+    const rkv_dtype dtype = types[rng_below(&r, 6)];
+    const int heads = 1 + rng_below(&r, 6), rows = 40;
+    const layout l = static_cast<layout>(rng_below(&r, N_KEY_LAYOUTS));
+    if (dtype == RKV_Q8_0) dim = (dim + 31) / 32 * 32;
+    const rkv_rope rope = any_rope(&r, &t, dim);
+    const size_t used = product(heads, dim) + product(heads, dim / 2) + 1;
+    rkv_config config = rkv_config_triattention(100);
+    rkv_error on_cpu, on_device = { NULL, RKV_OK, -1, -1, -1 };
+    view v;
+    case_begin("query means %lu: %d heads, dim %d, %s, %s, pairing %d, dims %d",
+               static_cast<unsigned long>(seed), heads, dim, dtype_name(dtype), layout_name(l),
+               rope.pairing, rope.dims);
+    view_make(&v, &r, l, dtype, 0, heads, rows, dim, 0);
+    for (int h = 0; h < heads; h++)
+        for (int row = 0; row < rows; row++) store_row(&v, h, row, any_row(&r, dim, h));
+    std::vector<float> cpu(rkv_query_means_floats(heads, dim), 0), gpu = cpu;
+    config.error = &on_cpu;
+    shim_order_is(static_cast<int>(seed % 6));
+    for (int call = 0; call < 5; call++) {
+        const int n = call == 3 ? 1 : 1 + rng_below(&r, rows), slot = rng_below(&r, rows - n + 1);
+        const std::vector<float> before = gpu;
+        if (call == 4 && dtype != RKV_Q8_0)
+            view_store_one(&v, rng_below(&r, heads), rng_below(&r, rows), rng_below(&r, dim),
+                           dtype == RKV_F8_E4M3 ? NAN : INFINITY);
+        const rkv_status want = rkv_query_means_update(rkv_backend_find(NULL), &config, &rope,
+                                                       &v.tensor, slot, n, position, cpu.data());
+        expect_status("CUDA",
+                      means_on_device(config, rope, v.tensor, slot, n, position, &gpu, &on_device),
+                      RKV_OK);
+        expect_record("the device's record", &on_device, &on_cpu);
+        position += n;
+        if (want != RKV_OK) {
+            expect_bytes("a refused call", gpu.data(), before.data(), before.size() * 4);
+            break;
+        }
+        const double largest = largest_of(cpu.data(), static_cast<int>(used) - 1);
+        for (size_t i = 0; i < used; i++)
+            if (!expect_near("mean", static_cast<int>(i), static_cast<double>(gpu[i]),
+                             static_cast<double>(cpu[i]), 1e-6 * fmax(largest, 1e-3)))
+                break;
+        expect_int("tokens", call, static_cast<int>(gpu[used - 1]),
+                   static_cast<int>(cpu[used - 1]));
+    }
+    shim_order_is(0);
+    case_end();
+    view_free(&v);
+}
+
+static void test_chosen_policies()
+{
+    test_long_policies();
+    test_policy_determinism();
+    test_unscored_state();
+    test_policy_graph();
+    for (uint64_t seed = 0; seed < 140; seed++) test_policy_fault(seed);
+    for (uint64_t seed = 1; seed <= 30; seed++) test_query_means(seed);
 }
 
 #endif

@@ -1,6 +1,7 @@
 /* Compares rkv_cuda.cu with the CPU: on a GPU, or without one as C++ over tests/cuda/shim.h.
  *     make test (shim)    make test-cuda-ptx (PTX, over tests/cuda/ptx.cc)    make test-cuda (GPU)
- * test_cuda FIRST COUNT runs generated cases only. test_cuda kernels [COUNT] runs every kernel in
+ * test_cuda FIRST COUNT runs generated cases only; test_cuda policy [FIRST COUNT] the policies beside
+ * R-KV. test_cuda kernels [COUNT] runs every kernel in
  * little time, for the sanitizers: chosen cases and the first COUNT generated ones. */
 #ifndef RKV_CUDA_SHIM
 #include <cuda_runtime.h>
@@ -478,8 +479,6 @@ static void test_generated(uint64_t seed)
     case_end();
     free_trial(&t);
 }
-
-#include "policies.h"
 
 /* ---- Chosen cases --------------------------------------------------------------------------- */
 static shape plain_shape(int heads, int group, int dim, int n, rkv_dtype dtype)
@@ -967,6 +966,8 @@ static void expect_refused(const rkv_config &given, job *jobs, int n_jobs, stage
     }
     expect_record("the device's record", &on_device, &on_cpu);
 }
+
+#include "policies.h"
 
 static void test_faults()
 {
@@ -1882,6 +1883,7 @@ static void test_chosen()
     test_cache_fault();
     test_graph();
     test_two_streams();
+    test_chosen_policies();
     test_on_gpu();
 }
 
@@ -1920,6 +1922,7 @@ int main(int argc, char **argv)
     }
     if (kernels) test_kernels(count);
     if (argc <= 1 && !policies) test_chosen();
+    if (argc <= 1 && policies) test_chosen_policies();
     for (uint64_t seed = first; seed < first + count && !kernels; seed++) {
         if (!policies) test_generated(seed);
         test_policy(seed);
