@@ -7417,8 +7417,8 @@ static rkv_status rkvi_cache_clear_means(const rkv_cache *cache, int layer)
     return status;
 }
 
-/* The queries of new tokens enter the means of their layer. Nothing can undo that, so it comes last,
- * after all that can fail. Until a layer has its first tokens, its means are undefined. */
+/* The queries of new tokens enter the means of their layer. Nothing can undo that: it comes after
+ * all that can fail. Until a layer has its first tokens, its means are undefined. */
 static rkv_status rkvi_cache_add_to_means(const rkv_cache *cache, int layer, int n_tokens,
                                           const rkv_tensor *queries)
 {
