@@ -1,15 +1,15 @@
-/* rkv_cuda.cu - the R-KV method of rkv.h on NVIDIA GPUs: the backend "cuda".
+/* rkv_cuda.cu - rkv.h on NVIDIA GPUs: the backend "cuda".
  * SPDX-License-Identifier: MIT OR Unlicense                  (both texts are at the end of rkv.h)
  *
  *  1 Title, map                                          14 Scoring         keys to scores
  *  2 Usage           what an integrator needs to know    15 Similar keys    the search for them
- *  3 Config macros                                       16 Selection       scores to kept set
- *  ---- callers need read no further ----                17 Compaction      moves kept rows
- *  7 Portability     CUDA versions and architectures     19 Checks          of data on the device
- *  8 Helpers         element types, views                21 Memory          for rkv_cache
- *  9 Tiles           64 rows in shared memory            18 Host side       launches, the table
- * 13 Plans           describes layers to the device
- * (The numbers are those of rkv.h. Room 18 comes last because it uses all others.)
+ *  3 Config macros                                       16 Other policies  memory, H2O, ...
+ *  ---- callers need read no further ----                17 Selection       scores to kept set
+ *  7 Portability     CUDA versions and architectures     18 Compaction      moves kept rows
+ *  8 Helpers         element types, views                20 Checks          of data on the device
+ *  9 Tiles           64 rows in shared memory            22 Memory          for rkv_cache
+ * 13 Plans           describes layers to the device      19 Host side       launches, the table
+ * (The numbers are those of rkv.h. Room 19 comes last because it uses all others.)
  *
  * ==== 2. Usage ==============================================================================
  * Compile this file with nvcc: C++14 or later, sm_70 or later, without --use_fast_math, which
@@ -26,36 +26,45 @@
  *     config.device_error = record;                        device memory: what the data breaks
  *     status = rkv_compress(cuda, &config, layers, n_layers, workspace, bytes);
  *
- * Memory     Keys, values, queries, block tables, positions, pins, kept lists, scores, the
- *            workspace and *config.device_error are device memory. config, *config.error and the
- *            layers array are host memory, read during the call only.
+ * Memory     Keys, values, queries, block tables, positions, pins, kept lists, scores, biases, the
+ *            state, query means, rope.frequencies, the workspace and *config.device_error are
+ *            device memory. config, *config.error and the layers array are host memory, read
+ *            during the call only.
  * Streams    `stream` is a cudaStream_t; every call works on it, on the current device. For more
  *            streams make more tables: rkv_cuda_backend fills one in, you own it, and its
  *            `context` is the stream.
  * Graphs     rkv_compress and its stages allocate nothing, synchronise nothing and read nothing
  *            back, so a CUDA graph can capture them. A replay works on what the buffers hold
  *            then, with the sizes and pointers of the capture. All kernels are loaded when the
- *            table is made; no warm-up call is needed.
- * Launches   At most 8 for 28 layers of one shape (250 layers with CUDA 12.1 and later), one more
- *            for every further 28 (250) and for every change of shape, one if there are block
- *            tables or pins, three for each further type of keys (all that are converted: one).
- * Workspace  24 + 4 * window bytes per token and KV head.
- * Counts     n_tokens and n_kept are set when the call returns, before the device has seen the
- *            data. After a fault in the data set n_tokens back: no row has moved.
+ *            table is made; no warm-up call is needed. n_new and first_query are sizes too: a
+ *            graph replays one state of the ring of queries.
+ * Launches   R-KV: at most 8 for 28 layers of one shape (250 layers with CUDA 12.1 and later), one
+ *            more for every further 28 (250) and for every change of shape, one if there are block
+ *            tables, pins or biases, three for each further type of keys (all that are converted:
+ *            one). With biases, a first_query that is not 0, or more votes than the window: one
+ *            more for every 32 layers of one shape. Other policies: at most 10 for 28 such layers.
+ * Workspace  24 + 4 * votes bytes per token and KV head; MEMORY and H2O: 28 + votes * G / 8, where
+ *            G are the query heads per KV head; TRIATTENTION: 24 + 4 * G; others: 24.
+ * Counts     n_tokens, n_kept and n_new are set when the call returns, before the device has seen
+ *            the data. After a fault in the data set n_tokens and n_new back: no row has moved, and
+ *            the state is as it was.
  * Errors     What the host can see is refused at once, and *config.error says why. A fault in the
  *            data (a NaN, an invalid block table or kept list, too many pins) leaves every row,
- *            position, pin, score and list as it was; the record appears in *config.device_error
- *            when the stream has reached that point. Copy it to the host and pass it to
- *            rkv_explain: its `rule` is a pointer to text in host memory. Of several faults it is
- *            the one that the CPU reports.
+ *            position, pin, bias, state, score and list as it was; the record appears in
+ *            *config.device_error when the stream has reached that point. Copy it to the host and
+ *            pass it to rkv_explain: its `rule` is a pointer to text in host memory. Of several
+ *            faults it is the one that the CPU reports.
  *            The record is sticky: while it holds a fault, rkv_select and rkv_compact do nothing,
  *            so all three stages can be queued without a look in between. rkv_score and
  *            rkv_compress reset it. A caller that calls neither sets it to zeros itself, at first
- *            and after every fault.
+ *            and after every fault. rkv_query_means_update writes a fault of its own there if
+ *            there is none yet, and leaves the means as they were.
  * Precision  The same bits in every run: sums whose order is open are integer sums. Similar keys
  *            are decided in the CPU's order of additions, so both find the same ones; scores
  *            agree within 1e-5 of the largest (f16 and bf16 with logits in the hundreds: 2e-5,
- *            since tensor cores truncate when they add).
+ *            since tensor cores truncate when they add). What MEMORY and H2O carry agrees within
+ *            1e-5 too; a rank is exact for what is carried, so where two rows are carried as
+ *            nearly equal, the ranks of MEMORY may be the other way round than on the CPU.
  * Cache      rkv_cache works on this backend. A block table with a negative entry, in views given
  *            to rkv_cache_append, is not reported: those rows are not copied.
  *
@@ -63,7 +72,7 @@
  *            queries of another type than the keys, are converted to f32 on the way into shared
  *            memory, and multiplied without tensor cores.
  *
- * What it does not support (RKV_ERROR_UNSUPPORTED): row loaders, that is, keys or queries to score
+ * What it does not support (RKV_ERROR_UNSUPPORTED): row loaders, that is, keys or queries to read
  * that are RKV_OPAQUE; keys or queries to score of one type, f32, f16 or bf16, that are not aligned
  * to their element size; rows of 2 GB and more; 2^30 queries per KV head; 2^26 KV heads in a call.
  * Values may lie anywhere.
@@ -1736,8 +1745,8 @@ struct rkvi_head_memory {
     unsigned digit, wanted, ties;
 };
 
-/* Logits to probabilities, in place; 0 for what a query does not see. A warp takes a part of the row
- * of one query. */
+/* Logits to probabilities, in place; 0 for what a query does not see. A warp takes a part of the
+ * row of one query. */
 template <bool PLAIN>
 static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_job &job,
                                               rkvi_head_memory &s)
@@ -1924,7 +1933,7 @@ static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &jo
 }
 
 static __device__ void rkvi_select_set(const rkvi_args &args, const rkvi_job &job,
-                                       rkvi_head_memory &s); /* room 16 */
+                                       rkvi_head_memory &s); /* room 17 */
 
 /* PLAIN: no more votes than the window, max pooling, no biases. */
 template <bool PLAIN>
@@ -2791,7 +2800,7 @@ static __device__ void rkvi_merge_votes(const rkvi_job &job)
     }
 }
 
-enum { RKVI_OFFSETS = 10 }; /* of future queries: 2^0 to 2^9 tokens */
+enum { RKVI_N_OFFSETS = 10 }; /* of future queries: 2^0 to 2^9 tokens */
 
 /* TRIATTENTION: the vectors of a query head: the expected query's numbers of each pair, turned by
  * the mean over the offsets, and the weight of the pair's length. */
@@ -2811,13 +2820,13 @@ static __device__ void rkvi_expected_query(const rkvi_args &args, const rkvi_job
         const float x = mean[rkvi_first_of(p, more.n_rotated, more.adjacent)];
         const float y = second < job.head_dim ? mean[second] : 0.0f;
         float sine = 0, cosine = 0, weight = 0, s_k, c_k;
-        for (int k = 0; k < RKVI_OFFSETS; k++) {
+        for (int k = 0; k < RKVI_N_OFFSETS; k++) {
             rkvi_sincos(rkvi_phase(job.unit_sum[p], newest + (1u << k)), &s_k, &c_k);
             sine += s_k;
             cosine += c_k;
         }
-        sine /= RKVI_OFFSETS;
-        cosine /= RKVI_OFFSETS;
+        sine /= RKVI_N_OFFSETS;
+        cosine /= RKVI_N_OFFSETS;
         if (p < more.n_rotated) weight = lengths[p] - sqrtf(fmaf(x, x, y * y));
         const float u = fmaf(x, cosine, -(y * sine)), v = fmaf(x, sine, y * cosine);
         out[p] = u;
@@ -2919,7 +2928,8 @@ struct rkvi_rate_memory {
 
 static __device__ __forceinline__ unsigned rkvi_rank(float score); /* room 17 */
 
-/* A number for each row, all different, in the order of x; of equal ones the more recent is above. */
+/* A number for each row, all different, in the order of x; of equal ones the more recent is
+ * above. */
 static __device__ __forceinline__ unsigned long long rkvi_place(float x, int row)
 {
     return static_cast<unsigned long long>(rkvi_rank(x)) << 32 | static_cast<unsigned>(row);
@@ -3172,8 +3182,8 @@ static __device__ const char *rkvi_means_row(const rkvi_means_args &args, int to
     return rkvi_row(args.queries, args.slot + token) + head * args.head_stride;
 }
 
-/* The first pair whose frequency is out of range; the first query, counted over the heads of a token
- * and then over tokens, that is not finite. Every block looks at all, so all agree. */
+/* The first pair whose frequency is out of range; the first query that is not finite, counted over
+ * the heads of a token and then over tokens. Every block looks at all, so all agree. */
 static __device__ int rkvi_bad_pair(const rkvi_means_args &args, rkvi_means_memory &s)
 {
     int bad = RKVI_NOTHING_BAD;
@@ -3266,7 +3276,7 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS)
         rkvi_update_head(args, head);
 }
 
-/* ==== 16. Selection =========================================================================
+/* ==== 17. Selection =========================================================================
  * In: the scores of one set's candidates, pins.  Out: the kept list. One block per set.
  * Knows nothing of keys or attention. Equal scores: the more recent token stays. */
 
@@ -3459,7 +3469,7 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_select(const rk
     }
 }
 
-/* ==== 17. Compaction ========================================================================
+/* ==== 18. Compaction ========================================================================
  * In: kept lists.  Out: the kept rows at the front, in cache order. In place. A block moves a slice
  * of all rows of one tensor of one head, so no two blocks touch the same bytes. It reads a batch of
  * rows, waits for all its threads, and writes the batch. The list ascends, so a row moves down or
@@ -3547,7 +3557,7 @@ static __global__ void __launch_bounds__(RKVI_MOVE_THREADS, 2) rkvi_compact(cons
     }
 }
 
-/* ==== 19. Checks ============================================================================
+/* ==== 20. Checks ============================================================================
  * Block tables, pins, kept lists and a caller's scores lie in device memory, so the device checks
  * them, before anything is written. One block per head; it works for the layer or the set that the
  * head leads. */
@@ -3705,7 +3715,7 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_check(const rkv
     }
 }
 
-/* ==== 21. Memory ============================================================================
+/* ==== 22. Memory ============================================================================
  * For rkv_cache. rkvi_cuda_copy waits for the stream; the others only queue work. */
 
 static void *rkvi_cuda_alloc(const rkv_backend *self, size_t bytes)
@@ -3827,20 +3837,20 @@ static rkv_status rkvi_cuda_fill_positions(const rkv_backend *self, int32_t *pos
                                       RKVI_MOVE_THREADS, 0, rkvi_stream(self), args));
 }
 
-/* ==== 18. Host side =========================================================================
+/* ==== 19. Host side =========================================================================
  * In: arguments that rkv.h has checked, and a config whose zeros are filled in.  Out: launches. */
 
-static bool rkvi_reads_keys(const rkv_config *config)
+static bool rkvi_reads_keys(const rkv_config &config)
 {
-    return config->policy != RKV_POLICY_RANDOM && config->policy != RKV_POLICY_OWN_SCORE;
+    return config.policy != RKV_POLICY_RANDOM && config.policy != RKV_POLICY_OWN_SCORE;
 }
-static bool rkvi_reads_queries(const rkv_config *config)
+static bool rkvi_reads_queries(const rkv_config &config)
 {
-    return config->policy == RKV_POLICY_RKV ? config->lambda > 0 : rkvi_planes_of(*config) > 0;
+    return config.policy == RKV_POLICY_RKV ? config.lambda > 0 : rkvi_planes_of(config) > 0;
 }
-static bool rkvi_needs_rope(const rkv_config *config)
+static bool rkvi_needs_rope(const rkv_config &config)
 {
-    return rkvi_planes_of(*config) == 2 || config->policy == RKV_POLICY_TRIATTENTION;
+    return rkvi_planes_of(config) == 2 || config.policy == RKV_POLICY_TRIATTENTION;
 }
 static int rkvi_group_of(const rkv_layer &layer)
 {
@@ -3947,7 +3957,7 @@ static void rkvi_take(rkvi_arena *arena, T **out, size_t count, size_t per_count
 static int rkvi_logit_rows(const rkv_config *config, int max_group)
 {
     if (config->policy == RKV_POLICY_TRIATTENTION) return max_group;
-    if (config->policy == RKV_POLICY_RKV) return rkvi_reads_queries(config) ? config->votes : 0;
+    if (config->policy == RKV_POLICY_RKV) return rkvi_reads_queries(*config) ? config->votes : 0;
     return rkvi_planes_of(*config) > 0;
 }
 
@@ -4034,11 +4044,11 @@ static const char *rkvi_unsupported_rule(const rkv_call &call, const rkv_layer &
     if (rkvi_row_is_too_long(layer.keys)) return "layer.keys.dim: \"cuda\" takes rows below 2 GB";
     if (layer.values.data && rkvi_row_is_too_long(layer.values))
         return "layer.values.dim: \"cuda\" takes rows below 2 GB";
-    if (!scores || !rkvi_is_scored(config, layer) || !rkvi_reads_keys(config)) return NULL;
+    if (!scores || !rkvi_is_scored(config, layer) || !rkvi_reads_keys(*config)) return NULL;
     if (layer.keys.dtype == RKV_OPAQUE) return "layer.keys.load: \"cuda\" has no row loaders";
     if (!is_any && shape.key_load < element)
         return "layer.keys: \"cuda\" needs data and strides aligned to the element size";
-    if (!rkvi_reads_queries(config)) return NULL;
+    if (!rkvi_reads_queries(*config)) return NULL;
     if (layer.queries.dtype == RKV_OPAQUE) return "layer.queries.load: \"cuda\" has no row loaders";
     if (!is_any && shape.query_load < element)
         return "layer.queries: \"cuda\" needs data and strides aligned to the element size";
@@ -4160,7 +4170,7 @@ static cudaError_t rkvi_upload_layers(const rkvi_plan &plan)
     up.head = plan.head;
     up.head.is_first = 1;
     for (int l = 0; l < call.n_layers && error == cudaSuccess; l++) {
-        const rkvi_shape shape = rkvi_shape_of(call.layers[l], rkvi_reads_queries(call.config));
+        const rkvi_shape shape = rkvi_shape_of(call.layers[l], rkvi_reads_queries(*call.config));
         if (up.head.n_entries == RKVI_UPLOAD_ENTRIES ||
             (up.head.n_entries > 0 && memcmp(&shape, &up.head.shape, sizeof shape) != 0))
             error = rkvi_send(plan, &up);
@@ -4219,7 +4229,7 @@ static void rkvi_fill_more(const rkvi_plan &plan, const rkv_layer &layer, rkvi_m
     up->vectors = plan.vectors;
     up->max_group = plan.max_group;
     rkvi_fill_more_rules(up->rules);
-    if (rkvi_needs_rope(config)) rkvi_fill_rope(layer.rope, layer.keys.dim, &up->rope);
+    if (rkvi_needs_rope(*config)) rkvi_fill_rope(layer.rope, layer.keys.dim, &up->rope);
     up->planes = rkvi_planes_of(*config);
     up->head_dim = layer.keys.dim;
     up->heads = layer.keys.heads;
@@ -4333,7 +4343,7 @@ static rkv_status rkvi_make_plan(rkvi_plan *plan, const rkv_backend *self, const
     if (call->bytes < plan->bytes)
         return rkvi_record(error, RKV_ERROR_WORKSPACE, RKVI_RULE_WORKSPACE_SIZE, -1);
     for (int l = 0; l < call->n_layers; l++) {
-        const rkvi_shape shape = rkvi_shape_of(call->layers[l], rkvi_reads_queries(call->config));
+        const rkvi_shape shape = rkvi_shape_of(call->layers[l], rkvi_reads_queries(*call->config));
         const char *rule = rkvi_unsupported_rule(*call, call->layers[l], shape);
         if (rule) return rkvi_record(error, RKV_ERROR_UNSUPPORTED, rule, l);
         rkvi_measure(plan, call->layers[l], shape);
@@ -4344,7 +4354,7 @@ static rkv_status rkvi_make_plan(rkvi_plan *plan, const rkv_backend *self, const
     args.checks = rkvi_checks_of(*plan);
     args.scoring = call->stage == RKV_SCORE || call->stage == RKV_COMPRESS;
     args.votes = call->config->votes;
-    args.importance = rkvi_reads_queries(call->config);
+    args.importance = rkvi_reads_queries(*call->config);
     args.redundancy = call->config->lambda < 1;
     if (call->config->policy != RKV_POLICY_RKV || call->config->votes > call->config->window)
         plan->has_more = true;
@@ -4408,10 +4418,10 @@ static cudaError_t rkvi_run_rkv(rkvi_plan *plan)
     if (error == cudaSuccess) error = rkvi_score_type<rkvi_bf16>(*plan);
     if (error == cudaSuccess) error = rkvi_score_type<rkvi_any>(*plan);
     if (error != cudaSuccess) return error;
-    return rkvi_launch_items(*plan,
-                             plan->has_more || plan->call->config->mean_pool ? rkvi_score<false>
-                                                                             : rkvi_score<true>,
-                             1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
+    const rkv_config *config = plan->call->config;
+    const bool plain = config->votes <= config->window && !config->mean_pool && !plan->has_bias;
+    return rkvi_launch_items(*plan, plain ? rkvi_score<true> : rkvi_score<false>, 1,
+                             RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
 }
 
 /* Launches one of four kernels for tiles of keys, for each type that occurs. */
@@ -4438,7 +4448,7 @@ static cudaError_t rkvi_run_votes(rkvi_plan *plan)
             rkvi_launch_items(*plan, rkvi_prepare, 1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
     plan->head.args.folds = true;
     if (error == cudaSuccess) error = rkvi_launch_types(*plan, votes, sizeof(rkvi_tiles));
-    if (error == cudaSuccess && rkvi_needs_rope(plan->call->config))
+    if (error == cudaSuccess && rkvi_needs_rope(*plan->call->config))
         error = rkvi_launch_types(*plan, compares, sizeof(rkvi_tiles));
     return error;
 }

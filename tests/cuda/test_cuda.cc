@@ -1,7 +1,7 @@
 /* Compares rkv_cuda.cu with the CPU: on a GPU, or without one as C++ over tests/cuda/shim.h.
  *     make test (shim)    make test-cuda-ptx (PTX, over tests/cuda/ptx.cc)    make test-cuda (GPU)
- * test_cuda FIRST COUNT runs generated cases only; test_cuda policy [FIRST COUNT] the policies beside
- * R-KV. test_cuda kernels [COUNT] runs every kernel in
+ * test_cuda FIRST COUNT runs generated cases only; test_cuda policy [FIRST COUNT] those of policies
+ * beside R-KV. test_cuda kernels [COUNT] runs every kernel in
  * little time, for the sanitizers: chosen cases and the first COUNT generated ones. */
 #ifndef RKV_CUDA_SHIM
 #include <cuda_runtime.h>
@@ -1902,6 +1902,9 @@ static void test_kernels(uint64_t count)
     test_f8_codes();
     test_graph();
     for (uint64_t seed = 1; seed <= count; seed++) test_generated(seed);
+    for (uint64_t seed = 1; seed <= (count + 1) / 2; seed++) test_policy(seed);
+    for (uint64_t seed = 1; seed <= 4; seed++) test_query_means(seed);
+    test_unscored_state();
 }
 
 int main(int argc, char **argv)
