@@ -54,9 +54,9 @@
  * `window` stay; their rows move to the front of the cache, in place and in order.
  *
  * Other policies (rkv_policy, presets beside rkv_config_default) score otherwise in the same calls.
- * Those that remember what earlier rounds saw need a little more in each layer: `state`, `positions`,
- * `rope`, and before a round `n_new` and `first_query` (examples/memory.c shows all). bench/results
- * says how they compare.
+ * Those that remember what earlier rounds saw need a little more in each layer: `state`,
+ * `positions`, `rope`, and before a round `n_new` and `first_query` (examples/memory.c shows all).
+ * bench/results says how they compare.
  *
  * Do not confuse rows with positions. n_tokens is the number of rows in use; a round lowers it. The
  * length of the sequence only grows; the next rotary position is that length. `positions` tells the
@@ -374,7 +374,7 @@ typedef struct rkv_layer {
                              is above window                                                      */
     rkv_rope rope;        /* MEMORY, TRIATTENTION: required, also if it is RKV_ROPE_NONE. With other
                              pairings, and with RANDOM, positions are required                    */
-    const float *query_means; /* TRIATTENTION: in, from rkv_query_means_update, or measured before */
+    const float *query_means; /* TRIATTENTION: in; see rkv_query_means_update                     */
 } rkv_layer;
 
 typedef struct rkv_backend rkv_backend; /* an implementation of the method: room 6 */
@@ -425,8 +425,9 @@ RKV_API int rkv_state_floats(const rkv_config *config);
  *   slot, n   in      rows slot, slot + 1, ..., n of them, are added
  *   position  in      of the first; the tokens at positions 0 to 3 are left out
  *   means     in/out  rkv_query_means_floats of them, in the backend's memory, zeros at first:
- *                     [query_heads][head_dim] E[q'], [query_heads][head_dim / 2] E|q'_f|, the number
- *                     of tokens, and room to work. Means measured before may be given instead
+ *                     [query_heads][head_dim] E[q'], [query_heads][head_dim / 2] E|q'_f|, the
+ *                     number of tokens, and room to work. Means measured before may be given
+ *                     instead; a round reads the first two
  * config: for its error record only. Returns RKV_OK, RKV_ERROR_NULL, _ARGUMENT, _NONFINITE,
  * _UNSUPPORTED or _DEVICE; on an error means is untouched. */
 RKV_API size_t rkv_query_means_floats(int query_heads, int head_dim);
@@ -5291,8 +5292,8 @@ static void rkvi_copy_scores_out(const rkvi_job *job)
     }
 }
 
-/* The state of rows that were scored becomes the caller's. Rows that nothing scored, because nothing
- * was to be chosen, start at 0. */
+/* The state of rows that were scored becomes the caller's. Rows that nothing scored, because there
+ * was nothing to choose, start at 0. */
 static void rkvi_commit_state(const rkvi_job *job, int was_scored)
 {
     int l, plane;
@@ -5630,8 +5631,8 @@ static rkv_status rkvi_cpu_synchronize(const rkv_backend *self)
     return RKV_OK;
 }
 
-/* One query as f32, in the room behind the means; 0 if the row loader does not give it, or it is not
- * finite. */
+/* One query as f32, in the room behind the means; 0 if the row loader does not give it, or it is
+ * not finite. */
 static int rkvi_load_query(const rkvi_kernels *k, const rkv_means_call *call, int head, int slot,
                            float *row)
 {
