@@ -4,14 +4,15 @@
  *  1 Title, map         what lies where                  13 Plans             workspace layout
  *  2 Usage              a decode loop; what to know      14 Scoring           keys to scores
  *  3 Config macros                                       15 Similar keys      the search for them
- *  4 Types              config, views, layers            16 Selection         scores to kept set
- *  5 Functions          in the order you meet them       17 Compaction        moves kept rows
- *  ---- callers need read no further ----                18 CPU backends      stages, registry
- *  6 Backend interface  for authors of backends          19 Validation        every rule
- *  7 Portability        compilers, CPUs, systems         20 Public functions
- *  8 Helpers            sizes, half floats, views        21 Managed cache     rkv_cache
- *  9 Scalar kernels     the definition                   22 Thread pool       rkv_threads
- * 10-12 AVX2, AVX-512, NEON: the same kernels            23 Licence
+ *  4 Types              config, views, layers            16 Other policies    memory, H2O, ...
+ *  5 Functions          in the order you meet them       17 Selection         scores to kept set
+ *  ---- callers need read no further ----                18 Compaction        moves kept rows
+ *  6 Backend interface  for authors of backends          19 CPU backends      stages, registry
+ *  7 Portability        compilers, CPUs, systems         20 Validation        every rule
+ *  8 Helpers            sizes, half floats, views        21 Public functions
+ *  9 Scalar kernels     the definition                   22 Managed cache     rkv_cache
+ * 10-12 AVX2, AVX-512, NEON: the same kernels            23 Thread pool       rkv_threads
+ *                                                        24 Licence
  * (rkv_cuda.cu uses the same numbers.)
  *
  * ==== 2. Usage ==============================================================================
@@ -417,8 +418,8 @@ RKV_API int rkv_state_floats(const rkv_config *config);
  *   slot, n   in      rows slot, slot + 1, ..., n of them, are added
  *   position  in      of the first; the tokens at positions 0 to 3 are left out
  *   means     in/out  rkv_query_means_floats of them, in the backend's memory, zeros at first:
- *                     [query_heads][head_dim] E[q'], [query_heads][head_dim / 2] E|q'_f|, and the
- *                     number of tokens. Means measured before may be given instead
+ *                     [query_heads][head_dim] E[q'], [query_heads][head_dim / 2] E|q'_f|, the number
+ *                     of tokens, and room to work. Means measured before may be given instead
  * config: for its error record only. Returns RKV_OK, RKV_ERROR_NULL, _ARGUMENT, _NONFINITE,
  * _UNSUPPORTED or _DEVICE; on an error means is untouched. */
 RKV_API size_t rkv_query_means_floats(int query_heads, int head_dim);
@@ -658,7 +659,7 @@ RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t b
 
 /* ==== 6. Backend interface ==================================================================
  * A backend is one implementation of the method: the CPU's are built in, rkv_cuda.cu is another.
- * Its functions get arguments that room 19 has checked and a config whose zeros are filled in;
+ * Its functions get arguments that room 20 has checked and a config whose zeros are filled in;
  * `context` is the backend's own. It writes what it refuses to *config->error. A fault found after
  * the call has returned goes to *config->device_error, which a call that scores clears first. */
 typedef enum rkv_stage { RKV_SCORE, RKV_SELECT, RKV_COMPACT, RKV_COMPRESS } rkv_stage;
@@ -673,10 +674,10 @@ typedef struct rkv_call {
     size_t bytes;
 } rkv_call;
 
-/* One call of rkv_query_means_update, checked; config may be NULL. */
+/* One call of rkv_query_means_update, checked. */
 typedef struct rkv_means_call {
     const rkv_config *config;
-    rkv_rope rope;             /* dims and base filled in */
+    rkv_rope rope;
     const rkv_tensor *queries; /* rows [slot, slot + n), the first of them at `position` >= 4 */
     int slot, n, position;
     float *means;
@@ -713,6 +714,10 @@ struct rkv_backend {
 #define RKVI_RULE_QUERY_LOAD     "layer.queries.load: the row loader does not give a query"
 #define RKVI_RULE_QUERY          "layer.queries: a query is NaN, infinite or of a norm above 1e18"
 #define RKVI_RULE_LOGITS         "layer.scale: the logits of this head overflow"
+#define RKVI_RULE_STATE          "layer.state: a number is negative, NaN or infinite"
+#define RKVI_RULE_BIAS           "layer.bias: a score with it is NaN"
+#define RKVI_RULE_MEANS          "layer.query_means: a mean is NaN, infinite or too large"
+#define RKVI_RULE_FREQUENCY      "layer.rope.frequencies: one is not in [0, 4]"
 #define RKVI_RULE_SCORE          "layer.scores: a score is NaN"
 #define RKVI_RULE_KEY_BLOCKS     "layer.keys.block_table: a block is negative or occurs twice"
 #define RKVI_RULE_VALUE_BLOCKS   "layer.values.block_table: a block is negative or occurs twice"
@@ -1238,6 +1243,17 @@ static unsigned char *rkvi_row(const rkvi_view *view, int head, int token)
 #define RKVI_EXP_C4      1.6666665459e-1f
 #define RKVI_EXP_C5      5.0000001201e-1f
 
+/* sin and cos of an angle given in units of 2^-32 revolutions, by the polynomials of the Cephes
+ * library (sinf, cosf) over an eighth of a revolution either way; their error is below 1.5e-7. */
+#define RKVI_TURN_EIGHTH 0x20000000u
+#define RKVI_TURN_UNIT   1.46291807926715968e-9f /* 2 pi / 2^32 */
+#define RKVI_SIN_C0      (-1.9515295891e-4f)
+#define RKVI_SIN_C1      8.3321608736e-3f
+#define RKVI_SIN_C2      (-1.6666654611e-1f)
+#define RKVI_COS_C0      2.443315711809948e-5f
+#define RKVI_COS_C1      (-1.388731625493765e-3f)
+#define RKVI_COS_C2      4.166664568298827e-2f
+
 /* Rows that will be read soon. They are prefetched a line at a time between other work, so that the
  * arithmetic hides the latency of memory. */
 typedef struct rkvi_fetch {
@@ -1290,6 +1306,13 @@ typedef struct rkvi_cosines {
     uint64_t *above;
 } rkvi_cosines;
 
+/* Rotary embedding in fixed point: pair f turns by (high[f] + low[f] * 2^-32) * 2^-32 revolutions a
+ * token. Pairs are numbers f and f + n_pairs of a row, or, if adjacent, 2 f and 2 f + 1. */
+typedef struct rkvi_turns {
+    const uint32_t *high, *low; /* [n_pairs] */
+    int n_pairs, adjacent;
+} rkvi_turns;
+
 typedef struct rkvi_kernels {
     int (*usable)(void);
     /* dst[i] = src[i] for n numbers, of any count (q8_0: whole blocks) and alignment. */
@@ -1319,8 +1342,12 @@ typedef struct rkvi_kernels {
     /* x[i] = exp(x[i] - max), for x[i] <= max; returns their sum, in lanes. */
     float (*exp_sum)(float *x, size_t n, float max);
     float (*maximum)(const float *x, size_t n);
-    /* dst[i] = max(dst[i], src[i]), ascending; src may be dst + something. */
-    void (*max_into)(float *dst, const float *src, size_t n);
+    /* dst[i] = max(dst[i], weight * src[i]), ascending; src may be dst + something. */
+    void (*max_into)(float *dst, const float *src, float weight, size_t n);
+    /* The n_pairs pairs of a row, any number of them, turned back by their angles. */
+    void (*unrotate)(float *dst, const float *src, const rkvi_turns *turns, uint32_t position);
+    /* lengths[f] = length of the pair f; any number of pairs. */
+    void (*pair_lengths)(float *lengths, const float *row, const rkvi_turns *turns);
 } rkvi_kernels;
 
 static void rkvi_load_f16_scalar(float *dst, const unsigned char *src, size_t n)
@@ -1525,10 +1552,77 @@ static float rkvi_maximum_scalar(const float *x, size_t n)
     return max;
 }
 
-static void rkvi_max_into_scalar(float *dst, const float *src, size_t n)
+static void rkvi_max_into_scalar(float *dst, const float *src, float weight, size_t n)
 {
     size_t i;
-    for (i = 0; i < n; i++) dst[i] = src[i] > dst[i] ? src[i] : dst[i];
+    for (i = 0; i < n; i++) {
+        float x = weight * src[i];
+        dst[i] = x > dst[i] ? x : dst[i];
+    }
+}
+
+/* The angle of pair f at a position, in 2^-32 revolutions. */
+static uint32_t rkvi_angle(const rkvi_turns *turns, int f, uint32_t position)
+{
+    return position * turns->high[f] + (uint32_t)((uint64_t)position * turns->low[f] >> 32);
+}
+
+static void rkvi_sincos(uint32_t angle, float *sine, float *cosine)
+{
+    uint32_t quadrant = (angle + RKVI_TURN_EIGHTH) >> 30;
+    int32_t rest = (int32_t)((angle + RKVI_TURN_EIGHTH) & 0x3fffffffu) - (int32_t)RKVI_TURN_EIGHTH;
+    float x = (float)rest * RKVI_TURN_UNIT, square = x * x;
+    float s = rkvi_fma(rkvi_fma(RKVI_SIN_C0, square, RKVI_SIN_C1), square, RKVI_SIN_C2);
+    float c = rkvi_fma(rkvi_fma(RKVI_COS_C0, square, RKVI_COS_C1), square, RKVI_COS_C2);
+    s = rkvi_fma(s * square, x, x);
+    c = rkvi_fma(c, square * square, rkvi_fma(square, -0.5f, 1.0f));
+    *sine = quadrant & 1 ? c : s;
+    *cosine = quadrant & 1 ? s : c;
+    if (quadrant & 2) *sine = -*sine;
+    if ((quadrant + 1) & 2) *cosine = -*cosine;
+}
+
+/* Where the numbers of pair f lie in a row. */
+static size_t rkvi_pair_at(const rkvi_turns *turns, int f, size_t *second)
+{
+    size_t first = (size_t)f * (turns->adjacent ? 2 : 1);
+    *second = first + (turns->adjacent ? 1 : (size_t)turns->n_pairs);
+    return first;
+}
+
+/* The pairs from `first` on. */
+static void rkvi_unrotate_from(float *dst, const float *src, const rkvi_turns *turns,
+                               uint32_t position, int first)
+{
+    int f;
+    for (f = first; f < turns->n_pairs; f++) {
+        size_t b, a = rkvi_pair_at(turns, f, &b);
+        float x = src[a], y = src[b], sine, cosine;
+        rkvi_sincos(rkvi_angle(turns, f, position), &sine, &cosine);
+        dst[a] = rkvi_fma(x, cosine, y * sine);
+        dst[b] = rkvi_fma(y, cosine, -(x * sine));
+    }
+}
+
+static void rkvi_unrotate_scalar(float *dst, const float *src, const rkvi_turns *turns,
+                                 uint32_t position)
+{
+    rkvi_unrotate_from(dst, src, turns, position, 0);
+}
+
+static void rkvi_pair_lengths_from(float *lengths, const float *row, const rkvi_turns *turns,
+                                   int first)
+{
+    int f;
+    for (f = first; f < turns->n_pairs; f++) {
+        size_t b, a = rkvi_pair_at(turns, f, &b);
+        lengths[f] = sqrtf(rkvi_fma(row[a], row[a], row[b] * row[b]));
+    }
+}
+
+static void rkvi_pair_lengths_scalar(float *lengths, const float *row, const rkvi_turns *turns)
+{
+    rkvi_pair_lengths_from(lengths, row, turns, 0);
 }
 
 /* ==== 10. AVX2 kernels ======================================================================
@@ -1695,13 +1789,120 @@ RKVI_TARGET_AVX2 static void rkvi_fold_group_avx2(const float *tile, size_t tile
     }
 }
 
-RKVI_TARGET_AVX2 static void rkvi_max_into_avx2(float *dst, const float *src, size_t n)
+RKVI_TARGET_AVX2 static void rkvi_max_into_avx2(float *dst, const float *src, float weight,
+                                                size_t n)
 {
+    const __m256 weight_x8 = _mm256_set1_ps(weight);
     size_t i;
     for (i = 0; i < n; i += 8) {
-        __m256 src_x8 = _mm256_loadu_ps(src + i), dst_x8 = _mm256_loadu_ps(dst + i);
-        _mm256_storeu_ps(dst + i, _mm256_max_ps(src_x8, dst_x8));
+        __m256 src_x8 = _mm256_mul_ps(weight_x8, _mm256_loadu_ps(src + i));
+        _mm256_storeu_ps(dst + i, _mm256_max_ps(src_x8, _mm256_loadu_ps(dst + i)));
     }
+}
+
+/* The angles of 8 pairs. The products of 32 by 32 bits come from even lanes and from odd ones. */
+RKVI_TARGET_AVX2 RKVI_INLINE __m256i rkvi_angle_avx2(const rkvi_turns *turns, int f,
+                                                     __m256i position_x8)
+{
+    __m256i high_x8 = _mm256_loadu_si256((const __m256i *)(const void *)(turns->high + f));
+    __m256i low_x8 = _mm256_loadu_si256((const __m256i *)(const void *)(turns->low + f));
+    __m256i even_x4 = _mm256_srli_epi64(_mm256_mul_epu32(low_x8, position_x8), 32);
+    __m256i odd_x4 = _mm256_mul_epu32(_mm256_srli_epi64(low_x8, 32), position_x8);
+    return _mm256_add_epi32(_mm256_mullo_epi32(high_x8, position_x8),
+                            _mm256_blend_epi32(even_x4, odd_x4, 0xaa));
+}
+
+RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_sincos_avx2(__m256i angle_x8, __m256 *sine_x8,
+                                                   __m256 *cosine_x8)
+{
+    const __m256i eighth_x8 = _mm256_set1_epi32((int)RKVI_TURN_EIGHTH);
+    __m256i shifted_x8 = _mm256_add_epi32(angle_x8, eighth_x8);
+    __m256i rest_x8 = _mm256_and_si256(shifted_x8, _mm256_set1_epi32(0x3fffffff));
+    __m256 x_x8 = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(rest_x8, eighth_x8)),
+                                _mm256_set1_ps(RKVI_TURN_UNIT));
+    __m256 square_x8 = _mm256_mul_ps(x_x8, x_x8), s_x8, c_x8, half_x8, swap_x8;
+    __m256i sign_x8 = _mm256_set1_epi32((int)0x80000000u);
+    s_x8 = _mm256_fmadd_ps(_mm256_set1_ps(RKVI_SIN_C0), square_x8, _mm256_set1_ps(RKVI_SIN_C1));
+    s_x8 = _mm256_fmadd_ps(s_x8, square_x8, _mm256_set1_ps(RKVI_SIN_C2));
+    s_x8 = _mm256_fmadd_ps(_mm256_mul_ps(s_x8, square_x8), x_x8, x_x8);
+    c_x8 = _mm256_fmadd_ps(_mm256_set1_ps(RKVI_COS_C0), square_x8, _mm256_set1_ps(RKVI_COS_C1));
+    c_x8 = _mm256_fmadd_ps(c_x8, square_x8, _mm256_set1_ps(RKVI_COS_C2));
+    half_x8 = _mm256_fmadd_ps(square_x8, _mm256_set1_ps(-0.5f), _mm256_set1_ps(1.0f));
+    c_x8 = _mm256_fmadd_ps(c_x8, _mm256_mul_ps(square_x8, square_x8), half_x8);
+    /* The quadrant is in bits 30 and 31: blendv looks at bit 31. */
+    swap_x8 = _mm256_castsi256_ps(_mm256_slli_epi32(shifted_x8, 1));
+    *sine_x8 = _mm256_xor_ps(_mm256_blendv_ps(s_x8, c_x8, swap_x8),
+                             _mm256_castsi256_ps(_mm256_and_si256(shifted_x8, sign_x8)));
+    shifted_x8 = _mm256_add_epi32(shifted_x8, _mm256_set1_epi32(0x40000000));
+    *cosine_x8 = _mm256_xor_ps(_mm256_blendv_ps(c_x8, s_x8, swap_x8),
+                               _mm256_castsi256_ps(_mm256_and_si256(shifted_x8, sign_x8)));
+}
+
+/* The numbers of 8 pairs. Adjacent ones are taken apart by shuffles within halves of a register,
+ * whose quarters are then put in order. */
+RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_load_pairs_avx2(const float *row, const rkvi_turns *turns,
+                                                       int f, __m256 *a_x8, __m256 *b_x8)
+{
+    size_t b, a = rkvi_pair_at(turns, f, &b);
+    __m256 low_x8, high_x8;
+    if (!turns->adjacent) {
+        *a_x8 = _mm256_loadu_ps(row + a);
+        *b_x8 = _mm256_loadu_ps(row + b);
+        return;
+    }
+    low_x8 = _mm256_loadu_ps(row + a);
+    high_x8 = _mm256_loadu_ps(row + a + 8);
+    *a_x8 = _mm256_shuffle_ps(low_x8, high_x8, 0x88);
+    *b_x8 = _mm256_shuffle_ps(low_x8, high_x8, 0xdd);
+    *a_x8 = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(*a_x8), 0xd8));
+    *b_x8 = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(*b_x8), 0xd8));
+}
+
+RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_store_pairs_avx2(float *row, const rkvi_turns *turns, int f,
+                                                        __m256 a_x8, __m256 b_x8)
+{
+    size_t b, a = rkvi_pair_at(turns, f, &b);
+    __m256 low_x8, high_x8;
+    if (!turns->adjacent) {
+        _mm256_storeu_ps(row + a, a_x8);
+        _mm256_storeu_ps(row + b, b_x8);
+        return;
+    }
+    low_x8 = _mm256_unpacklo_ps(a_x8, b_x8);
+    high_x8 = _mm256_unpackhi_ps(a_x8, b_x8);
+    _mm256_storeu_ps(row + a, _mm256_permute2f128_ps(low_x8, high_x8, 0x20));
+    _mm256_storeu_ps(row + a + 8, _mm256_permute2f128_ps(low_x8, high_x8, 0x31));
+}
+
+RKVI_TARGET_AVX2 static void rkvi_unrotate_avx2(float *dst, const float *src,
+                                                const rkvi_turns *turns, uint32_t position)
+{
+    const __m256i position_x8 = _mm256_set1_epi32((int)position);
+    int f;
+    for (f = 0; f + 8 <= turns->n_pairs; f += 8) {
+        __m256 a_x8, b_x8, sine_x8, cosine_x8;
+        rkvi_sincos_avx2(rkvi_angle_avx2(turns, f, position_x8), &sine_x8, &cosine_x8);
+        rkvi_load_pairs_avx2(src, turns, f, &a_x8, &b_x8);
+        rkvi_store_pairs_avx2(dst, turns, f,
+                              _mm256_fmadd_ps(a_x8, cosine_x8, _mm256_mul_ps(b_x8, sine_x8)),
+                              _mm256_fmsub_ps(b_x8, cosine_x8, _mm256_mul_ps(a_x8, sine_x8)));
+    }
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
+    rkvi_unrotate_from(dst, src, turns, position, f);
+}
+
+RKVI_TARGET_AVX2 static void rkvi_pair_lengths_avx2(float *lengths, const float *row,
+                                                    const rkvi_turns *turns)
+{
+    int f;
+    for (f = 0; f + 8 <= turns->n_pairs; f += 8) {
+        __m256 a_x8, b_x8;
+        rkvi_load_pairs_avx2(row, turns, f, &a_x8, &b_x8);
+        _mm256_storeu_ps(lengths + f,
+                         _mm256_sqrt_ps(_mm256_fmadd_ps(a_x8, a_x8, _mm256_mul_ps(b_x8, b_x8))));
+    }
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
+    rkvi_pair_lengths_from(lengths, row, turns, f);
 }
 
 #ifndef RKV_NO_AVX2
@@ -1937,10 +2138,12 @@ RKVI_TARGET_AVX2 static float rkvi_maximum_avx2(const float *x, size_t n)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-/* No faster in 512 bits: bound by loads and shuffles. */
-#define rkvi_interleave_avx512 rkvi_interleave_avx2
-#define rkvi_fold_group_avx512 rkvi_fold_group_avx2
-#define rkvi_max_into_avx512   rkvi_max_into_avx2
+/* No faster in 512 bits: bound by loads and shuffles, or not enough of the time. */
+#define rkvi_interleave_avx512   rkvi_interleave_avx2
+#define rkvi_fold_group_avx512   rkvi_fold_group_avx2
+#define rkvi_max_into_avx512     rkvi_max_into_avx2
+#define rkvi_unrotate_avx512     rkvi_unrotate_avx2
+#define rkvi_pair_lengths_avx512 rkvi_pair_lengths_avx2
 
 RKVI_TARGET_AVX512 static void rkvi_load_f16_avx512(float *dst, const unsigned char *src, size_t n)
 {
@@ -2575,22 +2778,99 @@ static float rkvi_maximum_neon(const float *x, size_t n)
     return vmaxvq_f32(max_x4);
 }
 
-static void rkvi_max_into_neon(float *dst, const float *src, size_t n)
+static void rkvi_max_into_neon(float *dst, const float *src, float weight, size_t n)
 {
     size_t i;
     for (i = 0; i < n; i += 4)
-        vst1q_f32(dst + i, vmaxq_f32(vld1q_f32(src + i), vld1q_f32(dst + i)));
+        vst1q_f32(dst + i, vmaxq_f32(vmulq_n_f32(vld1q_f32(src + i), weight), vld1q_f32(dst + i)));
+}
+
+/* The angles of 4 pairs. */
+RKVI_INLINE uint32x4_t rkvi_angle_neon(const rkvi_turns *turns, int f, uint32_t position)
+{
+    uint32x4_t low_x4 = vld1q_u32(turns->low + f);
+    uint64x2_t first_x2 = vmull_n_u32(vget_low_u32(low_x4), position);
+    uint64x2_t second_x2 = vmull_n_u32(vget_high_u32(low_x4), position);
+    uint32x4_t carried_x4 = vcombine_u32(vshrn_n_u64(first_x2, 32), vshrn_n_u64(second_x2, 32));
+    return vaddq_u32(vmulq_n_u32(vld1q_u32(turns->high + f), position), carried_x4);
+}
+
+RKVI_INLINE void rkvi_sincos_neon(uint32x4_t angle_x4, float32x4_t *sine_x4, float32x4_t *cosine_x4)
+{
+    const uint32x4_t eighth_x4 = vdupq_n_u32(RKVI_TURN_EIGHTH), sign_x4 = vdupq_n_u32(0x80000000u);
+    uint32x4_t shifted_x4 = vaddq_u32(angle_x4, eighth_x4), swap_x4, flip_x4;
+    uint32x4_t rest_x4 = vsubq_u32(vandq_u32(shifted_x4, vdupq_n_u32(0x3fffffffu)), eighth_x4);
+    float32x4_t x_x4 = vmulq_n_f32(vcvtq_f32_s32(vreinterpretq_s32_u32(rest_x4)), RKVI_TURN_UNIT);
+    float32x4_t square_x4 = vmulq_f32(x_x4, x_x4), s_x4, c_x4, half_x4;
+    s_x4 = vfmaq_n_f32(vdupq_n_f32(RKVI_SIN_C1), square_x4, RKVI_SIN_C0);
+    s_x4 = vfmaq_f32(vdupq_n_f32(RKVI_SIN_C2), s_x4, square_x4);
+    s_x4 = vfmaq_f32(x_x4, vmulq_f32(s_x4, square_x4), x_x4);
+    c_x4 = vfmaq_n_f32(vdupq_n_f32(RKVI_COS_C1), square_x4, RKVI_COS_C0);
+    c_x4 = vfmaq_f32(vdupq_n_f32(RKVI_COS_C2), c_x4, square_x4);
+    half_x4 = vfmaq_n_f32(vdupq_n_f32(1.0f), square_x4, -0.5f);
+    c_x4 = vfmaq_f32(half_x4, c_x4, vmulq_f32(square_x4, square_x4));
+    swap_x4 = vtstq_u32(shifted_x4, vdupq_n_u32(0x40000000u)); /* bits 30, 31: the quadrant */
+    flip_x4 = vandq_u32(shifted_x4, sign_x4);
+    *sine_x4 = vbslq_f32(swap_x4, c_x4, s_x4);
+    *sine_x4 = vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(*sine_x4), flip_x4));
+    flip_x4 = vandq_u32(vaddq_u32(shifted_x4, vdupq_n_u32(0x40000000u)), sign_x4);
+    *cosine_x4 = vbslq_f32(swap_x4, s_x4, c_x4);
+    *cosine_x4 = vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(*cosine_x4), flip_x4));
+}
+
+RKVI_INLINE float32x4x2_t rkvi_load_pairs_neon(const float *row, const rkvi_turns *turns, int f)
+{
+    size_t b, a = rkvi_pair_at(turns, f, &b);
+    float32x4x2_t pair_x4;
+    if (turns->adjacent) return vld2q_f32(row + a);
+    pair_x4.val[0] = vld1q_f32(row + a);
+    pair_x4.val[1] = vld1q_f32(row + b);
+    return pair_x4;
+}
+
+static void rkvi_unrotate_neon(float *dst, const float *src, const rkvi_turns *turns,
+                               uint32_t position)
+{
+    int f;
+    for (f = 0; f + 4 <= turns->n_pairs; f += 4) {
+        float32x4x2_t from_x4 = rkvi_load_pairs_neon(src, turns, f), to_x4;
+        float32x4_t sine_x4, cosine_x4;
+        size_t b, a = rkvi_pair_at(turns, f, &b);
+        rkvi_sincos_neon(rkvi_angle_neon(turns, f, position), &sine_x4, &cosine_x4);
+        to_x4.val[0] = vfmaq_f32(vmulq_f32(from_x4.val[1], sine_x4), from_x4.val[0], cosine_x4);
+        to_x4.val[1] =
+            vfmaq_f32(vnegq_f32(vmulq_f32(from_x4.val[0], sine_x4)), from_x4.val[1], cosine_x4);
+        if (turns->adjacent) {
+            vst2q_f32(dst + a, to_x4);
+            continue;
+        }
+        vst1q_f32(dst + a, to_x4.val[0]);
+        vst1q_f32(dst + b, to_x4.val[1]);
+    }
+    rkvi_unrotate_from(dst, src, turns, position, f);
+}
+
+static void rkvi_pair_lengths_neon(float *lengths, const float *row, const rkvi_turns *turns)
+{
+    int f;
+    for (f = 0; f + 4 <= turns->n_pairs; f += 4) {
+        float32x4x2_t pair_x4 = rkvi_load_pairs_neon(row, turns, f);
+        float32x4_t square_x4 = vmulq_f32(pair_x4.val[1], pair_x4.val[1]);
+        square_x4 = vfmaq_f32(square_x4, pair_x4.val[0], pair_x4.val[0]);
+        vst1q_f32(lengths + f, vsqrtq_f32(square_x4));
+    }
+    rkvi_pair_lengths_from(lengths, row, turns, f);
 }
 #endif /* RKVI_NEON */
 
-/* The tables. rkvi_cpu_backends, in room 18, wraps each of them. */
+/* The tables. rkvi_cpu_backends, in room 19, wraps each of them. */
 #define RKVI_KERNELS(isa)                                                                          \
     {                                                                                              \
         rkvi_usable_##isa, rkvi_load_f16_##isa, rkvi_load_bf16_##isa, rkvi_load_f8_e4m3_##isa,     \
             rkvi_load_f8_e5m2_##isa, rkvi_load_q8_0_##isa, rkvi_dot_rows_##isa,                    \
             rkvi_normalise_##isa, rkvi_add_rows_##isa, rkvi_interleave_##isa, rkvi_dot_tile_##isa, \
             rkvi_cosines_##isa, rkvi_fold_group_##isa, rkvi_softcap_##isa, rkvi_exp_sum_##isa,     \
-            rkvi_maximum_##isa, rkvi_max_into_##isa                                                \
+            rkvi_maximum_##isa, rkvi_max_into_##isa, rkvi_unrotate_##isa, rkvi_pair_lengths_##isa  \
     }
 static const rkvi_kernels rkvi_kernels_scalar = RKVI_KERNELS(scalar);
 #ifdef RKVI_NEON
@@ -2619,6 +2899,10 @@ typedef struct rkvi_plan {
     size_t score_stride; /* floats per KV head                                                  */
     float *scores;       /* [kv_heads][score_stride]                                            */
     float *shared;       /* [score_stride], with a shared scope                                 */
+    int n_floats;        /* of state, per row and KV head                                       */
+    float *state;        /* [kv_heads][n_floats][score_stride]: what layer.state will become    */
+    rkvi_turns turns;    /* where the policy looks behind the rotary embedding                  */
+    uint32_t *turn_words; /* [2][pairs], what it points to                                      */
     int32_t *kept;       /* [sets][budget]: the caller's list, or one in the workspace          */
 } rkvi_plan;
 /* clang-format on */
@@ -2637,9 +2921,9 @@ typedef struct rkvi_scratch {
     float *newest;         /* the newest keys as f32, [RKVI_LANES][dim]                        */
     float *first_key;      /* the first key as f32, [dim]                                      */
     float *tile;           /* dot products of a chunk, [RKVI_CHUNK][queries]                   */
-    float *logits;         /* [window][tokens], later probabilities                            */
+    float *logits;         /* [votes][tokens], later probabilities                             */
     float *signal;         /* [2][tokens]: importance, redundancy                              */
-    float *weights;        /* [window], and 2 for the mix                                      */
+    float *weights;        /* [votes], and 2 for the mix                                       */
     float *pool;           /* one row with the borders that pooling looks at                   */
     float *inverse;        /* per token: 1 / (norm + 1e-8)                                     */
     float *self;           /* per token: cosine with itself: 1, below it for tiny keys, or 0   */
@@ -2649,6 +2933,9 @@ typedef struct rkvi_scratch {
     int *wanted;           /* per token: similar keys still to be found; -1: none can be        */
     int *open;             /* tokens that still want some, ascending                           */
     float *sum, *part;     /* [dim]: normalised sum of all keys, and of one chunk              */
+    float *new_keys;       /* MEMORY: unit keys of the new rows, packed, [block][dim][32 or 16] */
+    float *ones;           /* TRIATTENTION: [RKVI_SUM_ROWS], 1 each                            */
+    int *order;            /* [2][tokens]: rows sorted by a signal                             */
     uint32_t *ranks;       /* selection: scores as integers                                    */
     int32_t *slots;        /* selection: histogram                                             */
     int32_t *blocks;       /* hash set of a block table                                        */
@@ -2664,14 +2951,46 @@ typedef struct rkvi_job {
     rkvi_scratch *scratches; /* [n_workers] */
 } rkvi_job;
 
-static int rkvi_is_scored(const rkv_config *config, int n_tokens)
+static int rkvi_is_memory(const rkv_config *config)
 {
-    return n_tokens > config->budget && config->budget > config->protect + config->pinned;
+    return config->policy == RKV_POLICY_MEMORY_TRACES || config->policy == RKV_POLICY_MEMORY_PROSE;
+}
+
+/* What a policy carries of a row: I, then D. */
+static int rkvi_state_floats(const rkv_config *config)
+{
+    return rkvi_is_memory(config) ? 2 : config->policy == RKV_POLICY_H2O;
+}
+
+static int rkvi_has_state(const rkv_config *config)
+{
+    return rkvi_state_floats(config) > 0;
 }
 
 static int rkvi_reads_queries(const rkv_config *config)
 {
-    return config->lambda > 0;
+    return config->policy == RKV_POLICY_RKV ? config->lambda > 0 : rkvi_has_state(config);
+}
+
+static int rkvi_reads_keys(const rkv_config *config)
+{
+    return config->policy != RKV_POLICY_RANDOM && config->policy != RKV_POLICY_OWN_SCORE;
+}
+
+/* Does the policy look at keys or queries before rotary embedding? */
+static int rkvi_needs_rope(const rkv_config *config)
+{
+    return rkvi_is_memory(config) || config->policy == RKV_POLICY_TRIATTENTION;
+}
+
+static int rkvi_pairs(const rkv_rope *rope, int dim)
+{
+    return rope->pairing == RKV_ROPE_NONE ? 0 : (rope->dims > 0 ? rope->dims : dim) / 2;
+}
+
+static int rkvi_is_scored(const rkv_config *config, int n_tokens)
+{
+    return n_tokens > config->budget && config->budget > config->protect + config->pinned;
 }
 
 /* Entries of a block table that cover n_tokens. */
@@ -2683,9 +3002,30 @@ static size_t rkvi_n_blocks(const rkv_tensor *tensor, int n_tokens)
 
 /* The largest sizes among the layers: a worker's scratch must hold them. */
 typedef struct rkvi_needs {
-    size_t tokens, dim, queries, blocks;
+    size_t tokens, dim, blocks;
+    size_t vectors, logit_rows; /* of the panel that meets all keys; what its dot products become */
     int any_scored, any_moved;
 } rkvi_needs;
+
+/* Floats of a row as scoring reads it: the key, for TRIATTENTION with the lengths of its pairs. */
+static size_t rkvi_row_floats(const rkv_config *config, const rkv_layer *layer)
+{
+    size_t dim = rkvi_round_up((size_t)layer->keys.dim, RKVI_LANES);
+    if (config->policy != RKV_POLICY_TRIATTENTION) return dim;
+    return dim + rkvi_round_up((size_t)rkvi_pairs(&layer->rope, layer->keys.dim), RKVI_LANES);
+}
+
+/* Vectors of the panel that all keys of a head meet. Policies with state take their queries in
+ * blocks of this width: each needs its own softmax over all rows. */
+#define RKVI_BLOCK 32
+
+static size_t rkvi_vectors(const rkv_config *config, const rkv_layer *layer)
+{
+    size_t group = (size_t)(layer->queries.heads / layer->keys.heads);
+    if (rkvi_has_state(config)) return RKVI_BLOCK;
+    if (config->policy == RKV_POLICY_TRIATTENTION) return group;
+    return rkvi_reads_queries(config) ? group * (size_t)config->votes : 0;
+}
 
 static void rkvi_keep_larger(size_t *most, size_t value)
 {
@@ -2707,12 +3047,13 @@ static rkvi_needs rkvi_needs_of(const rkv_config *config, const rkv_layer *layer
             rkvi_keep_larger(&needs.blocks, rkvi_n_blocks(&layer->values, layer->n_tokens));
         if (!rkvi_is_scored(config, layer->n_tokens)) continue;
         needs.any_scored = 1;
-        rkvi_keep_larger(&needs.dim, (size_t)layer->keys.dim);
-        if (!rkvi_reads_queries(config)) continue;
-        rkvi_keep_larger(&needs.blocks, rkvi_n_blocks(&layer->queries, config->window));
-        rkvi_keep_larger(&needs.queries, (size_t)(layer->queries.heads / layer->keys.heads) *
-                                             (size_t)config->window);
+        rkvi_keep_larger(&needs.dim, rkvi_row_floats(config, layer));
+        rkvi_keep_larger(&needs.vectors, rkvi_vectors(config, layer));
+        if (rkvi_reads_queries(config))
+            rkvi_keep_larger(&needs.blocks, rkvi_n_blocks(&layer->queries, config->votes));
     }
+    needs.logit_rows = needs.vectors;
+    if (config->policy == RKV_POLICY_RKV && needs.vectors) needs.logit_rows = (size_t)config->votes;
     return needs;
 }
 
@@ -2741,31 +3082,16 @@ static size_t rkvi_padded(size_t n_tokens)
     return rkvi_round_up(n_tokens, RKVI_CHUNK);
 }
 
-static void rkvi_carve_scoring(rkvi_arena *arena, const rkv_config *config, const rkvi_needs *needs,
-                               rkvi_scratch *s)
+/* What R-KV needs beside rkvi_carve_scoring. */
+static void rkvi_carve_rkv(rkvi_arena *arena, const rkv_config *config, const rkvi_needs *needs,
+                           rkvi_scratch *s)
 {
-    size_t tokens = rkvi_padded(needs->tokens), dim = rkvi_round_up(needs->dim, RKVI_LANES);
-    size_t queries = rkvi_round_up(needs->queries, RKVI_LANES), rows = RKVI_CHUNK * dim;
-    size_t panel, tile, logits;
-    if (!rkvi_mul_size(queries, dim, &panel) ||
-        !rkvi_mul_size(queries + RKVI_LANES, RKVI_CHUNK, &tile) ||
-        !rkvi_mul_size(needs->queries ? (size_t)config->window : 0, tokens, &logits))
-        arena->overflow = 1;
-    if (arena->overflow) return;
-    s->panel = rkvi_take_floats(arena, panel);
-    s->columns = rkvi_take_floats(arena, rows);
-    s->waiting = rkvi_take_floats(arena, rows);
-    s->rows = rkvi_take_floats(arena, rows);
+    const size_t tokens = rkvi_padded(needs->tokens), dim = needs->dim;
+    s->columns = rkvi_take_floats(arena, RKVI_CHUNK * dim);
     s->gathered = rkvi_take_floats(arena, RKVI_TILE_ROWS * dim);
     s->newest = rkvi_take_floats(arena, RKVI_LANES * dim);
     s->first_key = rkvi_take_floats(arena, dim);
-    s->tile = rkvi_take_floats(arena, tile);
-    s->logits = rkvi_take_floats(arena, logits);
-    s->signal = rkvi_take_floats(arena, 2 * tokens);
-    s->weights = rkvi_take_floats(arena, (size_t)config->window + 2);
     s->pool = rkvi_take_floats(arena, rkvi_pool_floats(config, (int)needs->tokens));
-    s->inverse = rkvi_take_floats(arena, tokens);
-    s->self = rkvi_take_floats(arena, tokens);
     s->column = rkvi_take_floats(arena, tokens);
     s->first = rkvi_take_floats(arena, tokens);
     s->exempt = (int64_t *)rkvi_take(arena, tokens, sizeof *s->exempt);
@@ -2773,6 +3099,46 @@ static void rkvi_carve_scoring(rkvi_arena *arena, const rkv_config *config, cons
     s->open = (int *)rkvi_take(arena, tokens, sizeof *s->open);
     s->sum = rkvi_take_floats(arena, dim);
     s->part = rkvi_take_floats(arena, dim);
+}
+
+#define RKVI_SUM_ROWS 1024 /* numbers that are summed in f32, then in double */
+
+/* What the other policies need. */
+static void rkvi_carve_others(rkvi_arena *arena, const rkv_config *config, const rkvi_needs *needs,
+                              rkvi_scratch *s)
+{
+    const size_t tokens = rkvi_padded(needs->tokens);
+    size_t new_keys = 0;
+    if (config->policy == RKV_POLICY_TRIATTENTION) s->ones = rkvi_take_floats(arena, RKVI_SUM_ROWS);
+    if (!rkvi_is_memory(config)) return;
+    if (!rkvi_mul_size(tokens, needs->dim, &new_keys)) arena->overflow = 1;
+    s->new_keys = rkvi_take_floats(arena, new_keys);
+    s->order = (int *)rkvi_take(arena, 2 * tokens, sizeof *s->order);
+}
+
+static void rkvi_carve_scoring(rkvi_arena *arena, const rkv_config *config, const rkvi_needs *needs,
+                               rkvi_scratch *s)
+{
+    size_t tokens = rkvi_padded(needs->tokens);
+    size_t vectors = rkvi_round_up(needs->vectors, RKVI_LANES), panel, tile, logits;
+    if (!rkvi_mul_size(vectors, needs->dim, &panel) ||
+        !rkvi_mul_size(vectors + RKVI_LANES, RKVI_CHUNK, &tile) ||
+        !rkvi_mul_size(needs->logit_rows, tokens, &logits))
+        arena->overflow = 1;
+    if (arena->overflow) return;
+    s->panel = rkvi_take_floats(arena, panel);
+    s->waiting = rkvi_take_floats(arena, RKVI_CHUNK * needs->dim);
+    s->rows = rkvi_take_floats(arena, RKVI_CHUNK * needs->dim);
+    s->tile = rkvi_take_floats(arena, tile);
+    s->logits = rkvi_take_floats(arena, logits);
+    s->signal = rkvi_take_floats(arena, 2 * tokens);
+    s->weights = rkvi_take_floats(arena, (size_t)config->votes + 2);
+    s->inverse = rkvi_take_floats(arena, tokens);
+    s->self = rkvi_take_floats(arena, tokens);
+    if (config->policy == RKV_POLICY_RKV)
+        rkvi_carve_rkv(arena, config, needs, s);
+    else
+        rkvi_carve_others(arena, config, needs, s);
 }
 
 #define RKVI_RADIX_BITS 11
@@ -2784,7 +3150,7 @@ static void rkvi_carve_scratch(rkvi_arena *arena, const rkv_config *config, cons
     rkvi_scratch none;
     memset(&none, 0, sizeof none);
     *s = none;
-    if (needs->any_scored) rkvi_carve_scoring(arena, config, needs, s);
+    if (needs->any_scored && rkvi_reads_keys(config)) rkvi_carve_scoring(arena, config, needs, s);
     if (!needs->any_moved) return;
     s->ranks = (uint32_t *)rkvi_take(arena, needs->tokens, sizeof *s->ranks);
     s->slots = (int32_t *)rkvi_take(arena, RKVI_RADIX, sizeof *s->slots);
@@ -2820,23 +3186,31 @@ static void rkvi_fill_plan(const rkv_config *config, const rkv_layer *layer, rkv
 static void rkvi_carve_layer(rkvi_arena *arena, const rkv_config *config, const rkv_layer *layer,
                              int sets, rkvi_plan *plan)
 {
-    size_t stride = rkvi_padded((size_t)layer->n_tokens), n_scores, n_kept;
-    float *scores = NULL, *shared = NULL;
+    size_t stride = rkvi_padded((size_t)layer->n_tokens), n_scores, n_kept, n_state;
+    size_t pairs = rkvi_needs_rope(config) ? (size_t)rkvi_pairs(&layer->rope, layer->keys.dim) : 0;
+    float *scores = NULL, *shared = NULL, *state = NULL;
+    uint32_t *turns = NULL;
     int32_t *kept;
     if (!rkvi_mul_size((size_t)layer->keys.heads, stride, &n_scores) ||
-        !rkvi_mul_size((size_t)sets, (size_t)config->budget, &n_kept))
+        !rkvi_mul_size((size_t)sets, (size_t)config->budget, &n_kept) ||
+        !rkvi_mul_size(n_scores, (size_t)rkvi_state_floats(config), &n_state))
         arena->overflow = 1;
     if (layer->n_tokens <= config->budget) n_kept = 0; /* keeps every row: no list */
     if (arena->overflow) return;
     if (rkvi_is_scored(config, layer->n_tokens)) {
         scores = rkvi_take_floats(arena, n_scores);
         if (config->scope != RKV_PER_HEAD && sets) shared = rkvi_take_floats(arena, stride);
+        state = rkvi_take_floats(arena, n_state);
+        turns = (uint32_t *)rkvi_take(arena, 2 * pairs, sizeof *turns);
     }
     kept = (int32_t *)rkvi_take(arena, n_kept, sizeof *kept);
     if (!plan) return;
     plan->score_stride = stride;
     plan->scores = scores;
     plan->shared = shared;
+    plan->state = state;
+    plan->n_floats = rkvi_state_floats(config);
+    plan->turn_words = turns;
     plan->kept = layer->kept ? layer->kept : kept;
     plan->sets = sets;
 }
@@ -2888,10 +3262,14 @@ static void rkvi_carve(rkvi_arena *arena, const rkv_config *config, const rkv_la
 typedef struct rkvi_head {
     const rkvi_kernels *kernels;
     const rkv_config *config;
+    const rkv_layer *layer;
+    const rkvi_plan *plan;
     const rkvi_view *keys, *queries;
-    int index, group;
+    const int32_t *positions; /* of this head's rows, or NULL */
+    int layer_index, index, group;
     int n_tokens, n_candidates, n_span; /* all; those outside the window; those redundancy sees */
-    int n_queries;                      /* group * window, or 0: importance does not count      */
+    int votes;                          /* newest queries per query head that vote              */
+    int n_queries;                      /* group * votes, or 0: importance does not count       */
     int n_newest;                       /* newest keys that the first pass compares all with    */
     int n_spare;                        /* of them in the panel of queries: all or none         */
     int wants_redundancy;
@@ -3101,19 +3479,34 @@ static void rkvi_pack(const rkvi_head *h, float *panel, int n, int v, rkvi_rows 
     }
 }
 
-/* Query q of the group: head index * group + q / window, row q % window. */
-static rkv_status rkvi_pack_queries(const rkvi_head *h, rkvi_scratch *s)
+/* Query q of the group: of query head index * group + q / votes, the vote q % votes, 0 being the
+ * oldest. A view of which all rows vote may be in any order, unless votes look at rows that come
+ * after them; such a view is a ring. */
+static int rkvi_query_head(const rkvi_head *h, int q)
+{
+    return h->index * h->group + q / h->votes;
+}
+
+static int rkvi_query_slot(const rkvi_head *h, int q)
+{
+    const int slots = h->config->votes;
+    return (int)(((int64_t)h->layer->first_query + slots - h->votes + q % h->votes) % slots);
+}
+
+/* Queries [begin, begin + count) become the first vectors of a panel, with n_spare places behind
+ * them. */
+static rkv_status rkvi_pack_queries(const rkvi_head *h, rkvi_scratch *s, int begin, int count)
 {
     const size_t dim = (size_t)h->queries->dim;
     float square[RKVI_CHUNK];
     int first, n, r;
-    if (h->n_queries == 0) return RKV_OK; /* the view may be anything */
-    rkvi_clear_panel(s->panel, h->n_queries + h->n_spare, h->dim);
-    for (first = 0; first < h->n_queries; first += n) {
-        n = rkvi_min(h->n_queries - first, RKVI_CHUNK);
+    if (count == 0) return RKV_OK; /* the view may be anything */
+    rkvi_clear_panel(s->panel, count + h->n_spare, h->dim);
+    for (first = 0; first < count; first += n) {
+        n = rkvi_min(count - first, RKVI_CHUNK);
         for (r = 0; r < n; r++) {
-            int head = h->index * h->group + (first + r) / h->config->window;
-            int token = (first + r) % h->config->window;
+            int head = rkvi_query_head(h, begin + first + r);
+            int token = rkvi_query_slot(h, begin + first + r);
             float *row = s->rows + (size_t)r * h->dim;
             if (h->queries->dtype == RKV_OPAQUE) {
                 rkvi_load_opaque(h, h->queries, head, token, 1, row);
@@ -3126,10 +3519,9 @@ static rkv_status rkvi_pack_queries(const rkvi_head *h, rkvi_scratch *s)
         rkvi_dot_rows_with(h, rkvi_staged(h, s->rows), n, NULL, square, NULL, NULL);
         for (r = 0; r < n; r++)
             if (!(square[r] <= RKVI_MAX_SQUARE))
-                return rkvi_nonfinite(s, h, RKVI_RULE_QUERY,
-                                      h->index * h->group + (first + r) / h->config->window,
-                                      (first + r) % h->config->window);
-        rkvi_pack(h, s->panel, h->n_queries + h->n_spare, first, rkvi_staged(h, s->rows), n);
+                return rkvi_nonfinite(s, h, RKVI_RULE_QUERY, rkvi_query_head(h, begin + first + r),
+                                      rkvi_query_slot(h, begin + first + r));
+        rkvi_pack(h, s->panel, count + h->n_spare, first, rkvi_staged(h, s->rows), n);
     }
     return RKV_OK;
 }
@@ -3166,9 +3558,9 @@ static rkvi_fetch rkvi_fetch_keys(const rkvi_head *h, int first,
     return fetch;
 }
 
-static size_t rkvi_tile_stride(const rkvi_head *h)
+static size_t rkvi_tile_stride(int n_vectors)
 {
-    return rkvi_round_up((size_t)h->n_queries, RKVI_LANES) + RKVI_LANES;
+    return rkvi_round_up((size_t)n_vectors, RKVI_LANES) + RKVI_LANES;
 }
 
 /* The newest keys of the span, which the first pass compares all rows with: packed into the places
@@ -3188,24 +3580,26 @@ static void rkvi_take_newest(const rkvi_head *h, rkvi_scratch *s, rkvi_packed *n
     h->kernels->normalise(square, RKVI_LANES, newest->inverse, self);
     if (h->n_spare == 0) return;
     rkvi_pack(h, s->panel, h->n_queries + newest->n, h->n_queries, rows, newest->n);
-    memset(s->tile, 0, RKVI_CHUNK * rkvi_tile_stride(h) * sizeof *s->tile); /* what pads its rows */
+    memset(s->tile, 0, RKVI_CHUNK * rkvi_tile_stride(h->n_queries) * sizeof *s->tile); /* pads */
 }
 
-/* Dot products of a chunk with all vectors of the panel: tile[row][vector]. */
-static void rkvi_chunk_dots(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first)
+/* Dot products of a chunk with the n vectors of a panel: tile[row][vector]. Prefetches the chunk
+ * after it. */
+static void rkvi_chunk_dots(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first,
+                            const float *panel, int n)
 {
     const unsigned char *next_rows[RKVI_TILE_ROWS];
-    const size_t tile_stride = rkvi_tile_stride(h);
+    const size_t tile_stride = rkvi_tile_stride(n);
     rkvi_dot_tile tile;
     rkvi_fetch fetch;
     int q0, r;
-    tile.panel = s->panel;
+    tile.panel = panel;
     tile.stride = rows.stride;
     tile.dim = h->dim;
     tile.out_stride = tile_stride;
     tile.fetch = &fetch;
-    for (q0 = 0; q0 < h->n_queries; q0 += tile.width) {
-        tile.width = rkvi_block_width(h->n_queries, q0);
+    for (q0 = 0; q0 < n; q0 += tile.width) {
+        tile.width = rkvi_block_width(n, q0);
         for (r = 0; r < RKVI_CHUNK; r += RKVI_TILE_ROWS) {
             tile.rows = rows.data + (size_t)r * rows.stride;
             tile.out = s->tile + (size_t)r * tile_stride + q0;
@@ -3216,17 +3610,19 @@ static void rkvi_chunk_dots(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows,
     }
 }
 
-/* Logits of a chunk, folded over the group: logits[v][first ...]. */
-static void rkvi_chunk_logits(const rkvi_head *h, rkvi_scratch *s, int first, size_t logit_stride)
+/* Logits of a chunk from the dot products with group * votes vectors, folded over the group:
+ * logits[v][first ...]. */
+static void rkvi_chunk_logits(const rkvi_head *h, rkvi_scratch *s, int first, int group, int votes)
 {
-    const size_t tile_stride = rkvi_tile_stride(h);
+    const size_t tile_stride = rkvi_tile_stride(group * votes);
+    const size_t logit_stride = rkvi_padded((size_t)h->n_tokens);
     int r;
     if (h->softcap > 0)
         for (r = 0; r < RKVI_CHUNK; r++)
             h->kernels->softcap(s->tile + (size_t)r * tile_stride, tile_stride - RKVI_LANES,
                                 h->scale / h->softcap, h->softcap);
-    h->kernels->fold_group(s->tile, tile_stride, h->group, h->config->window,
-                           h->softcap > 0 ? 1.0f : h->scale, s->logits + first, logit_stride);
+    h->kernels->fold_group(s->tile, tile_stride, group, votes, h->softcap > 0 ? 1.0f : h->scale,
+                           s->logits + first, logit_stride);
 }
 
 /* Room 15: the rows [first, end) of a chunk meet their first columns, the newest keys. dots: with
@@ -3246,7 +3642,7 @@ static void rkvi_chunk_sum(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, 
 
 /* The first pass over K: norms, the sum of the unit keys, the logits, and the cosines with the
  * newest keys. */
-static rkv_status rkvi_read_keys(const rkvi_head *h, rkvi_scratch *s, size_t logit_stride)
+static rkv_status rkvi_read_keys(const rkvi_head *h, rkvi_scratch *s)
 {
     rkvi_packed newest;
     const float *key; /* the newest, or NULL */
@@ -3266,16 +3662,27 @@ static rkv_status rkvi_read_keys(const rkvi_head *h, rkvi_scratch *s, size_t log
         is_met = h->wants_redundancy && first < end;
         if (is_met) rkvi_chunk_sum(h, s, rows, first, end);
         if (h->n_queries && (first < h->n_candidates || (is_met && h->n_spare)))
-            rkvi_chunk_dots(h, s, rows, first);
+            rkvi_chunk_dots(h, s, rows, first, s->panel, h->n_queries);
         if (is_met) rkvi_meet_newest(h, s, rows, first, end, &newest, dots);
-        if (h->n_queries && first < h->n_candidates) rkvi_chunk_logits(h, s, first, logit_stride);
+        if (h->n_queries && first < h->n_candidates)
+            rkvi_chunk_logits(h, s, first, h->group, h->votes);
     }
     s->missing = missing;
     return RKV_OK;
 }
 
-/* Max-pools x[n] in place over [j - before, j + after], clipped. Values are not negative, so zeros
- * can stand for what is outside. Doubles the width of the maxima; one overlapping step ends it. */
+/* x[n] becomes the mean over [j - before, j + after]; zeros stand for what is outside. */
+static void rkvi_mean_pool(const rkvi_head *h, rkvi_scratch *s, float *x, int n, int width)
+{
+    const float share = 1.0f / (float)h->config->pool;
+    size_t padded = rkvi_round_up((size_t)n, RKVI_LANES);
+    int k;
+    memset(x, 0, padded * sizeof *x);
+    for (k = 0; k < width; k++) h->kernels->add_rows(x, s->pool + k, 0, &share, 1, padded);
+}
+
+/* Pools x[n] in place over [j - before, j + after], clipped. Values are not negative, so zeros can
+ * stand for what is outside. Maxima: doubles their width; one overlapping step ends it. */
 static void rkvi_pool(const rkvi_head *h, rkvi_scratch *s, float *x, int n)
 {
     int before = rkvi_pool_before(h->config, n), after = rkvi_pool_after(h->config, n);
@@ -3284,8 +3691,13 @@ static void rkvi_pool(const rkvi_head *h, rkvi_scratch *s, float *x, int n)
     if (width == 1) return;
     memset(s->pool, 0, rkvi_pool_floats(h->config, n) * sizeof *s->pool);
     memcpy(s->pool + before, x, (size_t)n * sizeof *x);
-    for (; reach <= width / 2; reach *= 2) h->kernels->max_into(s->pool, s->pool + reach, length);
-    if (reach < width) h->kernels->max_into(s->pool, s->pool + (width - reach), length);
+    if (h->config->mean_pool) {
+        rkvi_mean_pool(h, s, x, n, width);
+        return;
+    }
+    for (; reach <= width / 2; reach *= 2)
+        h->kernels->max_into(s->pool, s->pool + reach, 1, length);
+    if (reach < width) h->kernels->max_into(s->pool, s->pool + (width - reach), 1, length);
     memcpy(x, s->pool, (size_t)n * sizeof *x);
 }
 
@@ -3300,22 +3712,29 @@ static float rkvi_exponentials(const rkvi_head *h, float *x, int n)
     return max <= FLT_MAX ? h->kernels->exp_sum(x, padded, max) : max - max;
 }
 
-/* Softmax over the candidates for each window query, then the mean; pooling after it or before. */
-static rkv_status rkvi_importance(const rkvi_head *h, rkvi_scratch *s, size_t logit_stride,
-                                  float *importance)
+/* The rows that vote v may look at: its own token's and those before it. */
+static int rkvi_seen(const rkvi_head *h, int v)
 {
+    return h->n_tokens - h->votes + v + 1;
+}
+
+/* Softmax over the candidates for each vote, then the mean; pooling after it or before. */
+static rkv_status rkvi_importance(const rkvi_head *h, rkvi_scratch *s, float *importance)
+{
+    const size_t logit_stride = rkvi_padded((size_t)h->n_tokens);
     size_t padded = rkvi_round_up((size_t)h->n_candidates, RKVI_LANES);
-    int window = h->config->window, v;
-    int pool_first = h->config->variant == RKV_PAPER;
-    for (v = 0; v < window; v++) {
+    int pool_first = h->config->variant == RKV_PAPER, v;
+    for (v = 0; v < h->votes; v++) {
         float *row = s->logits + (size_t)v * logit_stride;
-        float sum = rkvi_exponentials(h, row, h->n_candidates);
+        int n = rkvi_min(rkvi_seen(h, v), h->n_candidates), i;
+        float sum = rkvi_exponentials(h, row, n);
         if (!(sum > 0)) return rkvi_nonfinite(s, h, RKVI_RULE_LOGITS, h->index, -1);
-        s->weights[v] = 1.0f / (sum * (float)window);
+        for (i = n; i < h->n_candidates; i++) row[i] = 0;
+        s->weights[v] = 1.0f / (sum * (float)h->votes);
         if (pool_first) rkvi_pool(h, s, row, h->n_candidates);
     }
     memset(importance, 0, padded * sizeof *importance);
-    h->kernels->add_rows(importance, s->logits, logit_stride, s->weights, window, padded);
+    h->kernels->add_rows(importance, s->logits, logit_stride, s->weights, h->votes, padded);
     if (!pool_first) rkvi_pool(h, s, importance, h->n_candidates);
     return RKV_OK;
 }
@@ -3347,19 +3766,25 @@ static void rkvi_redundancy(const rkvi_head *h, rkvi_scratch *s, float *redundan
     *total = rkvi_exponentials(h, redundancy, span);
 }
 
-/* One KV head, from keys and queries to scores. */
-static rkv_status rkvi_score_head(const rkvi_head *h, rkvi_scratch *s)
+/* scores, zeros so far, += weights[i] * signals[i] for n signals. */
+static void rkvi_mix(const rkvi_head *h, const float *signals, const float *weights, int n)
+{
+    const size_t stride = rkvi_padded((size_t)h->n_tokens);
+    h->kernels->add_rows(h->scores, signals, stride, weights, n,
+                         rkvi_round_up((size_t)h->n_candidates, RKVI_LANES));
+}
+
+/* R-KV: one KV head, from keys and queries to scores. */
+static rkv_status rkvi_score_rkv(const rkvi_head *h, rkvi_scratch *s)
 {
     const float lambda = h->config->lambda;
-    size_t stride = rkvi_padded((size_t)h->n_tokens);
-    float *importance = s->signal, *redundancy = s->signal + stride, total = 1;
-    rkv_status status;
-    s->missing = -1;
-    status = rkvi_pack_queries(h, s);
-    if (status == RKV_OK) status = rkvi_read_keys(h, s, stride);
+    float *importance = s->signal, *redundancy = s->signal + rkvi_padded((size_t)h->n_tokens);
+    float total = 1;
+    rkv_status status = rkvi_pack_queries(h, s, 0, h->n_queries);
+    if (status == RKV_OK) status = rkvi_read_keys(h, s);
     if (status != RKV_OK) return status;
     if (h->n_queries) {
-        status = rkvi_importance(h, s, stride, importance);
+        status = rkvi_importance(h, s, importance);
         if (status != RKV_OK) return status;
     }
     if (h->wants_redundancy) rkvi_redundancy(h, s, redundancy, &total);
@@ -3367,11 +3792,8 @@ static rkv_status rkvi_score_head(const rkvi_head *h, rkvi_scratch *s)
         return rkvi_nonfinite(s, h, RKVI_RULE_KEY_LOAD, h->index, s->missing);
     s->weights[0] = lambda;
     s->weights[1] = h->wants_redundancy ? -((1.0f - lambda) / total) : 0;
-    memset(h->scores, 0, stride * sizeof *h->scores);
-    h->kernels->add_rows(h->scores, h->n_queries ? importance : redundancy, stride,
-                         h->n_queries ? s->weights : s->weights + 1,
-                         !!h->n_queries + h->wants_redundancy,
-                         rkvi_round_up((size_t)h->n_candidates, RKVI_LANES));
+    rkvi_mix(h, h->n_queries ? importance : redundancy, s->weights + !h->n_queries,
+             !!h->n_queries + h->wants_redundancy);
     return RKV_OK;
 }
 
@@ -3697,7 +4119,7 @@ static void rkvi_meet_spare(const rkvi_head *h, rkvi_scratch *s, int first, int 
     rows.n = end - first;
     for (r = 0; r < rows.n; r++) rows.token[r] = first + r;
     rkvi_search_dots(h, s, &rows, newest, RKVI_ROWS_SEARCH, s->tile + h->n_queries,
-                     rkvi_tile_stride(h));
+                     rkvi_tile_stride(h->n_queries));
 }
 
 static void rkvi_meet_newest(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first,
@@ -3951,7 +4373,459 @@ static void rkvi_find_similar_keys(const rkvi_head *h, rkvi_scratch *s)
     rkvi_search_all(h, s, s->open, n_open, end);
 }
 
-/* ==== 16. Selection =========================================================================
+/* ==== 16. Other policies ====================================================================
+ * In: one KV head's keys, queries, carried state or query means.  Out: a score for each candidate,
+ * and the state after this round. Formulas: rkv_policy. Reads keys with the functions of room 14;
+ * knows nothing of other heads, threads or kept sets. */
+
+/* frequency * 2^64 / (2 pi): the product of a position and 64 bits of a revolution is exact, modulo
+ * a revolution, so no position is too large. */
+#define RKVI_TURNS_PER_RADIAN (18446744073709551616.0 / 6.283185307179586476925)
+#define RKVI_MAX_FREQUENCY    4.0f
+
+/* words: [2][pairs], or NULL where the policy needs none. Returns the first pair whose frequency is
+ * out of range, or -1. */
+static int rkvi_fill_turns(const rkv_rope *rope, int dim, uint32_t *words, rkvi_turns *turns)
+{
+    const int dims = rope->dims > 0 ? rope->dims : dim, pairs = rkvi_pairs(rope, dim);
+    const double base = rope->base > 0 ? (double)rope->base : 10000.0;
+    int f;
+    memset(turns, 0, sizeof *turns);
+    if (!words) return -1;
+    turns->high = words;
+    turns->low = words + pairs;
+    turns->n_pairs = pairs;
+    turns->adjacent = rope->pairing == RKV_ROPE_ADJACENT;
+    for (f = 0; f < pairs; f++) {
+        float frequency = (float)pow(base, -2.0 * f / dims);
+        uint64_t turn;
+        if (rope->frequencies) frequency = rope->frequencies[f];
+        if (!(frequency >= 0 && frequency <= RKVI_MAX_FREQUENCY)) return f;
+        turn = (uint64_t)((double)frequency * RKVI_TURNS_PER_RADIAN);
+        words[f] = (uint32_t)(turn >> 32);
+        words[pairs + f] = (uint32_t)turn;
+    }
+    return -1;
+}
+
+/* The rows of a chunk before rotary embedding; those that do not exist are zeros. */
+static rkvi_rows rkvi_unrotated(const rkvi_head *h, rkvi_scratch *s, rkvi_rows rows, int first)
+{
+    int r, n = rkvi_min(h->n_tokens - first, RKVI_CHUNK);
+    for (r = 0; r < RKVI_CHUNK; r++) {
+        const float *from = rows.data + (size_t)r * rows.stride;
+        float *to = s->waiting + (size_t)r * h->dim;
+        memcpy(to, from, h->dim * sizeof *to);
+        if (r < n && h->plan->turns.n_pairs)
+            h->kernels->unrotate(to, from, &h->plan->turns, (uint32_t)h->positions[first + r]);
+    }
+    return rkvi_staged(h, s->waiting);
+}
+
+static const int *rkvi_sort_rows(const float *x, int n, rkvi_scratch *s); /* room 17 */
+static size_t rkvi_row_stride(const rkv_layer *layer);                    /* room 19 */
+
+/* ---- Carried state ---- */
+
+static int rkvi_first_new(const rkvi_head *h)
+{
+    return h->n_tokens - h->layer->n_new;
+}
+
+/* One plane of this head's state, as it will be. */
+static float *rkvi_state_plane(const rkvi_head *h, int plane)
+{
+    const rkvi_plan *plan = h->plan;
+    return plan->state +
+           ((size_t)h->index * (size_t)plan->n_floats + (size_t)plane) * plan->score_stride;
+}
+
+/* x^n, with the same roundings everywhere. */
+static float rkvi_power(float x, int n)
+{
+    double power = 1, factor = (double)x;
+    for (; n > 0; n /= 2, factor *= factor)
+        if (n % 2) power *= factor;
+    return (float)power;
+}
+
+/* The state as the caller carried it, times `factor`, and zeros for new rows. */
+static rkv_status rkvi_carry(const rkvi_head *h, rkvi_scratch *s, int plane, float factor)
+{
+    const size_t stride = rkvi_row_stride(h->layer);
+    const float *carried =
+        h->layer->state + ((size_t)h->index * (size_t)h->plan->n_floats + (size_t)plane) * stride;
+    float *x = rkvi_state_plane(h, plane);
+    int i, n = rkvi_first_new(h);
+    memset(x, 0, h->plan->score_stride * sizeof *x);
+    for (i = 0; i < n; i++) {
+        if (!(carried[i] >= 0 && carried[i] <= FLT_MAX))
+            return rkvi_nonfinite(s, h, RKVI_RULE_STATE, h->index, i);
+        x[i] = carried[i] * factor;
+    }
+    return RKV_OK;
+}
+
+/* ---- D, the similarity to the most similar later key ---- */
+
+/* The new keys before rotary embedding and of unit length become columns. They start with the chunk
+ * in which the first of them lies; what is not new in it is a column of zeros, which changes no D.
+ * Returns the row of the first column. */
+static rkv_status rkvi_pack_new_keys(const rkvi_head *h, rkvi_scratch *s, int *first_column)
+{
+    const int begin = rkvi_first_new(h) / RKVI_CHUNK * RKVI_CHUNK;
+    int first, r;
+    *first_column = begin;
+    rkvi_clear_panel(s->new_keys, h->n_tokens - begin, h->dim);
+    for (first = begin; first < h->n_tokens; first += RKVI_CHUNK) {
+        rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
+        rkv_status status = rkvi_chunk_norms(h, s, rows, first, NULL, NULL);
+        if (status != RKV_OK) return status;
+        rkvi_unrotated(h, s, rows, first);
+        for (r = 0; r < RKVI_CHUNK; r++) {
+            float *key = s->waiting + (size_t)r * h->dim;
+            const float weight = first + r < rkvi_first_new(h) ? 0 : s->inverse[first + r];
+            memset(s->rows, 0, h->dim * sizeof *s->rows);
+            h->kernels->add_rows(s->rows, key, 0, &weight, 1, h->dim);
+            memcpy(key, s->rows, h->dim * sizeof *key);
+        }
+        rkvi_pack(h, s->new_keys, h->n_tokens - begin, first - begin, rkvi_staged(h, s->waiting),
+                  rkvi_min(RKVI_CHUNK, h->n_tokens - first));
+    }
+    return RKV_OK;
+}
+
+/* The largest dot product of each row of a chunk with the n columns of a block, at least 0, from
+ * the tile. Column v is row column + v; earlier rows than a row's own, and itself, do not count. */
+static void rkvi_block_best(const rkvi_head *h, rkvi_scratch *s, int first, int column, int n,
+                            float *best)
+{
+    enum { FOLDED = RKVI_FOLD_LANES };
+    const size_t stride = rkvi_tile_stride(n);
+    const int width = rkvi_block_width(n, 0);
+    float folded[FOLDED * RKVI_CHUNK];
+    int r, v;
+    for (r = 0; r < RKVI_CHUNK && first + r >= column; r++) /* else all columns are later */
+        for (v = 0; v < width && column + v <= first + r; v++)
+            s->tile[(size_t)r * stride + (size_t)v] = 0;
+    h->kernels->fold_group(s->tile, stride, width / FOLDED, FOLDED, 1, folded, RKVI_CHUNK);
+    for (v = 0; v < FOLDED; v++) h->kernels->max_into(best, folded + v * RKVI_CHUNK, 1, RKVI_CHUNK);
+}
+
+/* D of all rows. */
+static rkv_status rkvi_later_similarity(const rkvi_head *h, rkvi_scratch *s)
+{
+    float *similarity = rkvi_state_plane(h, 1);
+    int first, first_column, column, r;
+    rkv_status status = rkvi_pack_new_keys(h, s, &first_column);
+    if (status != RKV_OK) return status;
+    for (first = 0; first < h->n_tokens; first += RKVI_CHUNK) {
+        rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
+        float best[RKVI_CHUNK] = { 0 };
+        status = rkvi_chunk_norms(h, s, rows, first, NULL, NULL);
+        if (status != RKV_OK) return status;
+        rows = rkvi_unrotated(h, s, rows, first);
+        for (column = first_column; column < h->n_tokens; column += RKVI_BLOCK) {
+            const int n = rkvi_min(RKVI_BLOCK, h->n_tokens - column);
+            if (column + n <= first + 1) continue; /* no column is later than any row */
+            rkvi_chunk_dots(h, s, rows, column == first_column ? first : h->n_tokens,
+                            s->new_keys + (size_t)(column - first_column) * h->dim, n);
+            rkvi_block_best(h, s, first, column, n, best);
+        }
+        for (r = 0; r < RKVI_CHUNK; r++) {
+            float cosine = best[r] * s->inverse[first + r];
+            if (cosine > similarity[first + r]) similarity[first + r] = cosine;
+        }
+    }
+    return RKV_OK;
+}
+
+/* ---- I, attention that is remembered ---- */
+
+/* Logits of a block of n packed queries with all keys: logits[v][row]. */
+static rkv_status rkvi_block_logits(const rkvi_head *h, rkvi_scratch *s, int n)
+{
+    int first;
+    for (first = 0; first < h->n_tokens; first += RKVI_CHUNK) {
+        rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
+        rkv_status status = rkvi_chunk_norms(h, s, rows, first, NULL, NULL);
+        if (status != RKV_OK) return status;
+        rkvi_chunk_dots(h, s, rows, first, s->panel, n);
+        rkvi_chunk_logits(h, s, first, 1, n);
+    }
+    return RKV_OK;
+}
+
+/* Each vote's softmax over the rows that it sees enters I: the largest probability (MEMORY), where
+ * a query does not vote for its own row, or the sum (H2O). */
+static rkv_status rkvi_remember(const rkvi_head *h, rkvi_scratch *s)
+{
+    const size_t stride = rkvi_padded((size_t)h->n_tokens);
+    float *importance = rkvi_state_plane(h, 0);
+    int q, v, n;
+    for (q = 0; q < h->n_queries; q += n) {
+        rkv_status status;
+        n = rkvi_min(h->n_queries - q, RKVI_BLOCK);
+        status = rkvi_pack_queries(h, s, q, n);
+        if (status == RKV_OK) status = rkvi_block_logits(h, s, n);
+        if (status != RKV_OK) return status;
+        for (v = 0; v < n; v++) {
+            const int seen = rkvi_seen(h, (q + v) % h->votes);
+            const size_t padded = rkvi_round_up((size_t)seen, RKVI_LANES);
+            float *row = s->logits + (size_t)v * stride, sum = rkvi_exponentials(h, row, seen);
+            if (!(sum > 0)) return rkvi_nonfinite(s, h, RKVI_RULE_LOGITS, h->index, -1);
+            sum = 1.0f / sum;
+            if (h->config->policy == RKV_POLICY_H2O) {
+                h->kernels->add_rows(importance, row, 0, &sum, 1, padded);
+                continue;
+            }
+            row[seen - 1] = 0;
+            h->kernels->max_into(importance, row, sum, padded);
+        }
+    }
+    return RKV_OK;
+}
+
+/* signal[i] = rank of x[i] among the candidates. */
+static void rkvi_rank_candidates(const rkvi_head *h, rkvi_scratch *s, const float *x, float *signal)
+{
+    const int *order = rkvi_sort_rows(x, h->n_candidates, s);
+    int rank;
+    for (rank = 0; rank < h->n_candidates; rank++) signal[order[rank]] = (float)rank;
+}
+
+static rkv_status rkvi_score_memory(const rkvi_head *h, rkvi_scratch *s)
+{
+    const float lambda = h->config->lambda, share = 1.0f / (float)h->n_candidates;
+    const int ranked = h->config->policy == RKV_POLICY_MEMORY_TRACES;
+    const size_t stride = rkvi_padded((size_t)h->n_tokens);
+    const float *similarity = rkvi_state_plane(h, 1);
+    rkv_status status = rkvi_carry(h, s, 0, rkvi_power(h->config->decay, h->layer->n_new));
+    int i;
+    if (status == RKV_OK) status = rkvi_carry(h, s, 1, 1);
+    if (status == RKV_OK) status = rkvi_later_similarity(h, s);
+    if (status == RKV_OK) status = rkvi_remember(h, s);
+    if (status != RKV_OK) return status;
+    memset(s->signal, 0, 2 * stride * sizeof *s->signal);
+    rkvi_rank_candidates(h, s, rkvi_state_plane(h, 0), s->signal);
+    if (ranked)
+        rkvi_rank_candidates(h, s, similarity, s->signal + stride);
+    else
+        memcpy(s->signal + stride, similarity, (size_t)h->n_candidates * sizeof *similarity);
+    /* Ranks are mixed first and divided then: equal sums of ranks stay equal. */
+    s->weights[0] = ranked ? lambda : lambda * share;
+    s->weights[1] = -(1.0f - lambda);
+    rkvi_mix(h, s->signal, s->weights, 2);
+    for (i = 0; ranked && i < h->n_candidates; i++) h->scores[i] *= share;
+    return RKV_OK;
+}
+
+static rkv_status rkvi_score_h2o(const rkvi_head *h, rkvi_scratch *s)
+{
+    rkv_status status = rkvi_carry(h, s, 0, 1);
+    if (status == RKV_OK) status = rkvi_remember(h, s);
+    if (status != RKV_OK) return status;
+    s->weights[0] = 1;
+    rkvi_mix(h, rkvi_state_plane(h, 0), s->weights, 1);
+    return RKV_OK;
+}
+
+/* ---- TriAttention ---- */
+
+/* Where in query_means a head has E|q'_f|, after all heads' E[q'], and where the count is. */
+static size_t rkvi_lengths_at(int query_heads, int head, int dim)
+{
+    return (size_t)query_heads * (size_t)dim + (size_t)head * (size_t)(dim / 2);
+}
+
+static size_t rkvi_count_at(int query_heads, int dim)
+{
+    return rkvi_lengths_at(query_heads, query_heads, dim);
+}
+
+/* Floats of query_means, with room to work for rkv_query_means_update behind the count: a row, the
+ * same before rotary embedding, lengths and turns of pairs. */
+static size_t rkvi_means_floats(int query_heads, int dim)
+{
+    return rkvi_count_at(query_heads, dim) + 1 + 4 * rkvi_round_up((size_t)dim, RKVI_LANES);
+}
+
+#define RKVI_OFFSETS 10 /* of future queries: 2^0 to 2^9 tokens */
+
+/* The mean over the offsets of the rotation of pair f from position 0. */
+static void rkvi_mean_turn(const rkvi_turns *turns, int f, uint32_t newest, float *sine,
+                           float *cosine)
+{
+    int k;
+    *sine = *cosine = 0;
+    for (k = 0; k < RKVI_OFFSETS; k++) {
+        float s, c;
+        rkvi_sincos(rkvi_angle(turns, f, newest + (1u << k)), &s, &c);
+        *sine += s;
+        *cosine += c;
+    }
+    *sine /= RKVI_OFFSETS;
+    *cosine /= RKVI_OFFSETS;
+}
+
+/* What all keys meet for a query head: u, and behind it the weights of the pairs' lengths. Pairs
+ * that no rotation touches are as E[q'] is. */
+static void rkvi_expected_query(const rkvi_head *h, int head, float *row)
+{
+    const int dim = h->keys->dim, query_heads = h->plan->kv_heads * h->group;
+    const rkvi_turns *turns = &h->plan->turns;
+    const float *mean = h->layer->query_means + (size_t)head * (size_t)dim;
+    const float *lengths = h->layer->query_means + rkvi_lengths_at(query_heads, head, dim);
+    float *weights = row + rkvi_round_up((size_t)dim, RKVI_LANES);
+    int f;
+    memset(row, 0, h->dim * sizeof *row);
+    memcpy(row, mean, (size_t)dim * sizeof *row);
+    if (turns->n_pairs == 0) return;
+    h->kernels->pair_lengths(weights, mean, turns);
+    for (f = 0; f < turns->n_pairs; f++) {
+        size_t b, a = rkvi_pair_at(turns, f, &b);
+        float sine, cosine;
+        rkvi_mean_turn(turns, f, (uint32_t)h->positions[h->n_tokens - 1], &sine, &cosine);
+        row[a] = rkvi_fma(mean[a], cosine, -(mean[b] * sine));
+        row[b] = rkvi_fma(mean[a], sine, mean[b] * cosine);
+        weights[f] = lengths[f] - weights[f];
+    }
+}
+
+static rkv_status rkvi_pack_expected(const rkvi_head *h, rkvi_scratch *s)
+{
+    float square[RKVI_CHUNK];
+    int g, r, n;
+    rkvi_clear_panel(s->panel, h->group, h->dim);
+    for (g = 0; g < h->group; g += n) {
+        n = rkvi_min(h->group - g, RKVI_CHUNK);
+        for (r = 0; r < n; r++)
+            rkvi_expected_query(h, h->index * h->group + g + r, s->rows + (size_t)r * h->dim);
+        rkvi_dot_rows_with(h, rkvi_staged(h, s->rows), n, NULL, square, NULL, NULL);
+        for (r = 0; r < n; r++)
+            if (!(square[r] <= RKVI_MAX_SQUARE))
+                return rkvi_nonfinite(s, h, RKVI_RULE_MEANS, h->index * h->group + g + r, -1);
+        rkvi_pack(h, s->panel, h->group, g, rkvi_staged(h, s->rows), n);
+    }
+    return RKV_OK;
+}
+
+/* mean += (x - mean) / count */
+static void rkvi_update_mean(float *mean, const float *x, int n, float share)
+{
+    int i;
+    for (i = 0; i < n; i++) mean[i] = rkvi_fma(share, x[i] - mean[i], mean[i]);
+}
+
+/* The sum of x[n], or of its squares. x is followed by zeros up to a whole register. */
+static double rkvi_sum(const rkvi_head *h, rkvi_scratch *s, const float *x, int n, int squares)
+{
+    double sum = 0;
+    int i;
+    for (i = 0; i < n; i += RKVI_SUM_ROWS) {
+        rkvi_dot_rows dots;
+        float part;
+        memset(&dots, 0, sizeof dots);
+        dots.rows = x + i;
+        dots.dim = rkvi_round_up((size_t)rkvi_min(n - i, RKVI_SUM_ROWS), RKVI_LANES);
+        dots.n_rows = 1;
+        dots.with[0] = squares ? NULL : s->ones;
+        dots.out[0] = &part;
+        h->kernels->dot_rows(&dots);
+        sum += (double)part;
+    }
+    return sum;
+}
+
+/* scores = max(scores, z-score of x) over the candidates. x is overwritten. */
+static void rkvi_max_z_score(const rkvi_head *h, rkvi_scratch *s, float *x)
+{
+    const int n = h->n_candidates;
+    const size_t padded = rkvi_round_up((size_t)n, RKVI_LANES);
+    double variance;
+    float mean;
+    int i;
+    memset(x + n, 0, (padded - (size_t)n) * sizeof *x);
+    mean = (float)(rkvi_sum(h, s, x, n, 0) / n);
+    for (i = 0; i < n; i++) x[i] -= mean;
+    variance = rkvi_sum(h, s, x, n, 1) / n;
+    h->kernels->max_into(h->scores, x, variance > 0 ? 1.0f / sqrtf((float)variance) : 0, padded);
+}
+
+static rkv_status rkvi_score_triattention(const rkvi_head *h, rkvi_scratch *s)
+{
+    const size_t stride = rkvi_padded((size_t)h->n_tokens);
+    const size_t lengths_at = rkvi_round_up((size_t)h->keys->dim, RKVI_LANES);
+    int first, i, g, r;
+    rkv_status status = rkvi_pack_expected(h, s);
+    for (first = 0; status == RKV_OK && first < h->n_tokens; first += RKVI_CHUNK) {
+        rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
+        status = rkvi_chunk_norms(h, s, rows, first, NULL, NULL);
+        for (r = 0; h->plan->turns.n_pairs && r < RKVI_CHUNK; r++)
+            h->kernels->pair_lengths(s->rows + (size_t)r * h->dim + lengths_at,
+                                     rows.data + (size_t)r * rows.stride, &h->plan->turns);
+        rkvi_chunk_dots(h, s, rows, first, s->panel, h->group);
+        rkvi_chunk_logits(h, s, first, 1, h->group);
+    }
+    if (status != RKV_OK) return status;
+    for (i = 0; i < (int)stride; i++) h->scores[i] = -FLT_MAX;
+    for (i = 0; i < RKVI_SUM_ROWS; i++) s->ones[i] = 1;
+    for (g = 0; g < h->group; g++) rkvi_max_z_score(h, s, s->logits + (size_t)g * stride);
+    return RKV_OK;
+}
+
+/* ---- Policies that look at nothing, and the door to all ---- */
+
+/* The finaliser of splitmix64 (Steele, Lea and Flood, 2014). */
+static float rkvi_hash(uint32_t seed, int layer, int head, int32_t position)
+{
+    uint64_t x = (uint64_t)seed * 0x9e3779b97f4a7c15u;
+    x += ((uint64_t)layer << 40 ^ (uint64_t)head << 32) ^ (uint64_t)(uint32_t)position;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    x ^= x >> 31;
+    return (float)(x >> 40) * (1.0f / 16777216.0f);
+}
+
+static void rkvi_score_random(const rkvi_head *h)
+{
+    int i;
+    for (i = 0; i < h->n_candidates; i++)
+        h->scores[i] = rkvi_hash(h->config->seed, h->layer_index, h->index, h->positions[i]);
+}
+
+static rkv_status rkvi_add_bias(const rkvi_head *h, rkvi_scratch *s)
+{
+    const float *bias = h->layer->bias;
+    int i;
+    if (!bias) return RKV_OK;
+    bias += (size_t)h->index * rkvi_row_stride(h->layer);
+    for (i = 0; i < h->n_candidates; i++) {
+        h->scores[i] += bias[i];
+        if (h->scores[i] != h->scores[i]) return rkvi_nonfinite(s, h, RKVI_RULE_BIAS, h->index, i);
+    }
+    return RKV_OK;
+}
+
+/* One KV head, by the policy of the config. */
+static rkv_status rkvi_score_head(const rkvi_head *h, rkvi_scratch *s)
+{
+    rkv_status status = RKV_OK;
+    s->missing = -1;
+    memset(h->scores, 0, rkvi_padded((size_t)h->n_tokens) * sizeof *h->scores);
+    switch (h->config->policy) {
+    case RKV_POLICY_RKV: status = rkvi_score_rkv(h, s); break;
+    case RKV_POLICY_MEMORY_TRACES:
+    case RKV_POLICY_MEMORY_PROSE: status = rkvi_score_memory(h, s); break;
+    case RKV_POLICY_H2O: status = rkvi_score_h2o(h, s); break;
+    case RKV_POLICY_TRIATTENTION: status = rkvi_score_triattention(h, s); break;
+    case RKV_POLICY_RANDOM: rkvi_score_random(h); break;
+    case RKV_POLICY_OWN_SCORE: break;
+    }
+    return status == RKV_OK ? rkvi_add_bias(h, s) : status;
+}
+
+/* ==== 17. Selection =========================================================================
  * In: the scores of one set's candidates.  Out: the kept list.
  * Knows nothing of keys or attention. Equal scores: the more recent token stays. */
 
@@ -3992,6 +4866,34 @@ static uint32_t rkvi_cut(const uint32_t *ranks, int n, int n_keep, int32_t *hist
     return prefix;
 }
 
+/* The rows [0, n) sorted by x, ascending; of two equal ones the more recent comes later. Radix sort
+ * from the lowest digit, which keeps the order of equals. */
+static const int *rkvi_sort_rows(const float *x, int n, rkvi_scratch *s)
+{
+    int *from = s->order, *to = s->order + rkvi_padded((size_t)n), *other, shift, i;
+    for (i = 0; i < n; i++) {
+        s->ranks[i] = rkvi_rank(x[i]);
+        from[i] = i;
+    }
+    for (shift = 0; shift < 32; shift += RKVI_RADIX_BITS) {
+        int32_t before = 0;
+        memset(s->slots, 0, RKVI_RADIX * sizeof *s->slots);
+        for (i = 0; i < n; i++) s->slots[s->ranks[i] >> shift & (RKVI_RADIX - 1)]++;
+        if (s->slots[s->ranks[0] >> shift & (RKVI_RADIX - 1)] == n) continue; /* all digits equal */
+        for (i = 0; i < RKVI_RADIX; i++) {
+            int32_t count = s->slots[i];
+            s->slots[i] = before;
+            before += count;
+        }
+        for (i = 0; i < n; i++)
+            to[s->slots[s->ranks[from[i]] >> shift & (RKVI_RADIX - 1)]++] = from[i];
+        other = from;
+        from = to;
+        to = other;
+    }
+    return from;
+}
+
 /* The rank of candidates that rkv_layer.pins names: above every score. */
 #define RKVI_PINNED_RANK 0xffffffffu
 
@@ -4016,7 +4918,7 @@ static void rkvi_choose(const rkv_config *config, const float *scores, const uin
     }
 }
 
-/* ==== 17. Compaction ========================================================================
+/* ==== 18. Compaction ========================================================================
  * In: kept lists, ascending.  Out: the kept rows at the front, in cache order. In place. Every list
  * has been checked, so nothing here can fail half way. */
 
@@ -4068,7 +4970,7 @@ static void rkvi_move_rows(const rkvi_view *view, int head, const int32_t *kept,
     }
 }
 
-/* ==== 18. CPU backends ======================================================================
+/* ==== 19. CPU backends ======================================================================
  * In: checked arguments.  Out: rkv_backend, for each table of kernels. Spreads the (layer, KV head)
  * pairs over the caller's threads. Checks what needs the caller's data (block tables, lists, pins)
  * before the first byte is written. */
@@ -4125,26 +5027,46 @@ static void rkvi_run(const rkvi_job *job, rkvi_item item, rkvi_per per)
         job->config->parallel_for(job->config->pool_handle, job->n_workers, rkvi_task, &phase);
 }
 
+/* Entries per set of positions and pins, and per plane of state and bias. */
+static size_t rkvi_row_stride(const rkv_layer *layer)
+{
+    return (size_t)(layer->row_stride > 0 ? layer->row_stride : layer->keys.tokens);
+}
+
+/* The positions of this head's rows, which the owner of its set has, or NULL. */
+static const int32_t *rkvi_positions_of(const rkvi_job *job, int l, int head)
+{
+    const rkv_layer *owner = &job->layers[job->plans[l].owner];
+    size_t set = job->config->scope == RKV_PER_HEAD ? (size_t)head : 0;
+    return owner->positions ? owner->positions + set * rkvi_row_stride(owner) : NULL;
+}
+
 static rkvi_head rkvi_head_of(const rkvi_job *job, rkvi_scratch *s, int l, int index)
 {
     const rkvi_plan *plan = &job->plans[l];
+    const rkv_config *config = job->config;
     rkvi_head h;
     h.kernels = job->kernels;
-    h.config = job->config;
+    h.config = config;
+    h.layer = &job->layers[l];
+    h.plan = plan;
     h.keys = &plan->keys;
     h.queries = &plan->queries;
+    h.positions = rkvi_positions_of(job, l, index);
+    h.layer_index = l;
     h.index = index;
     h.group = plan->group;
     h.n_tokens = plan->n_tokens;
-    h.n_candidates = plan->n_tokens - job->config->window;
-    h.n_span = job->config->variant == RKV_PUBLISHED ? h.n_tokens : h.n_candidates;
-    h.n_queries = rkvi_reads_queries(job->config) ? plan->group * job->config->window : 0;
-    h.wants_redundancy = job->config->lambda < 1;
+    h.n_candidates = plan->n_tokens - config->window;
+    h.n_span = config->variant == RKV_PUBLISHED ? h.n_tokens : h.n_candidates;
+    h.votes = rkvi_has_state(config) ? rkvi_min(config->votes, h.layer->n_new) : config->votes;
+    h.n_queries = rkvi_reads_queries(config) ? plan->group * h.votes : 0;
+    h.wants_redundancy = config->policy == RKV_POLICY_RKV && config->lambda < 1;
     h.n_spare = h.wants_redundancy ? rkvi_min(rkvi_spare_vectors(h.n_queries), h.n_span) : 0;
     h.n_newest = h.n_spare ? h.n_spare : rkvi_min(RKVI_NEWEST, h.n_span);
     h.scale = plan->scale;
-    h.softcap = job->layers[l].softcap;
-    h.dim = rkvi_round_up((size_t)plan->keys.dim, RKVI_LANES);
+    h.softcap = config->policy == RKV_POLICY_TRIATTENTION ? 0 : h.layer->softcap;
+    h.dim = rkvi_row_floats(config, h.layer);
     h.scores = plan->scores + (size_t)index * plan->score_stride;
     h.missing = &s->missing;
     return h;
@@ -4174,12 +5096,6 @@ static void rkvi_share_item(const rkvi_job *job, rkvi_scratch *s, int l, int ind
         for (head = 0; head < from->kv_heads; head++)
             job->kernels->add_rows(plan->shared, from->scores + (size_t)head * n, n, &share, 1, n);
     }
-}
-
-/* Entries per set of positions and pins. */
-static size_t rkvi_row_stride(const rkv_layer *layer)
-{
-    return (size_t)(layer->row_stride > 0 ? layer->row_stride : layer->keys.tokens);
 }
 
 static const uint8_t *rkvi_pins_of(const rkvi_job *job, int l, int set)
@@ -4217,12 +5133,21 @@ static void rkvi_compact_item(const rkvi_job *job, rkvi_scratch *s, int l, int i
     const rkvi_plan *plan = &job->plans[l];
     const rkv_layer *layer = &job->layers[l];
     const int pinned = job->config->pinned, n_kept = plan->n_kept;
-    int set = job->config->scope == RKV_PER_HEAD ? index : 0;
+    int set = job->config->scope == RKV_PER_HEAD ? index : 0, plane;
     const int32_t *kept = job->plans[plan->owner].kept + (size_t)set * (size_t)job->config->budget;
     rkvi_view array;
     (void)s;
     rkvi_move_rows(&plan->keys, index, kept, pinned, n_kept);
     if (plan->values.data) rkvi_move_rows(&plan->values, index, kept, pinned, n_kept);
+    if (layer->state) {
+        array = rkvi_array_view(layer, layer->state, sizeof *layer->state);
+        for (plane = 0; plane < plan->n_floats; plane++)
+            rkvi_move_rows(&array, index * plan->n_floats + plane, kept, pinned, n_kept);
+    }
+    if (layer->bias) {
+        array = rkvi_array_view(layer, layer->bias, sizeof *layer->bias);
+        rkvi_move_rows(&array, index, kept, pinned, n_kept);
+    }
     if (index >= plan->sets) return;
     if (layer->positions) {
         array = rkvi_array_view(layer, layer->positions, sizeof *layer->positions);
@@ -4247,6 +5172,29 @@ static void rkvi_copy_scores_out(const rkvi_job *job)
                    plan->scores + (size_t)head * plan->score_stride, n * sizeof(float));
         if (layer->shared_scores && plan->sets && job->config->scope != RKV_PER_HEAD)
             memcpy(layer->shared_scores, plan->shared, n * sizeof(float));
+    }
+}
+
+/* The state of rows that were scored becomes the caller's. Rows that nothing scored, because nothing
+ * was to be chosen, start at 0. */
+static void rkvi_commit_state(const rkvi_job *job, int was_scored)
+{
+    int l, plane;
+    for (l = 0; l < job->n_layers; l++) {
+        const rkvi_plan *plan = &job->plans[l];
+        rkv_layer *layer = &job->layers[l];
+        const size_t stride = rkvi_row_stride(layer), n = (size_t)plan->n_tokens;
+        const size_t fresh = (size_t)layer->n_new;
+        if (plan->n_floats == 0 || plan->n_tokens == plan->n_kept) continue;
+        if (was_scored && !plan->scored) continue;
+        for (plane = 0; plane < plan->kv_heads * plan->n_floats; plane++) {
+            float *state = layer->state + (size_t)plane * stride;
+            if (was_scored)
+                memcpy(state, plan->state + (size_t)plane * plan->score_stride, n * sizeof *state);
+            else
+                memset(state + (n - fresh), 0, fresh * sizeof *state);
+        }
+        layer->n_new = 0;
     }
 }
 
@@ -4297,7 +5245,7 @@ static rkv_status rkvi_check_blocks(const rkvi_job *job)
         }
         if (bad < 0 && job->plans[l].scored && rkvi_reads_queries(job->config)) {
             rule = RKVI_RULE_QUERY_BLOCKS;
-            bad = rkvi_bad_block(&layer->queries, job->config->window, set);
+            bad = rkvi_bad_block(&layer->queries, job->config->votes, set);
         }
         if (bad >= 0) return rkvi_refuse(job->config, RKV_ERROR_ARGUMENT, rule, l, -1, bad);
     }
@@ -4423,7 +5371,7 @@ static rkv_status rkvi_open_job(rkvi_job *job, const rkv_backend *self, const rk
     size_t needed = 0;
     rkv_status status =
         rkvi_cpu_workspace_size(self, call->config, call->layers, call->n_layers, &needed);
-    int w;
+    int w, l;
     if (status != RKV_OK) return status;
     if (!call->workspace)
         return rkvi_refuse(call->config, RKV_ERROR_WORKSPACE, RKVI_RULE_WORKSPACE_NULL, -1, -1, -1);
@@ -4437,6 +5385,13 @@ static rkv_status rkvi_open_job(rkvi_job *job, const rkv_backend *self, const rk
     job->n_layers = call->n_layers;
     rkvi_carve(&arena, call->config, call->layers, call->n_layers, job);
     for (w = 0; w < job->n_workers; w++) job->scratches[w].error = rkvi_no_error;
+    for (l = 0; l < job->n_layers; l++) {
+        rkvi_plan *plan = &job->plans[l];
+        const rkv_layer *layer = &call->layers[l];
+        int bad = rkvi_fill_turns(&layer->rope, layer->keys.dim, plan->turn_words, &plan->turns);
+        if (bad >= 0)
+            return rkvi_refuse(call->config, RKV_ERROR_ARGUMENT, RKVI_RULE_FREQUENCY, l, -1, bad);
+    }
     return RKV_OK;
 }
 
@@ -4449,6 +5404,7 @@ static rkv_status rkvi_run_score(const rkvi_job *job)
     if (status != RKV_OK) return status;
     if (job->config->scope != RKV_PER_HEAD) rkvi_run(job, rkvi_share_item, RKVI_OWNERS);
     rkvi_copy_scores_out(job);
+    rkvi_commit_state(job, 1);
     return RKV_OK;
 }
 
@@ -4463,6 +5419,7 @@ static void rkvi_run_select(const rkvi_job *job)
 static void rkvi_run_compact(const rkvi_job *job)
 {
     int l;
+    rkvi_commit_state(job, 0);
     rkvi_run(job, rkvi_compact_item, RKVI_HEADS);
     for (l = 0; l < job->n_layers; l++)
         job->layers[l].n_kept = job->layers[l].n_tokens = job->plans[l].n_kept;
@@ -4556,6 +5513,70 @@ static rkv_status rkvi_cpu_synchronize(const rkv_backend *self)
     return RKV_OK;
 }
 
+/* One query as f32, in the room behind the means; 0 if the row loader does not give it, or it is not
+ * finite. */
+static int rkvi_load_query(const rkvi_kernels *k, const rkv_means_call *call, int head, int slot,
+                           float *row)
+{
+    const size_t padded = rkvi_round_up((size_t)call->queries->dim, RKVI_LANES);
+    rkvi_view view = rkvi_view_of(call->queries);
+    rkvi_dot_rows dots;
+    float square;
+    memset(row, 0, padded * sizeof *row);
+    if (view.dtype == RKV_OPAQUE) {
+        rkv_rows rows;
+        memset(&rows, 0, sizeof rows);
+        rows.data = rkvi_row(&view, head, slot);
+        rows.head = head;
+        rows.token = slot;
+        rows.n_rows = 1;
+        rows.dim = view.dim;
+        if (view.load(view.load_user, &rows, row) != 1) return 0;
+    } else
+        rkvi_load(k, view.dtype, row, rkvi_row(&view, head, slot), (size_t)view.dim);
+    memset(&dots, 0, sizeof dots);
+    dots.rows = row;
+    dots.dim = padded;
+    dots.n_rows = 1;
+    dots.out[0] = &square;
+    k->dot_rows(&dots);
+    return square <= RKVI_MAX_SQUARE;
+}
+
+/* Looks at all queries before the first mean changes. */
+static rkv_status rkvi_cpu_update_means(const rkv_backend *self, const rkv_means_call *call)
+{
+    const rkvi_kernels *k = (const rkvi_kernels *)self->context;
+    const int dim = call->queries->dim, heads = call->queries->heads;
+    const size_t padded = rkvi_round_up((size_t)dim, RKVI_LANES);
+    float *count = call->means + rkvi_count_at(heads, dim), *row = count + 1;
+    float *back = row + padded, *lengths = back + padded;
+    rkvi_turns turns;
+    int i, h;
+    /* Floats and words are of the same size and alignment, and nothing else uses this room. */
+    int bad = rkvi_fill_turns(&call->rope, dim, (uint32_t *)(void *)(lengths + padded), &turns);
+    if (bad >= 0)
+        return rkvi_refuse(call->config, RKV_ERROR_ARGUMENT, RKVI_RULE_FREQUENCY, -1, -1, bad);
+    for (i = 0; i < call->n; i++)
+        for (h = 0; h < heads; h++)
+            if (!rkvi_load_query(k, call, h, call->slot + i, row))
+                return rkvi_refuse(call->config, RKV_ERROR_NONFINITE, RKVI_RULE_QUERY, -1, h,
+                                   call->slot + i);
+    for (i = 0; i < call->n; i++) {
+        *count += 1;
+        for (h = 0; h < heads; h++) {
+            (void)rkvi_load_query(k, call, h, call->slot + i, row);
+            memcpy(back, row, padded * sizeof *back);
+            if (turns.n_pairs) k->unrotate(back, row, &turns, (uint32_t)(call->position + i));
+            k->pair_lengths(lengths, row, &turns);
+            rkvi_update_mean(call->means + (size_t)h * (size_t)dim, back, dim, 1.0f / *count);
+            rkvi_update_mean(call->means + rkvi_lengths_at(heads, h, dim), lengths, turns.n_pairs,
+                             1.0f / *count);
+        }
+    }
+    return RKV_OK;
+}
+
 #ifdef RKV_NO_CACHE
 #define RKVI_CPU_ALLOC NULL, NULL
 #else
@@ -4564,7 +5585,8 @@ static rkv_status rkvi_cpu_synchronize(const rkv_backend *self)
 #define RKVI_CPU_BACKEND(name, kernels)                                                         \
     {                                                                                           \
         name, &(kernels), rkvi_cpu_workspace_size, rkvi_cpu_run, RKVI_CPU_ALLOC, rkvi_cpu_copy, \
-            rkvi_cpu_copy_rows, rkvi_cpu_fill_positions, rkvi_cpu_synchronize                   \
+            rkvi_cpu_copy_rows, rkvi_cpu_fill_positions, rkvi_cpu_synchronize,                  \
+            rkvi_cpu_update_means                                                               \
     }
 
 static const rkv_backend rkvi_cpu_backends[] = {
@@ -4642,7 +5664,7 @@ RKV_API rkv_status rkv_backend_register(const rkv_backend *backend, rkv_error *e
     return rkvi_record(error, RKV_ERROR_MEMORY, "backend: 16 are registered already", -1, -1, -1);
 }
 
-/* ==== 19. Validation ========================================================================
+/* ==== 20. Validation ========================================================================
  * In: whatever a caller passes.  Out: the rule that it breaks, as a text that names the field, or
  * NULL. Looks at the description only: backends check the data (texts in room 6). A function that
  * checks rules returns the text of the first that is broken, or NULL. */
@@ -4653,12 +5675,16 @@ static int rkvi_tail_of(const rkv_config *c)
     return c->protect > window ? c->protect : window;
 }
 
+#define RKVI_DECAY 0.995f
+
 static rkv_config rkvi_resolve(const rkv_config *given)
 {
     rkv_config config = *given;
     if (config.window == 0) config.window = 8;
     if (config.pool == 0) config.pool = 7;
     if (config.recent == 0) config.recent = 1;
+    if (config.votes == 0) config.votes = config.window;
+    if (!(config.decay > 0)) config.decay = RKVI_DECAY;
     config.protect = rkvi_tail_of(given);
     if (config.n_threads < 1 || !config.parallel_for) config.n_threads = 1;
     return config;
@@ -4679,6 +5705,11 @@ static const char *rkvi_config_rule(const rkv_config *c)
     if (!(c->threshold >= -1 && c->threshold <= 1)) return "config.threshold: must be in [-1, 1]";
     if ((unsigned)c->scope > RKV_PER_SEQUENCE) return "config.scope: no such scope";
     if ((unsigned)c->variant > RKV_PAPER) return "config.variant: no such variant";
+    if ((unsigned)c->policy > RKV_POLICY_OWN_SCORE) return "config.policy: no such policy";
+    if (c->votes < 0) return "config.votes: must not be negative";
+    if (c->policy == RKV_POLICY_RKV && c->votes > c->budget)
+        return "config.votes: must not be above budget (RKV_POLICY_RKV)";
+    if (!(c->decay >= 0 && c->decay <= 1)) return "config.decay: must be in [0, 1]";
     return NULL;
 }
 
@@ -4899,9 +5930,50 @@ static const char *rkvi_queries_rule(const rkv_config *config, const rkv_layer *
     if (queries->dim != layer->keys.dim) return "layer.queries.dim: must equal keys.dim";
     if (queries->heads % layer->keys.heads != 0)
         return "layer.queries.heads: must be a multiple of keys.heads";
-    if (queries->tokens != config->window)
-        return "layer.queries.tokens: must equal config.window (no partial window)";
+    if (queries->tokens != config->votes)
+        return "layer.queries.tokens: must equal config.votes, or window if that is 0";
+    if (layer->first_query < 0 || layer->first_query >= config->votes)
+        return "layer.first_query: must be in [0, votes)";
     return NULL;
+}
+
+/* The rotary embedding of a view of rows of `dim` numbers. */
+static const char *rkvi_rope_rule(const rkv_rope *rope, int dim)
+{
+    if ((unsigned)rope->pairing > RKV_ROPE_ADJACENT) return "rope.pairing: no such pairing";
+    if (rope->pairing == RKV_ROPE_UNKNOWN)
+        return "rope.pairing: is needed by this policy, also if it is RKV_ROPE_NONE";
+    if (rope->dims < 0 || rope->dims % 2 != 0 || rope->dims > dim)
+        return "rope.dims: must be even and not above head_dim";
+    if (rope->dims == 0 && dim % 2 != 0 && rope->pairing != RKV_ROPE_NONE)
+        return "rope.dims: must be given where head_dim is odd";
+    if (!(rope->base >= 0 && rope->base <= FLT_MAX)) return "rope.base: must be positive, or 0";
+    return NULL;
+}
+
+/* What policies beside R-KV need in a layer in which something is to be chosen. */
+static const char *rkvi_policy_rule(const rkv_config *config, const rkv_layer *layer)
+{
+    const char *rule = NULL;
+    if (layer->n_new < 0) return "layer.n_new: must not be negative";
+    if (layer->n_new > layer->n_tokens) return "layer.n_new: more than n_tokens";
+    if (!rkvi_is_scored(config, layer->n_tokens)) return NULL;
+    if (rkvi_needs_rope(config)) rule = rkvi_rope_rule(&layer->rope, layer->keys.dim);
+    if (rule || config->policy != RKV_POLICY_TRIATTENTION) return rule;
+    if (layer->queries.heads < 1 || layer->queries.heads % layer->keys.heads != 0)
+        return "layer.queries.heads: must be a multiple of keys.heads";
+    return NULL;
+}
+
+/* Positions are the owner's. */
+static const char *rkvi_positions_rule(const rkv_config *config, const rkv_layer *layer,
+                                       const rkv_layer *owner)
+{
+    const int turned = rkvi_needs_rope(config) && layer->rope.pairing != RKV_ROPE_NONE;
+    if (!rkvi_is_scored(config, layer->n_tokens) || owner->positions) return NULL;
+    return turned || config->policy == RKV_POLICY_RANDOM
+               ? "layer.positions: this policy needs the true positions of rows"
+               : NULL;
 }
 
 static const char *rkvi_layer_rule(const rkv_config *config, const rkv_layer *layer, int is_owner)
@@ -4909,12 +5981,13 @@ static const char *rkvi_layer_rule(const rkv_config *config, const rkv_layer *la
     const char *rule = rkvi_keys_rule(layer);
     if (!rule) rule = rkvi_values_rule(layer);
     if (!rule && rkvi_needs_queries(config, layer)) rule = rkvi_queries_rule(config, layer);
+    if (!rule) rule = rkvi_policy_rule(config, layer);
     if (rule) return rule;
     if (!(layer->scale >= 0 && layer->scale <= 100)) return "layer.scale: must be in [0, 100]";
     if (!(layer->softcap >= 0 && layer->softcap <= 1e6f))
         return "layer.softcap: must be in [0, 1e6]";
-    if ((layer->positions || layer->pins) && layer->row_stride != 0 &&
-        layer->row_stride < layer->n_tokens)
+    if ((layer->positions || layer->pins || layer->state || layer->bias) &&
+        layer->row_stride != 0 && layer->row_stride < layer->n_tokens)
         return "layer.row_stride: must be 0 or at least n_tokens";
     if (is_owner) return NULL;
     if (layer->kept) return "layer.kept: only in the first layer of a sequence";
@@ -5019,8 +6092,9 @@ static int rkvi_ranges_overlap(const rkvi_range *a, const rkvi_range *b)
     return rkvi_grids_overlap(rkvi_grid_of(a), rkvi_grid_of(b));
 }
 
-/* keys, values, kept, positions, scores, shared scores, pins; queries, which are only read */
-enum { RKVI_BUFFERS = 8, RKVI_BUFFER_QUERIES = 7 };
+/* keys, values, kept, positions, scores, shared scores, pins, state, bias; what is only read:
+ * queries, query means */
+enum { RKVI_BUFFERS = 11, RKVI_BUFFER_QUERIES = 9, RKVI_BUFFER_MEANS = 10 };
 typedef struct rkvi_buffers {
     rkvi_range of[RKVI_BUFFERS];
 } rkvi_buffers;
@@ -5029,7 +6103,7 @@ static rkvi_buffers rkvi_buffers_of(const rkv_config *config, const rkv_layer *l
 {
     size_t sets = (size_t)rkvi_sets(config, layer, is_owner);
     size_t n = layer->n_tokens > config->window ? (size_t)(layer->n_tokens - config->window) : 0;
-    size_t stride = rkvi_row_stride(layer);
+    size_t stride = rkvi_row_stride(layer), floats;
     rkvi_buffers buffers;
     memset(&buffers, 0, sizeof buffers);
     buffers.of[0] = rkvi_range_of_view(&layer->keys);
@@ -5039,8 +6113,15 @@ static rkvi_buffers rkvi_buffers_of(const rkv_config *config, const rkv_layer *l
     buffers.of[4] = rkvi_range_of(layer->scores, (size_t)layer->keys.heads * n * sizeof(float));
     buffers.of[5] = rkvi_range_of(layer->shared_scores, n * sizeof(float));
     buffers.of[6] = rkvi_range_of(layer->pins, sets * stride * sizeof *layer->pins);
+    floats = (size_t)layer->keys.heads * stride * sizeof(float);
+    buffers.of[7] = rkvi_range_of(layer->state, floats * (size_t)rkvi_state_floats(config));
+    buffers.of[8] = rkvi_range_of(layer->bias, floats);
     if (rkvi_needs_queries(config, layer))
         buffers.of[RKVI_BUFFER_QUERIES] = rkvi_range_of_view(&layer->queries);
+    if (config->policy == RKV_POLICY_TRIATTENTION)
+        buffers.of[RKVI_BUFFER_MEANS] =
+            rkvi_range_of(layer->query_means,
+                          sizeof(float) * rkvi_means_floats(layer->queries.heads, layer->keys.dim));
     return buffers;
 }
 
@@ -5052,7 +6133,7 @@ static int rkvi_overlaps_any(const rkvi_buffers *mine, const rkvi_buffers *other
     int i, j, m;
     for (i = 0; i < RKVI_BUFFERS; i++) {
         for (j = 0; mine->of[i].bytes && j < RKVI_BUFFERS; j++) {
-            if (i == RKVI_BUFFER_QUERIES && j == RKVI_BUFFER_QUERIES) continue;
+            if (i >= RKVI_BUFFER_QUERIES && j >= RKVI_BUFFER_QUERIES) continue;
             if (!rkvi_ranges_overlap(&mine->of[i], &hulls->of[j])) continue;
             for (m = 0; m < n; m++)
                 if (rkvi_ranges_overlap(&mine->of[i], &others[m].of[j])) return 1;
@@ -5108,6 +6189,11 @@ static const char *rkvi_data_rule(const rkv_config *config, const rkv_layer *lay
         if (!layers[l].keys.data) return rkvi_view_rules[RKVI_KEYS][RKVI_DATA];
         if (rkvi_needs_queries(config, &layers[l]) && !layers[l].queries.data)
             return rkvi_view_rules[RKVI_QUERIES][RKVI_DATA];
+        if (rkvi_has_state(config) && layers[l].n_tokens > config->budget && !layers[l].state)
+            return "layer.state: is NULL";
+        if (config->policy == RKV_POLICY_TRIATTENTION &&
+            rkvi_is_scored(config, layers[l].n_tokens) && !layers[l].query_means)
+            return "layer.query_means: is NULL";
     }
     return rkvi_check_overlap(config, layers, n_layers, layer);
 }
@@ -5145,6 +6231,8 @@ static const char *rkvi_validate(const rkv_config *given, const rkv_layer *layer
         owner = rkvi_owner(&config, layers, l, owner);
         rule = rkvi_layer_rule(&config, &layers[l], owner == l);
         if (rule) return rule;
+        rule = rkvi_positions_rule(&config, &layers[l], &layers[owner]);
+        if (rule) return rule;
         if (layers[l].n_tokens != layers[owner].n_tokens)
             return "layer.n_tokens: must be equal in all layers of a sequence";
         if (owner == l && rkvi_reopens(&config, layers, l, &highest))
@@ -5159,6 +6247,9 @@ static const char *rkvi_stage_rule(const rkv_config *config, const rkv_layer *la
 {
     const int scored = rkvi_is_scored(config, layer->n_tokens);
     const int shared = config->scope != RKV_PER_HEAD;
+    if ((stage == RKV_SCORE || stage == RKV_COMPRESS) && scored && rkvi_has_state(config) &&
+        layer->n_new < 1)
+        return "layer.n_new: must be at least 1, the tokens since the last round";
     if ((stage == RKV_SCORE || stage == RKV_SELECT) && scored) {
         if (shared && is_owner && !layer->shared_scores) return "layer.shared_scores: is NULL";
         if (!shared && !layer->scores) return "layer.scores: is NULL";
@@ -5199,7 +6290,7 @@ static const char *rkvi_call_rule(const rkv_call *call, int *layer)
     return NULL;
 }
 
-/* ==== 20. Public functions ==================================================================
+/* ==== 21. Public functions ==================================================================
  * In: whatever a caller passes.  Out: checked arguments for a backend, or a status and a record of
  * what is wrong. */
 
@@ -5276,11 +6367,77 @@ RKV_API rkv_config rkv_config_paper(int budget)
     return config;
 }
 
+RKV_API rkv_config rkv_config_wide(int budget)
+{
+    rkv_config config = rkv_config_default(budget);
+    config.lambda = 0.5f;
+    config.votes = rkvi_min(64, budget);
+    config.pool = 5;
+    config.mean_pool = 1;
+    return config;
+}
+
 RKV_API rkv_config rkv_config_snapkv(int budget)
 {
     rkv_config config = rkv_config_default(budget);
     config.lambda = 1;
     return config;
+}
+
+static rkv_config rkvi_preset(rkv_policy policy, int budget)
+{
+    rkv_config config = rkv_config_default(budget);
+    config.policy = policy;
+    config.decay = RKVI_DECAY;
+    return config;
+}
+
+RKV_API rkv_config rkv_config_memory_traces(int budget)
+{
+    rkv_config config = rkvi_preset(RKV_POLICY_MEMORY_TRACES, budget);
+    config.lambda = 0.5f;
+    config.votes = 32;
+    return config;
+}
+
+RKV_API rkv_config rkv_config_memory_prose(int budget)
+{
+    rkv_config config = rkvi_preset(RKV_POLICY_MEMORY_PROSE, budget);
+    config.lambda = 0.3f;
+    config.votes = 32;
+    return config;
+}
+
+RKV_API rkv_config rkv_config_h2o(int budget)
+{
+    rkv_config config = rkvi_preset(RKV_POLICY_H2O, budget);
+    config.window = budget / 2;
+    config.votes = 128;
+    return config;
+}
+
+RKV_API rkv_config rkv_config_triattention(int budget)
+{
+    rkv_config config = rkvi_preset(RKV_POLICY_TRIATTENTION, budget);
+    config.pinned = budget > 12 ? 4 : 0;
+    return config;
+}
+
+RKV_API rkv_config rkv_config_random(int budget, uint32_t seed)
+{
+    rkv_config config = rkvi_preset(RKV_POLICY_RANDOM, budget);
+    config.seed = seed;
+    return config;
+}
+
+RKV_API int rkv_state_floats(const rkv_config *config)
+{
+    return config ? rkvi_state_floats(config) : 0;
+}
+
+RKV_API size_t rkv_query_means_floats(int query_heads, int head_dim)
+{
+    return query_heads > 0 && head_dim > 0 ? rkvi_means_floats(query_heads, head_dim) : 0;
 }
 
 RKV_API rkv_config rkv_config_streaming(int budget)
@@ -5410,6 +6567,61 @@ RKV_API rkv_status rkv_compact(const rkv_backend *backend, const rkv_config *con
     return rkvi_run_stage(RKV_COMPACT, backend, config, layers, n_layers, workspace, bytes);
 }
 
+#define RKVI_SKIPPED 4 /* first positions that enter no mean: attention sinks */
+
+/* The rule that a call of rkv_query_means_update breaks, or NULL. */
+static const char *rkvi_means_rule(const rkv_means_call *call)
+{
+    const rkv_tensor *queries = call->queries;
+    rkvi_view_rule rule = !queries || !queries->data ? RKVI_DATA : rkvi_readable_rule(queries);
+    if (rule != RKVI_SOUND) return rkvi_view_rules[RKVI_APPENDED + RKVI_QUERIES][rule];
+    if (!call->means) return "means: is NULL";
+    if (call->n < 0 || call->slot < 0 || call->slot > queries->tokens - call->n)
+        return "slot, n: they leave the rows of the view";
+    if (call->position < 0 || call->position > INT32_MAX - call->n)
+        return "position: negative or too large";
+    return rkvi_rope_rule(&call->rope, queries->dim);
+}
+
+static rkv_status rkvi_update_means(const rkv_backend *backend, rkv_means_call *call)
+{
+    const char *rule = rkvi_means_rule(call);
+    const int skipped = call->position < RKVI_SKIPPED ? RKVI_SKIPPED - call->position : 0;
+    if (rule) return rkvi_refuse(call->config, RKV_ERROR_ARGUMENT, rule, -1, -1, -1);
+    if (!backend) backend = rkvi_best();
+    if (!backend->update_means)
+        return rkvi_refuse(call->config, RKV_ERROR_UNSUPPORTED,
+                           "backend.update_means: this backend has none", -1, -1, -1);
+    rkvi_clear_error(call->config);
+    if (call->n <= skipped) return RKV_OK;
+    call->slot += skipped;
+    call->position += skipped;
+    call->n -= skipped;
+    return backend->update_means(backend, call);
+}
+
+RKV_API rkv_status rkv_query_means_update(const rkv_backend *backend, const rkv_config *config,
+                                          const rkv_rope *rope, const rkv_tensor *queries, int slot,
+                                          int n, int position, float *means)
+{
+    rkv_means_call call;
+    rkvi_float_mode saved;
+    rkv_status status;
+    if (!config) return RKV_ERROR_NULL;
+    if (!rope) return rkvi_refuse(config, RKV_ERROR_NULL, "rope: is NULL", -1, -1, -1);
+    call.config = config;
+    call.rope = *rope;
+    call.queries = queries;
+    call.slot = slot;
+    call.n = n;
+    call.position = position;
+    call.means = means;
+    saved = rkvi_enter_float_mode();
+    status = rkvi_update_means(backend, &call);
+    rkvi_leave_float_mode(saved);
+    return status;
+}
+
 /* Does a kept list ascend, within [0, n_tokens)? */
 static int rkvi_list_is_sound(const int32_t *kept, int n_kept, int n_tokens)
 {
@@ -5471,7 +6683,7 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
     return n;
 }
 
-/* ==== 21. Managed cache =====================================================================
+/* ==== 22. Managed cache =====================================================================
  * In: new rows of keys, values and queries, layer by layer.  Out: views that attention can read.
  * Knows nothing of scores: it lays out memory, counts rows and calls rkv_compress.
  *
@@ -6620,7 +7832,7 @@ RKV_API rkv_status rkv_cache_load(rkv_cache *cache, const void *memory, size_t b
 }
 #endif /* RKV_NO_CACHE */
 
-/* ==== 22. Thread pool =======================================================================
+/* ==== 23. Thread pool =======================================================================
  * In: a task and a count.  Out: every index done once.  Knows nothing of caches.
  * Workers sleep until a call offers indices; the caller takes indices too. A task is a whole KV
  * head, so a lock per task costs nothing, and C99 has no atomics. */
@@ -6763,7 +7975,7 @@ RKV_API void rkv_threads_use(rkv_threads *threads, rkv_config *config)
 #endif /* RKV_IMPLEMENTED */
 #endif /* RKV_IMPLEMENTATION */
 
-/* ==== 23. Licence ============================================================================
+/* ==== 24. Licence ============================================================================
  * rkv is available under either of the two licences below, whichever you prefer.
  *
  * ------------------------------------------------------------------------------

@@ -2850,15 +2850,27 @@ static void rkvi_take(rkvi_arena *arena, T **out, size_t count, size_t per_count
         arena->used += (count * per_count * sizeof(T) + align - 1) / align * align;
 }
 
+/* NULL, or what this backend does not support of a config. */
+static const char *rkvi_unsupported_config(const rkv_config *config)
+{
+    if (config->policy != RKV_POLICY_RKV) return "config.policy: \"cuda\" has R-KV only";
+    if (config->votes > config->window)
+        return "config.votes: \"cuda\" takes no more than the window";
+    if (config->mean_pool) return "config.mean_pool: \"cuda\" has max pooling only";
+    return NULL;
+}
+
 /* Lays the workspace out: 24 bytes per token and KV head, 4 more for every query of the window. */
 static rkv_status rkvi_carve(rkvi_plan *plan, void *workspace)
 {
     const rkv_config *config = plan->call->config;
+    const char *unsupported = rkvi_unsupported_config(config);
     const size_t align = 64, skew = reinterpret_cast<uintptr_t>(workspace) % align;
     char *aligned = static_cast<char *>(workspace) + (skew ? align - skew : 0);
     rkvi_arena arena = { workspace ? aligned : NULL, 0, false };
     rkvi_arrays &arrays = plan->head.arrays;
     size_t tokens = 0, dims = 0, jobs = 0;
+    if (unsupported) return rkvi_record(config->error, RKV_ERROR_UNSUPPORTED, unsupported, -1);
     for (int l = 0; l < plan->call->n_layers && !arena.overflow; l++) {
         const rkv_layer &layer = plan->call->layers[l];
         const size_t heads = static_cast<size_t>(layer.keys.heads);
@@ -2920,6 +2932,7 @@ static const char *rkvi_unsupported_rule(const rkv_call &call, const rkv_layer &
     const int element = layer.keys.dtype == RKV_F32 ? 4 : 2;
     const bool is_any = shape.dtype == rkvi_dtype_of<rkvi_any>::value; /* at any address */
     const bool scores = call.stage == RKV_SCORE || call.stage == RKV_COMPRESS;
+    if (layer.bias) return "layer.bias: \"cuda\" takes none";
     if (rkvi_row_is_too_long(layer.keys)) return "layer.keys.dim: \"cuda\" takes rows below 2 GB";
     if (layer.values.data && rkvi_row_is_too_long(layer.values))
         return "layer.values.dim: \"cuda\" takes rows below 2 GB";
@@ -3313,7 +3326,8 @@ static rkv_status rkvi_backend_of(rkv_backend *out, void *stream, rkv_error *err
                                 rkvi_cuda_copy,
                                 rkvi_cuda_copy_rows,
                                 rkvi_cuda_fill_positions,
-                                rkvi_cuda_synchronize };
+                                rkvi_cuda_synchronize,
+                                NULL };
     int n_devices = 0;
     cudaError_t code = rkvi_clear(cudaGetDeviceCount(&n_devices));
     if (code == cudaSuccess) code = n_devices < 1 ? cudaErrorNoDevice : rkvi_load_kernels();

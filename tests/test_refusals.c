@@ -600,9 +600,9 @@ static const char *spoil_layer(int which, rkv_layer *l, int *calls)
     case 4: l->queries.heads = HEADS * GROUP - 1;
             return "layer.queries.heads: must be a multiple of keys.heads";
     case 5: l->queries.tokens = WINDOW - 1;
-            return "layer.queries.tokens: must equal config.window (no partial window)";
+            return "layer.queries.tokens: must equal config.votes, or window if that is 0";
     case 6: l->queries.tokens = WINDOW + 1;
-            return "layer.queries.tokens: must equal config.window (no partial window)";
+            return "layer.queries.tokens: must equal config.votes, or window if that is 0";
     case 7: l->scale = 100.5f; return "layer.scale: must be in [0, 100]";
     case 8: l->scale = NAN; return "layer.scale: must be in [0, 100]";
     case 9: l->softcap = -1; return "layer.softcap: must be in [0, 1e6]";

@@ -193,6 +193,7 @@ static const rkv_backend mirrored = { "cuda by way of host memory",
                                       NULL,
                                       NULL,
                                       NULL,
+                                      NULL,
                                       NULL };
 
 /* Sets the order of blocks and threads; every other order runs on few blocks. */
