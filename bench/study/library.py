@@ -114,10 +114,8 @@ class Stream:
         self.keys, self.positions = keys, positions
         n_layers, kv_heads, capacity, dim = keys.shape
         self.layers = (Layer * n_layers)()
-        floats = 0
-        if hasattr(library.c, "rkv_state_floats"):
-            floats = library.c.rkv_state_floats(ctypes.byref(config))
-        self.state = allocate(n_layers, kv_heads, max(floats, 1), capacity)
+        floats = library.c.rkv_state_floats(ctypes.byref(config))
+        self.state = allocate(n_layers, kv_heads, floats, capacity)
         self.means = None
         self.n_new = 0
         for l, layer in enumerate(self.layers):
@@ -133,9 +131,6 @@ class Stream:
         self.means = means
         for l, layer in enumerate(self.layers):
             layer.query_means = means[l].data_ptr()
-
-    def votes(self):
-        return self.config.votes or self.config.window or 8
 
     def add(self, queries, first_position, n_new):
         """The chunk's queries and how many rows it has added. A model whose rows have seen a
@@ -155,10 +150,10 @@ class Stream:
 
     def round(self, rows, allocate_bytes):
         """One round over all layers; returns the rows that stay."""
-        votes = min(self.votes(), self.queries.shape[2])
-        self.config.votes = votes if self.config.votes else 0
+        votes = self.config.votes or self.config.window
         for l, layer in enumerate(self.layers):
-            layer.queries = view(self.queries[l], self.queries.shape[2] - votes, votes)
+            if self.config.pinned + self.config.window < self.config.budget:
+                layer.queries = view(self.queries[l], self.queries.shape[2] - votes, votes)
             layer.n_tokens, layer.n_new, layer.first_query = rows, self.n_new, 0
         n, bytes_ = len(self.layers), c_size_t()
         c, config = self.library.c, ctypes.byref(self.config)

@@ -133,6 +133,8 @@ def configure(lib, policy, is_pinned, document, budget, buffer):
         config.votes = buffer
     if is_pinned:
         config.pinned = max(config.pinned, prompt_rows(document, budget))
+    if policy == "streaming":
+        config.window = budget - config.pinned  # the sinks and the newest: nothing is chosen
     return config
 
 
