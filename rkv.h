@@ -717,7 +717,7 @@ struct rkv_backend {
 #define RKVI_RULE_STATE          "layer.state: a number is negative, NaN or infinite"
 #define RKVI_RULE_BIAS           "layer.bias: a score with it is NaN"
 #define RKVI_RULE_MEANS          "layer.query_means: a mean is NaN, infinite or too large"
-#define RKVI_RULE_FREQUENCY      "layer.rope.frequencies: one is not in [0, 4]"
+#define RKVI_RULE_FREQUENCY      "rope.frequencies: one is not in [0, 4]"
 #define RKVI_RULE_SCORE          "layer.scores: a score is NaN"
 #define RKVI_RULE_KEY_BLOCKS     "layer.keys.block_table: a block is negative or occurs twice"
 #define RKVI_RULE_VALUE_BLOCKS   "layer.values.block_table: a block is negative or occurs twice"
@@ -2142,8 +2142,89 @@ RKVI_TARGET_AVX2 static float rkvi_maximum_avx2(const float *x, size_t n)
 #define rkvi_interleave_avx512   rkvi_interleave_avx2
 #define rkvi_fold_group_avx512   rkvi_fold_group_avx2
 #define rkvi_max_into_avx512     rkvi_max_into_avx2
-#define rkvi_unrotate_avx512     rkvi_unrotate_avx2
 #define rkvi_pair_lengths_avx512 rkvi_pair_lengths_avx2
+
+RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_sincos_avx512(__m512i angle_x16, __m512 *sine_x16,
+                                                       __m512 *cosine_x16)
+{
+    const __m512i eighth_x16 = _mm512_set1_epi32((int)RKVI_TURN_EIGHTH);
+    const __m512i sign_x16 = _mm512_set1_epi32((int)0x80000000u);
+    const __m512i quarter_x16 = _mm512_set1_epi32(0x40000000);
+    __m512i shifted_x16 = _mm512_add_epi32(angle_x16, eighth_x16), flip_x16;
+    __m512i rest_x16 = _mm512_and_si512(shifted_x16, _mm512_set1_epi32(0x3fffffff));
+    __m512 x_x16 = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(rest_x16, eighth_x16)),
+                                 _mm512_set1_ps(RKVI_TURN_UNIT));
+    __m512 square_x16 = _mm512_mul_ps(x_x16, x_x16), s_x16, c_x16, half_x16;
+    __mmask16 swap = _mm512_test_epi32_mask(shifted_x16, quarter_x16); /* bits 30, 31: quadrant */
+    s_x16 = _mm512_fmadd_ps(_mm512_set1_ps(RKVI_SIN_C0), square_x16, _mm512_set1_ps(RKVI_SIN_C1));
+    s_x16 = _mm512_fmadd_ps(s_x16, square_x16, _mm512_set1_ps(RKVI_SIN_C2));
+    s_x16 = _mm512_fmadd_ps(_mm512_mul_ps(s_x16, square_x16), x_x16, x_x16);
+    c_x16 = _mm512_fmadd_ps(_mm512_set1_ps(RKVI_COS_C0), square_x16, _mm512_set1_ps(RKVI_COS_C1));
+    c_x16 = _mm512_fmadd_ps(c_x16, square_x16, _mm512_set1_ps(RKVI_COS_C2));
+    half_x16 = _mm512_fmadd_ps(square_x16, _mm512_set1_ps(-0.5f), _mm512_set1_ps(1.0f));
+    c_x16 = _mm512_fmadd_ps(c_x16, _mm512_mul_ps(square_x16, square_x16), half_x16);
+    flip_x16 = _mm512_and_si512(shifted_x16, sign_x16);
+    *sine_x16 = _mm512_castsi512_ps(
+        _mm512_xor_si512(_mm512_castps_si512(_mm512_mask_blend_ps(swap, s_x16, c_x16)), flip_x16));
+    flip_x16 = _mm512_and_si512(_mm512_add_epi32(shifted_x16, quarter_x16), sign_x16);
+    *cosine_x16 = _mm512_castsi512_ps(
+        _mm512_xor_si512(_mm512_castps_si512(_mm512_mask_blend_ps(swap, c_x16, s_x16)), flip_x16));
+}
+
+/* The angles of 16 pairs. */
+RKVI_TARGET_AVX512 RKVI_INLINE __m512i rkvi_angle_avx512(const rkvi_turns *turns, int f,
+                                                         __m512i position_x16)
+{
+    __m512i high_x16 = _mm512_loadu_si512((const void *)(turns->high + f));
+    __m512i low_x16 = _mm512_loadu_si512((const void *)(turns->low + f));
+    __m512i even_x8 = _mm512_srli_epi64(_mm512_mul_epu32(low_x16, position_x16), 32);
+    __m512i odd_x8 = _mm512_mul_epu32(_mm512_srli_epi64(low_x16, 32), position_x16);
+    return _mm512_add_epi32(_mm512_mullo_epi32(high_x16, position_x16),
+                            _mm512_mask_blend_epi32((__mmask16)0xaaaa, even_x8, odd_x8));
+}
+
+/* Adjacent pairs keep their places: both numbers of a pair find sine and cosine in their lanes. */
+RKVI_TARGET_AVX512 RKVI_INLINE void rkvi_turn_adjacent_avx512(float *dst, const float *src,
+                                                              __m512i angle_x8)
+{
+    const __mmask16 second = (__mmask16)0xaaaa;
+    __m512 row_x16 = _mm512_loadu_ps(src), other_x16 = _mm512_permute_ps(row_x16, 0xb1);
+    __m512 sine_x16, cosine_x16, side_x16;
+    rkvi_sincos_avx512(angle_x8, &sine_x16, &cosine_x16);
+    side_x16 = _mm512_mul_ps(other_x16, sine_x16);
+    side_x16 = _mm512_mask_sub_ps(side_x16, second, _mm512_setzero_ps(), side_x16);
+    _mm512_storeu_ps(dst, _mm512_fmadd_ps(row_x16, cosine_x16, side_x16));
+}
+
+RKVI_TARGET_AVX512 static void rkvi_unrotate_avx512(float *dst, const float *src,
+                                                    const rkvi_turns *turns, uint32_t position)
+{
+    const __m512i position_x16 = _mm512_set1_epi32((int)position);
+    const __m512i low_x16 = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const __m512i high_x16 = _mm512_add_epi32(low_x16, _mm512_set1_epi32(8));
+    int f;
+    for (f = 0; f + 16 <= turns->n_pairs; f += 16) {
+        __m512i angle_x16 = rkvi_angle_avx512(turns, f, position_x16);
+        size_t b, a = rkvi_pair_at(turns, f, &b);
+        __m512 a_x16, b_x16, sine_x16, cosine_x16;
+        if (turns->adjacent) {
+            rkvi_turn_adjacent_avx512(dst + a, src + a,
+                                      _mm512_permutexvar_epi32(low_x16, angle_x16));
+            rkvi_turn_adjacent_avx512(dst + a + 16, src + a + 16,
+                                      _mm512_permutexvar_epi32(high_x16, angle_x16));
+            continue;
+        }
+        rkvi_sincos_avx512(angle_x16, &sine_x16, &cosine_x16);
+        a_x16 = _mm512_loadu_ps(src + a);
+        b_x16 = _mm512_loadu_ps(src + b);
+        _mm512_storeu_ps(dst + a,
+                         _mm512_fmadd_ps(a_x16, cosine_x16, _mm512_mul_ps(b_x16, sine_x16)));
+        _mm512_storeu_ps(dst + b,
+                         _mm512_fmsub_ps(b_x16, cosine_x16, _mm512_mul_ps(a_x16, sine_x16)));
+    }
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
+    rkvi_unrotate_from(dst, src, turns, position, f);
+}
 
 RKVI_TARGET_AVX512 static void rkvi_load_f16_avx512(float *dst, const unsigned char *src, size_t n)
 {
@@ -2903,6 +2984,7 @@ typedef struct rkvi_plan {
     float *state;        /* [kv_heads][n_floats][score_stride]: what layer.state will become    */
     rkvi_turns turns;    /* where the policy looks behind the rotary embedding                  */
     uint32_t *turn_words; /* [2][pairs], what it points to                                      */
+    float *ahead;        /* TRIATTENTION: [2][pairs] cos and sin of the mean turn to come       */
     int32_t *kept;       /* [sets][budget]: the caller's list, or one in the workspace          */
 } rkvi_plan;
 /* clang-format on */
@@ -3188,7 +3270,7 @@ static void rkvi_carve_layer(rkvi_arena *arena, const rkv_config *config, const 
 {
     size_t stride = rkvi_padded((size_t)layer->n_tokens), n_scores, n_kept, n_state;
     size_t pairs = rkvi_needs_rope(config) ? (size_t)rkvi_pairs(&layer->rope, layer->keys.dim) : 0;
-    float *scores = NULL, *shared = NULL, *state = NULL;
+    float *scores = NULL, *shared = NULL, *state = NULL, *ahead = NULL;
     uint32_t *turns = NULL;
     int32_t *kept;
     if (!rkvi_mul_size((size_t)layer->keys.heads, stride, &n_scores) ||
@@ -3201,7 +3283,9 @@ static void rkvi_carve_layer(rkvi_arena *arena, const rkv_config *config, const 
         scores = rkvi_take_floats(arena, n_scores);
         if (config->scope != RKV_PER_HEAD && sets) shared = rkvi_take_floats(arena, stride);
         state = rkvi_take_floats(arena, n_state);
-        turns = (uint32_t *)rkvi_take(arena, 2 * pairs, sizeof *turns);
+        if (pairs > 0) turns = (uint32_t *)rkvi_take(arena, 2 * pairs, sizeof *turns);
+        if (pairs > 0 && config->policy == RKV_POLICY_TRIATTENTION)
+            ahead = rkvi_take_floats(arena, 2 * pairs);
     }
     kept = (int32_t *)rkvi_take(arena, n_kept, sizeof *kept);
     if (!plan) return;
@@ -3211,6 +3295,7 @@ static void rkvi_carve_layer(rkvi_arena *arena, const rkv_config *config, const 
     plan->state = state;
     plan->n_floats = rkvi_state_floats(config);
     plan->turn_words = turns;
+    plan->ahead = ahead;
     plan->kept = layer->kept ? layer->kept : kept;
     plan->sets = sets;
 }
@@ -4505,7 +4590,7 @@ static void rkvi_block_best(const rkvi_head *h, rkvi_scratch *s, int first, int 
     const int width = rkvi_block_width(n, 0);
     float folded[FOLDED * RKVI_CHUNK];
     int r, v;
-    for (r = 0; r < RKVI_CHUNK && first + r >= column; r++) /* else all columns are later */
+    for (r = column > first ? column - first : 0; r < RKVI_CHUNK; r++)
         for (v = 0; v < width && column + v <= first + r; v++)
             s->tile[(size_t)r * stride + (size_t)v] = 0;
     h->kernels->fold_group(s->tile, stride, width / FOLDED, FOLDED, 1, folded, RKVI_CHUNK);
@@ -4542,13 +4627,14 @@ static rkv_status rkvi_later_similarity(const rkvi_head *h, rkvi_scratch *s)
 
 /* ---- I, attention that is remembered ---- */
 
-/* Logits of a block of n packed queries with all keys: logits[v][row]. */
-static rkv_status rkvi_block_logits(const rkvi_head *h, rkvi_scratch *s, int n)
+/* Logits of a block of n packed queries with all keys: logits[v][row]. H2O reads the keys here for
+ * the first time, and checks them. */
+static rkv_status rkvi_block_logits(const rkvi_head *h, rkvi_scratch *s, int n, int check)
 {
     int first;
     for (first = 0; first < h->n_tokens; first += RKVI_CHUNK) {
         rkvi_rows rows = rkvi_key_chunk(h, first, s->rows);
-        rkv_status status = rkvi_chunk_norms(h, s, rows, first, NULL, NULL);
+        rkv_status status = check ? rkvi_chunk_norms(h, s, rows, first, NULL, NULL) : RKV_OK;
         if (status != RKV_OK) return status;
         rkvi_chunk_dots(h, s, rows, first, s->panel, n);
         rkvi_chunk_logits(h, s, first, 1, n);
@@ -4567,7 +4653,8 @@ static rkv_status rkvi_remember(const rkvi_head *h, rkvi_scratch *s)
         rkv_status status;
         n = rkvi_min(h->n_queries - q, RKVI_BLOCK);
         status = rkvi_pack_queries(h, s, q, n);
-        if (status == RKV_OK) status = rkvi_block_logits(h, s, n);
+        if (status == RKV_OK)
+            status = rkvi_block_logits(h, s, n, q == 0 && h->config->policy == RKV_POLICY_H2O);
         if (status != RKV_OK) return status;
         for (v = 0; v < n; v++) {
             const int seen = rkvi_seen(h, (q + v) % h->votes);
@@ -4652,20 +4739,29 @@ static size_t rkvi_means_floats(int query_heads, int dim)
 
 #define RKVI_OFFSETS 10 /* of future queries: 2^0 to 2^9 tokens */
 
-/* The mean over the offsets of the rotation of pair f from position 0. */
-static void rkvi_mean_turn(const rkvi_turns *turns, int f, uint32_t newest, float *sine,
-                           float *cosine)
+/* The mean over the offsets of each pair's turn from the newest position on. */
+static void rkvi_fill_ahead(const rkvi_turns *turns, float *ahead)
 {
-    int k;
-    *sine = *cosine = 0;
-    for (k = 0; k < RKVI_OFFSETS; k++) {
-        float s, c;
-        rkvi_sincos(rkvi_angle(turns, f, newest + (1u << k)), &s, &c);
-        *sine += s;
-        *cosine += c;
+    int f, k;
+    for (f = 0; f < turns->n_pairs; f++) {
+        float *cosine = ahead + f, *sine = cosine + turns->n_pairs;
+        *cosine = *sine = 0;
+        for (k = 0; k < RKVI_OFFSETS; k++) {
+            float s, c;
+            rkvi_sincos(rkvi_angle(turns, f, 1u << k), &s, &c);
+            *sine += s;
+            *cosine += c;
+        }
+        *sine /= RKVI_OFFSETS;
+        *cosine /= RKVI_OFFSETS;
     }
-    *sine /= RKVI_OFFSETS;
-    *cosine /= RKVI_OFFSETS;
+}
+
+/* (a, b) turned by an angle, as complex numbers. */
+static void rkvi_turn(float a, float b, float cosine, float sine, float *x, float *y)
+{
+    *x = rkvi_fma(a, cosine, -(b * sine));
+    *y = rkvi_fma(a, sine, b * cosine);
 }
 
 /* What all keys meet for a query head: u, and behind it the weights of the pairs' lengths. Pairs
@@ -4677,17 +4773,20 @@ static void rkvi_expected_query(const rkvi_head *h, int head, float *row)
     const float *mean = h->layer->query_means + (size_t)head * (size_t)dim;
     const float *lengths = h->layer->query_means + rkvi_lengths_at(query_heads, head, dim);
     float *weights = row + rkvi_round_up((size_t)dim, RKVI_LANES);
+    uint32_t newest;
     int f;
     memset(row, 0, h->dim * sizeof *row);
     memcpy(row, mean, (size_t)dim * sizeof *row);
     if (turns->n_pairs == 0) return;
+    newest = (uint32_t)h->positions[h->n_tokens - 1];
     h->kernels->pair_lengths(weights, mean, turns);
     for (f = 0; f < turns->n_pairs; f++) {
+        const float *ahead = h->plan->ahead + f;
         size_t b, a = rkvi_pair_at(turns, f, &b);
         float sine, cosine;
-        rkvi_mean_turn(turns, f, (uint32_t)h->positions[h->n_tokens - 1], &sine, &cosine);
-        row[a] = rkvi_fma(mean[a], cosine, -(mean[b] * sine));
-        row[b] = rkvi_fma(mean[a], sine, mean[b] * cosine);
+        rkvi_sincos(rkvi_angle(turns, f, newest), &sine, &cosine);
+        rkvi_turn(ahead[0], ahead[turns->n_pairs], cosine, sine, &cosine, &sine);
+        rkvi_turn(mean[a], mean[b], cosine, sine, row + a, row + b);
         weights[f] = lengths[f] - weights[f];
     }
 }
@@ -4780,7 +4879,8 @@ static rkv_status rkvi_score_triattention(const rkvi_head *h, rkvi_scratch *s)
 static float rkvi_hash(uint32_t seed, int layer, int head, int32_t position)
 {
     uint64_t x = (uint64_t)seed * 0x9e3779b97f4a7c15u;
-    x += ((uint64_t)layer << 40 ^ (uint64_t)head << 32) ^ (uint64_t)(uint32_t)position;
+    x += (uint64_t)layer << 40 ^ (uint64_t)head << 32;
+    x ^= (uint64_t)(uint32_t)position;
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
     x = (x ^ x >> 27) * 0x94d049bb133111ebu;
     x ^= x >> 31;
@@ -5391,6 +5491,7 @@ static rkv_status rkvi_open_job(rkvi_job *job, const rkv_backend *self, const rk
         int bad = rkvi_fill_turns(&layer->rope, layer->keys.dim, plan->turn_words, &plan->turns);
         if (bad >= 0)
             return rkvi_refuse(call->config, RKV_ERROR_ARGUMENT, RKVI_RULE_FREQUENCY, l, -1, bad);
+        if (plan->ahead) rkvi_fill_ahead(&plan->turns, plan->ahead);
     }
     return RKV_OK;
 }
@@ -5922,14 +6023,21 @@ static int rkvi_needs_queries(const rkv_config *config, const rkv_layer *layer)
     return rkvi_is_scored(config, layer->n_tokens) && rkvi_reads_queries(config);
 }
 
+static const char *rkvi_query_heads_rule(const rkv_layer *layer)
+{
+    const int heads = layer->queries.heads;
+    return heads < 1 || heads % layer->keys.heads != 0
+               ? "layer.queries.heads: must be a multiple of keys.heads"
+               : NULL;
+}
+
 static const char *rkvi_queries_rule(const rkv_config *config, const rkv_layer *layer)
 {
     const rkv_tensor *queries = &layer->queries;
     rkvi_view_rule rule = rkvi_readable_rule(queries);
     if (rule != RKVI_SOUND) return rkvi_view_rules[RKVI_QUERIES][rule];
     if (queries->dim != layer->keys.dim) return "layer.queries.dim: must equal keys.dim";
-    if (queries->heads % layer->keys.heads != 0)
-        return "layer.queries.heads: must be a multiple of keys.heads";
+    if (rkvi_query_heads_rule(layer)) return rkvi_query_heads_rule(layer);
     if (queries->tokens != config->votes)
         return "layer.queries.tokens: must equal config.votes, or window if that is 0";
     if (layer->first_query < 0 || layer->first_query >= config->votes)
@@ -5955,14 +6063,13 @@ static const char *rkvi_rope_rule(const rkv_rope *rope, int dim)
 static const char *rkvi_policy_rule(const rkv_config *config, const rkv_layer *layer)
 {
     const char *rule = NULL;
-    if (layer->n_new < 0) return "layer.n_new: must not be negative";
-    if (layer->n_new > layer->n_tokens) return "layer.n_new: more than n_tokens";
+    if (rkvi_has_state(config) && layer->n_new < 0) return "layer.n_new: must not be negative";
+    if (rkvi_has_state(config) && layer->n_new > layer->n_tokens)
+        return "layer.n_new: more than n_tokens";
     if (!rkvi_is_scored(config, layer->n_tokens)) return NULL;
     if (rkvi_needs_rope(config)) rule = rkvi_rope_rule(&layer->rope, layer->keys.dim);
-    if (rule || config->policy != RKV_POLICY_TRIATTENTION) return rule;
-    if (layer->queries.heads < 1 || layer->queries.heads % layer->keys.heads != 0)
-        return "layer.queries.heads: must be a multiple of keys.heads";
-    return NULL;
+    if (!rule && config->policy == RKV_POLICY_TRIATTENTION) rule = rkvi_query_heads_rule(layer);
+    return rule;
 }
 
 /* Positions are the owner's. */
@@ -6121,7 +6228,7 @@ static rkvi_buffers rkvi_buffers_of(const rkv_config *config, const rkv_layer *l
     if (config->policy == RKV_POLICY_TRIATTENTION)
         buffers.of[RKVI_BUFFER_MEANS] =
             rkvi_range_of(layer->query_means,
-                          sizeof(float) * rkvi_means_floats(layer->queries.heads, layer->keys.dim));
+                          sizeof(float) * rkvi_count_at(layer->queries.heads, layer->keys.dim));
     return buffers;
 }
 

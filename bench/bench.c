@@ -1,6 +1,6 @@
 /* Times rkv on this machine, beside what the machine can do at most and the scalar definition.
- * make bench      or:  build/bench/bench [--full | --smoke | --real | --types | --stages]
- *                                                  [--csv FILE] */
+ * make bench      or:  build/bench/bench [--full | --smoke | --real | --types | --policies |
+ *                                               --stages] [--csv FILE] */
 #define _POSIX_C_SOURCE 200809L
 #include "bench/job.h"
 #include "bench/machine.h"
@@ -253,6 +253,56 @@ static void table_types(bench *b)
                 types_of_path(b, backend, lengths[k], BENCH_SCORE);
                 types_of_path(b, backend, lengths[k], BENCH_COMPRESS);
             }
+}
+
+/* The policies of one length and type beside R-KV, in turns. */
+static void policies_of(bench *b, rkv_dtype dtype, int n_tokens)
+{
+    enum { N = 9, TURNS = 6 };
+    static const char *const names[N] = { "rkv",           "wide",         "snapkv",
+                                          "memory_traces", "memory_prose", "h2o",
+                                          "triattention",  "streaming",    "random" };
+    const bench_shape shape = shape_of(BENCH_COSINE_07, dtype, n_tokens);
+    const int budget = shape.budget;
+    const rkv_config configs[N] = {
+        rkv_config_default(budget),      rkv_config_wide(budget),
+        rkv_config_snapkv(budget),       rkv_config_memory_traces(budget),
+        rkv_config_memory_prose(budget), rkv_config_h2o(budget),
+        rkv_config_triattention(budget), rkv_config_streaming(budget),
+        rkv_config_random(budget, 1)
+    };
+    bench_job jobs[N];
+    double us[N][2];
+    for (int p = 0; p < N; p++) {
+        bench_job_make_for(&jobs[p], &shape, &configs[p]);
+        us[p][0] = us[p][1] = check(b, &jobs[p], b->best) ? HUGE_VAL : 0;
+    }
+    for (int turn = 0; turn < TURNS; turn++)
+        for (int p = 0; p < N; p++) {
+            const double seconds = b->seconds / (double)TURNS;
+            us[p][0] = fmin(us[p][0], bench_job_time(&jobs[p], b->best, BENCH_SCORE, seconds));
+            us[p][1] = fmin(us[p][1], bench_job_time(&jobs[p], b->best, BENCH_COMPRESS, seconds));
+        }
+    for (int p = 0; p < N; p++) {
+        printf("  %-14s %-5s %6d %12.1f %8.2f %12.1f %8.2f\n", names[p], bench_dtype_name(dtype),
+               n_tokens, us[p][0], us[p][0] / us[0][0], us[p][1], us[p][1] / us[0][1]);
+        jobs[p].name = names[p];
+        csv_line(b, &jobs[p], "score", b->best->name, 1, us[p][0], 0, 0);
+        csv_line(b, &jobs[p], "compress", b->best->name, 1, us[p][1], 0, 0);
+        bench_job_free(&jobs[p]);
+    }
+    fflush(stdout);
+}
+
+static void table_policies(bench *b)
+{
+    static const int lengths[] = { 1152, 4224 };
+    printf("\n# policies, presets as they are, cosine 0.7, 128 new tokens, %s, in turns\n"
+           "# x: beside R-KV as published\n"
+           "# %-14s %-5s %6s %12s %8s %12s %8s\n",
+           b->best->name, "policy", "dtype", "n", "score us", "x", "compress us", "x");
+    for (int k = 0; k < (b->smoke ? 1 : 2); k++)
+        for (int t = 0; t < 2; t++) policies_of(b, dtypes[t], lengths[k]);
 }
 
 /* Keys of a real model, as the golden files have them. */
@@ -583,11 +633,13 @@ static void print_machine(const bench *b, const char *when)
 static int usage(void)
 {
     fprintf(stderr,
-            "usage: bench [--full | --smoke | --real | --types | --stages] [--csv FILE]\n"
+            "usage: bench [--full | --smoke | --real | --types | --policies | --stages]\n"
+            "             [--csv FILE]\n"
             "  --full   the worst case also in f16 and bf16 and at n 65536 (minutes)\n"
             "  --smoke  only that everything runs: short lengths, short timings\n"
             "  --real   keys of a real model and shapes of models, and nothing else\n"
             "  --types  quantised keys beside f16, and nothing else\n"
+            "  --policies  the policies beside R-KV, and nothing else\n"
             "  --stages where the time of rkv_score goes, part by part, and nothing else\n");
     return 2;
 }
@@ -596,7 +648,7 @@ int main(int argc, char **argv)
 {
     bench b = { 0 };
     const char *csv = NULL;
-    int stages = 0, real = 0, types = 0;
+    int stages = 0, real = 0, types = 0, policies = 0, all;
     b.seconds = 0.5;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--full"))
@@ -609,6 +661,8 @@ int main(int argc, char **argv)
             real = 1;
         else if (!strcmp(argv[i], "--types"))
             types = 1;
+        else if (!strcmp(argv[i], "--policies"))
+            policies = 1;
         else if (!strcmp(argv[i], "--csv") && i + 1 < argc)
             csv = argv[++i];
         else
@@ -640,17 +694,19 @@ int main(int argc, char **argv)
     if (b.csv)
         fprintf(b.csv, "keys,stage,backend,dtype,kv_heads,group,head_dim,n,budget,threads,us,"
                        "scalar_us,roof_us\n");
-    if (!real && !types) {
+    all = !real && !types && !policies;
+    if (all) {
         table_stages(&b);
         table_backends(&b);
         table_keys(&b);
     }
-    if (!real) table_types(&b);
-    if (!types) {
+    if (all || types) table_types(&b);
+    if (all || policies) table_policies(&b);
+    if (all || real) {
         table_real(&b);
         table_shapes(&b);
     }
-    if (!real && !types) {
+    if (all) {
         table_threads(&b);
         table_blas(&b);
         table_workspace(&b);

@@ -197,6 +197,30 @@ static double pairs_to_look_at(const bench_job *run)
 
 /* ==== The layer and its copies ============================================================== */
 
+static int votes_of(const rkv_config *config)
+{
+    return config->votes > 0 ? config->votes : config->window;
+}
+
+/* What policies beside R-KV need: no state yet, positions that are row numbers, and the means of
+ * queries that say nothing. */
+static void add_policy_arrays(const bench_job *run, rkv_layer *layer)
+{
+    const bench_shape *s = &run->shape;
+    const size_t rows = (size_t)s->kv_heads * (size_t)s->n_tokens;
+    const size_t floats = rows * (size_t)rkv_state_floats(&run->config);
+    const size_t means = rkv_query_means_floats(s->kv_heads * s->group, s->head_dim);
+    float *numbers = (float *)alloc_checked(means * sizeof *numbers);
+    rng random = rng_seed(54321);
+    layer->state = (float *)alloc_checked(floats * sizeof *layer->state);
+    layer->positions = (int32_t *)alloc_checked(rows * sizeof *layer->positions);
+    for (size_t i = 0; i < floats; i++) layer->state[i] = 0;
+    for (size_t i = 0; i < rows; i++) layer->positions[i] = (int32_t)(i % (size_t)s->n_tokens);
+    for (size_t i = 0; i < means; i++) numbers[i] = (float)rng_unit(&random);
+    layer->query_means = numbers;
+    layer->rope.pairing = RKV_ROPE_HALVES;
+}
+
 static rkv_layer make_layer(const bench_job *run, void *queries)
 {
     const bench_shape *s = &run->shape;
@@ -207,7 +231,8 @@ static rkv_layer make_layer(const bench_job *run, void *queries)
     layer.values = rkv_tensor_make(alloc_checked(run->key_bytes), s->dtype, s->kv_heads,
                                    s->n_tokens, s->head_dim);
     layer.queries = rkv_tensor_make(queries, query_dtype(s), s->kv_heads * s->group,
-                                    run->config.window, s->head_dim);
+                                    votes_of(&run->config), s->head_dim);
+    if (run->config.policy != RKV_POLICY_RKV) add_policy_arrays(run, &layer);
     if (s->dtype == RKV_OPAQUE) {
         layer.keys.element_bytes = layer.values.element_bytes = (int)key_row_bytes(s);
         layer.keys.load = load_q8_0;
@@ -231,7 +256,7 @@ static void make_copies(bench_job *run, void *queries)
 
 static size_t query_rows(const bench_shape *s, const rkv_config *config)
 {
-    return (size_t)s->kv_heads * (size_t)s->group * (size_t)config->window;
+    return (size_t)s->kv_heads * (size_t)s->group * (size_t)votes_of(config);
 }
 
 static void start_job(bench_job *run, const bench_shape *s, const rkv_config *config,
@@ -245,16 +270,21 @@ static void start_job(bench_job *run, const bench_shape *s, const rkv_config *co
     run->pristine = alloc_checked(run->key_bytes);
 }
 
+void bench_job_make_for(bench_job *run, const bench_shape *s, const rkv_config *config)
+{
+    void *queries = alloc_checked(query_rows(s, config) * row_bytes(query_dtype(s), s->head_dim));
+    start_job(run, s, config, bench_keys_name(s->keys));
+    bench_fill_keys(run->pristine, s);
+    bench_fill_queries(queries, s, votes_of(config));
+    make_copies(run, queries);
+}
+
 void bench_job_make(bench_job *run, const bench_shape *s)
 {
     rkv_config config = rkv_config_default(s->budget);
-    void *queries = alloc_checked(query_rows(s, &config) * row_bytes(query_dtype(s), s->head_dim));
     /* Of 65536 unrelated keys of dim 128 a few pairs pass cosine 0.5 by chance, none 0.65. */
     if (s->keys == BENCH_DISTINCT) config.threshold = 0.65f;
-    start_job(run, s, &config, bench_keys_name(s->keys));
-    bench_fill_keys(run->pristine, s);
-    bench_fill_queries(queries, s, config.window);
-    make_copies(run, queries);
+    bench_job_make_for(run, s, &config);
 }
 
 void bench_job_make_from(bench_job *run, const bench_shape *s, const rkv_config *config,
@@ -277,6 +307,9 @@ void bench_job_free(bench_job *run)
         free(run->layers[c].values.data);
         free(run->layers[c].kept);
         free(run->layers[c].scores);
+        free(run->layers[c].state);
+        free(run->layers[c].positions);
+        free((void *)(uintptr_t)run->layers[c].query_means);
     }
     free(run->layers);
     free(run->pristine);
@@ -303,14 +336,23 @@ void bench_job_run(bench_job *run, const rkv_backend *backend, bench_stage stage
                                                             rkv_compress };
     rkv_layer *layer = run->layers + copy;
     layer->n_tokens = run->shape.n_tokens;
+    layer->n_new = run->shape.n_tokens - run->shape.budget;
     require(stages[stage](backend, &run->config, layer, 1, run->workspace, run->workspace_bytes),
             "rkv");
 }
 
-/* Puts the keys back that a compaction moved; which values lie where changes no time. */
+/* Puts the keys back that a compaction moved; which values lie where changes no time. Positions and
+ * state begin again. */
 static void restore(bench_job *run, int copy)
 {
-    memcpy(run->layers[copy].keys.data, run->pristine, run->key_bytes);
+    const bench_shape *s = &run->shape;
+    const size_t rows = (size_t)s->kv_heads * (size_t)s->n_tokens;
+    const size_t floats = rows * (size_t)rkv_state_floats(&run->config);
+    rkv_layer *layer = run->layers + copy;
+    memcpy(layer->keys.data, run->pristine, run->key_bytes);
+    for (size_t i = 0; i < floats; i++) layer->state[i] = 0;
+    for (size_t i = 0; layer->positions && i < rows; i++)
+        layer->positions[i] = (int32_t)(i % (size_t)s->n_tokens);
 }
 
 /* ==== Check and time ======================================================================== */
@@ -348,6 +390,7 @@ int bench_job_check(bench_job *run, const rkv_backend *backend, const rkv_backen
     memcpy(scores, layer->scores, score_bytes);
     memcpy(kept, layer->kept, kept_bytes);
 
+    restore(run, 0);
     reserve_workspace(run, backend);
     bench_job_run(run, backend, BENCH_COMPRESS, 0);
     equal = !memcmp(scores, layer->scores, score_bytes) && !memcmp(kept, layer->kept, kept_bytes) &&

@@ -56,6 +56,8 @@ void bench_fill_queries(void *out, const bench_shape *shape, int window);
 
 /* All of these end the program with a message when memory or a call fails. */
 void bench_job_make(bench_job *job, const bench_shape *shape);
+/* By another policy, or with other options, than the published ones. */
+void bench_job_make_for(bench_job *job, const bench_shape *shape, const rkv_config *config);
 /* From given numbers, rounded to the shape's dtype: keys [kv_heads][n_tokens][head_dim], queries
  * [kv_heads * group][window][head_dim]. The name must outlive the job. */
 void bench_job_make_from(bench_job *job, const bench_shape *shape, const rkv_config *config,

@@ -18,7 +18,7 @@ typedef struct part_input {
 
 static void pack_queries(part_input *in)
 {
-    rkvi_pack_queries(in->head, in->s);
+    rkvi_pack_queries(in->head, in->s, 0, in->head->n_queries);
     rkvi_take_newest(in->head, in->s, &in->newest);
 }
 
@@ -48,25 +48,25 @@ static void query_key_tile(part_input *in)
 {
     const rkvi_rows rows = rkvi_key_chunk(in->head, 0, in->s->rows);
     for (int first = 0; first < in->head->n_candidates; first += RKVI_CHUNK)
-        rkvi_chunk_dots(in->head, in->s, rows, first);
+        rkvi_chunk_dots(in->head, in->s, rows, first, in->s->panel, in->head->n_queries);
 }
 
 static void fold(part_input *in)
 {
     for (int first = 0; first < in->head->n_candidates; first += RKVI_CHUNK)
-        rkvi_chunk_logits(in->head, in->s, first, in->logit_stride);
+        rkvi_chunk_logits(in->head, in->s, first, in->head->group, in->head->votes);
 }
 
 /* The whole first pass, so that the parts after it find what they need. */
 static void first_pass(part_input *in)
 {
-    rkvi_pack_queries(in->head, in->s);
-    rkvi_read_keys(in->head, in->s, in->logit_stride);
+    rkvi_pack_queries(in->head, in->s, 0, in->head->n_queries);
+    rkvi_read_keys(in->head, in->s);
 }
 
 static void importance(part_input *in)
 {
-    rkvi_importance(in->head, in->s, in->logit_stride, in->s->signal);
+    rkvi_importance(in->head, in->s, in->s->signal);
 }
 
 static void second_pass(part_input *in)

@@ -42,7 +42,7 @@ static void decode(rkv_cache *cache, input *in, int n)
     }
 }
 
-/* The checksum of a snapshot, as room 21 of rkv.h describes it. */
+/* The checksum of a snapshot, as room 22 of rkv.h describes it. */
 static uint64_t mix(uint64_t sum, uint64_t word)
 {
     sum ^= word;

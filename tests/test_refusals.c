@@ -11,7 +11,7 @@
 #include <string.h>
 
 /* ---- the texts of the source ------------------------------------------------------------------
- * All string literals of rkv.h between its rooms 6 and 23, apart from those that are not texts of
+ * All string literals of rkv.h between its rooms 6 and 24, apart from those that are not texts of
  * rules. A new refusal is among them, and fails here until it is provoked below. */
 typedef struct text {
     char *words;
@@ -189,7 +189,7 @@ static const char *read_literal(const char *at, char words[MAX_WORDS], int *line
 
 static void read_texts(const char *all)
 {
-    const char *begin = strstr(all, "\n/* ==== 6. "), *end = strstr(all, "\n/* ==== 23. "), *at;
+    const char *begin = strstr(all, "\n/* ==== 6. "), *end = strstr(all, "\n/* ==== 24. "), *at;
     char function[64] = "", words[MAX_WORDS];
     int line = 1, i, k;
     if (!expect_true("rooms 6 to 23", begin && end)) return;
@@ -257,11 +257,20 @@ typedef struct scene {
     block workspace;
 } scene;
 
+/* A workspace of 1000 bytes more than needed. */
+static void scene_reserve(scene *sc)
+{
+    size_t bytes = 0;
+    expect_status(
+        "size", rkv_workspace_size(sc->backend, &sc->config, sc->layers, N_LAYERS, &bytes), RKV_OK);
+    if (sc->workspace.base) block_free(&sc->workspace);
+    block_make(&sc->workspace, bytes + 1000, 0, 1);
+}
+
 /* All layers scored and selected: each of the calls has what it needs. */
 static void scene_make(scene *sc, const rkv_backend *backend, rkv_scope scope)
 {
     rng r = rng_seed(60);
-    size_t bytes = 0;
     shape s;
     int l;
     memset(sc, 0, sizeof *sc);
@@ -293,9 +302,7 @@ static void scene_make(scene *sc, const rkv_backend *backend, rkv_scope scope)
         j->remembered = j->layer;
         sc->layers[l] = j->layer;
     }
-    expect_status("size", rkv_workspace_size(backend, &sc->config, sc->layers, N_LAYERS, &bytes),
-                  RKV_OK);
-    block_make(&sc->workspace, bytes + 1000, 0, 1);
+    scene_reserve(sc);
 }
 
 static void scene_free(scene *sc)
@@ -413,6 +420,13 @@ static const char *spoil_config(int which, rkv_config *c)
     case 18: c->scope = (rkv_scope)-1; return "config.scope: no such scope";
     case 19: c->variant = (rkv_variant)2; return "config.variant: no such variant";
     case 20: c->variant = (rkv_variant)-1; return "config.variant: no such variant";
+    case 21: c->policy = (rkv_policy)-1; return "config.policy: no such policy";
+    case 22: c->policy = (rkv_policy)7; return "config.policy: no such policy";
+    case 23: c->votes = -1; return "config.votes: must not be negative";
+    case 24: c->votes = BUDGET + 1;
+             return "config.votes: must not be above budget (RKV_POLICY_RKV)";
+    case 25: c->decay = 1.5f; return "config.decay: must be in [0, 1]";
+    case 26: c->decay = NAN; return "config.decay: must be in [0, 1]";
     default: return NULL;
     }
 }
@@ -691,6 +705,193 @@ static void test_sequences(const rkv_backend *backend)
         refuse(&sc, calls, rule, layer);
     }
     scene_free(&sc);
+}
+
+/* ---- policies beside R-KV ---- */
+enum { MEANS = 4 * 8 * HEADS * GROUP * DIM };
+static float policy_state[N_LAYERS][2 * HEADS * CAPACITY], policy_bias[N_LAYERS][HEADS * CAPACITY];
+static float policy_means[N_LAYERS][MEANS];
+static const float frequencies[DIM / 2] = { 1, 0.5f, 0.25f, 4.5f };
+
+/* What all policies need, in a scene that has been made for R-KV. */
+static void scene_for_policy(scene *sc, rkv_config *good, rkv_policy policy)
+{
+    int l;
+    *good = sc->config;
+    good->policy = policy;
+    memset(policy_state, 0, sizeof policy_state);
+    memset(policy_bias, 0, sizeof policy_bias);
+    memset(policy_means, 0, sizeof policy_means);
+    for (l = 0; l < N_LAYERS; l++) {
+        rkv_layer *layer = &sc->jobs[l].remembered;
+        layer->state = policy_state[l];
+        layer->bias = policy_bias[l];
+        layer->query_means = policy_means[l];
+        layer->n_new = TOKENS / 2;
+        layer->rope.pairing = RKV_ROPE_HALVES;
+    }
+    scene_mend(sc, good);
+    scene_reserve(sc);
+}
+
+/* clang-format off */
+static const char *spoil_policy(int which, rkv_config *c, rkv_layer *l, int *calls)
+{
+    *calls = ALL;
+    switch (which) {
+    case 0: l->n_new = -1; return "layer.n_new: must not be negative";
+    case 1: l->n_new = TOKENS + 1; return "layer.n_new: more than n_tokens";
+    case 2: l->rope.pairing = RKV_ROPE_UNKNOWN;
+            return "rope.pairing: is needed by this policy, also if it is RKV_ROPE_NONE";
+    case 3: l->rope.pairing = (rkv_pairing)4; return "rope.pairing: no such pairing";
+    case 4: l->rope.dims = DIM + 2; return "rope.dims: must be even and not above head_dim";
+    case 5: l->rope.dims = 3; return "rope.dims: must be even and not above head_dim";
+    case 6: l->rope.dims = -2; return "rope.dims: must be even and not above head_dim";
+    case 7: l->rope.base = -1; return "rope.base: must be positive, or 0";
+    case 8: l->rope.base = NAN; return "rope.base: must be positive, or 0";
+    case 9: l->positions = NULL;
+            return "layer.positions: this policy needs the true positions of rows";
+    case 10: l->first_query = -1; return "layer.first_query: must be in [0, votes)";
+    case 11: l->first_query = WINDOW; return "layer.first_query: must be in [0, votes)";
+    case 12: *calls = DATA; l->state = NULL; return "layer.state: is NULL";
+    case 13: *calls = SCORE | COMPRESS; l->n_new = 0;
+             return "layer.n_new: must be at least 1, the tokens since the last round";
+    case 14: *calls = DATA; l->bias = l->state; return "layer: two of its buffers overlap";
+    case 15: *calls = DATA; c->policy = RKV_POLICY_TRIATTENTION; l->query_means = NULL;
+             return "layer.query_means: is NULL";
+    case 16: c->policy = RKV_POLICY_TRIATTENTION; l->queries.heads = HEADS * GROUP - 1;
+             return "layer.queries.heads: must be a multiple of keys.heads";
+    case 17: c->policy = RKV_POLICY_RANDOM; l->positions = NULL;
+             return "layer.positions: this policy needs the true positions of rows";
+    case 18: *calls = DATA; l->rope.frequencies = frequencies;
+             return "rope.frequencies: one is not in [0, 4]";
+    default: return NULL;
+    }
+}
+/* clang-format on */
+
+static void test_policy_data(scene *sc, const rkv_config *good)
+{
+    const int calls = SCORE | COMPRESS;
+    case_begin("%s: data of other policies", sc->backend->name);
+    policy_state[1][CAPACITY + 3] = NAN; /* plane 1 of head 0 */
+    refuse_data(sc, calls, RKV_ERROR_NONFINITE,
+                "layer.state: a number is negative, NaN or infinite", 1, 0, 3);
+    policy_state[1][CAPACITY + 3] = -1;
+    refuse_data(sc, calls, RKV_ERROR_NONFINITE,
+                "layer.state: a number is negative, NaN or infinite", 1, 0, 3);
+    policy_state[1][CAPACITY + 3] = 0;
+    policy_bias[2][CAPACITY + 7] = NAN;
+    refuse_data(sc, calls, RKV_ERROR_NONFINITE, "layer.bias: a score with it is NaN", 2, 1, 7);
+    policy_bias[2][CAPACITY + 7] = 0;
+    sc->config.policy = RKV_POLICY_TRIATTENTION;
+    policy_means[0][DIM + 2] = INFINITY; /* query head 1 */
+    refuse_data(sc, calls, RKV_ERROR_NONFINITE,
+                "layer.query_means: a mean is NaN, infinite or too large", 0, 1, -1);
+    policy_means[0][DIM + 2] = 0;
+    scene_mend(sc, good);
+}
+
+static void test_policies(scene *sc)
+{
+    rkv_config first = sc->config, good;
+    const char *rule;
+    int which, calls, odd;
+    scene_for_policy(sc, &good, RKV_POLICY_MEMORY_TRACES);
+    for (which = 0;; which++, scene_mend(sc, &good)) {
+        rule = spoil_policy(which, &sc->config, &sc->layers[1], &calls);
+        if (!rule) break;
+        case_begin("%s, policy case %d: %s", sc->backend->name, which, rule);
+        odd = strncmp(rule, "rope.frequencies", 16) == 0; /* says which one */
+        refuse_data(sc, calls, RKV_ERROR_ARGUMENT, rule, 1, -1, odd ? 3 : -1);
+    }
+    test_policy_data(sc, &good);
+    for (which = 0; which < N_LAYERS; which++) {
+        rkv_layer *layer = &sc->jobs[which].remembered;
+        layer->state = layer->bias = NULL;
+        layer->query_means = NULL;
+        layer->n_new = 0;
+    }
+    scene_mend(sc, &first);
+    scene_reserve(sc);
+}
+
+/* rkv_query_means_update. */
+typedef struct means_scene {
+    rkv_tensor queries;
+    rkv_rope rope;
+    rkv_backend backend;
+    int slot, n, position;
+    float *means;
+} means_scene;
+
+/* clang-format off */
+static const char *spoil_means(int which, means_scene *m, rkv_status *want, int *head, int *token)
+{
+    static float data[HEADS * GROUP * WINDOW * (DIM + 1)];
+    *want = RKV_ERROR_ARGUMENT;
+    *head = *token = -1;
+    m->queries = rkv_tensor_make(data, RKV_F32, HEADS * GROUP, WINDOW, DIM);
+    memset(&m->rope, 0, sizeof m->rope);
+    m->rope.pairing = RKV_ROPE_ADJACENT;
+    m->backend = *rkv_backend_find(NULL);
+    m->slot = 1;
+    m->n = 2;
+    m->position = 7;
+    m->means = policy_means[0];
+    memset(data, 0, sizeof data);
+    switch (which) {
+    case 0: m->queries.data = NULL; return "queries: it or its data is NULL";
+    case 1: m->means = NULL; return "means: is NULL";
+    case 2: m->slot = -1; return "slot, n: they leave the rows of the view";
+    case 3: m->n = WINDOW; return "slot, n: they leave the rows of the view";
+    case 4: m->n = -1; return "slot, n: they leave the rows of the view";
+    case 5: m->position = -1; return "position: negative or too large";
+    case 6: m->position = INT_MAX; return "position: negative or too large";
+    case 7: m->queries.dim = DIM + 1; return "rope.dims: must be given where head_dim is odd";
+    case 8: m->rope.frequencies = frequencies; *token = 3;
+            return "rope.frequencies: one is not in [0, 4]";
+    case 9: m->backend.update_means = NULL; *want = RKV_ERROR_UNSUPPORTED;
+            return "backend.update_means: this backend has none";
+    case 10: data[(2 * WINDOW + 2) * DIM] = NAN; *want = RKV_ERROR_NONFINITE; *head = *token = 2;
+             return "layer.queries: a query is NaN, infinite or of a norm above 1e18";
+    default: return NULL;
+    }
+}
+/* clang-format on */
+
+static void test_means(void)
+{
+    means_scene m;
+    rkv_config config = rkv_config_triattention(BUDGET);
+    rkv_error error;
+    rkv_status want;
+    const size_t count = (size_t)(HEADS * GROUP * (DIM + DIM / 2) + 1);
+    float before[MEANS];
+    const char *rule;
+    int which, head, token;
+    config.error = &error;
+    memset(policy_means, 0, sizeof policy_means);
+    memcpy(before, policy_means[0], sizeof before);
+    for (which = 0;; which++) {
+        rule = spoil_means(which, &m, &want, &head, &token);
+        if (!rule) break;
+        case_begin("query means, case %d: %s", which, rule);
+        error = poison;
+        expect_refusal(rule,
+                       rkv_query_means_update(&m.backend, &config, &m.rope, &m.queries, m.slot, m.n,
+                                              m.position, m.means),
+                       want, &error, -1, head, token);
+        expect_bytes("means", policy_means[0], before, count * sizeof(float));
+    }
+    case_begin("query means: NULL");
+    error = poison;
+    expect_refusal("rope: is NULL",
+                   rkv_query_means_update(&m.backend, &config, NULL, &m.queries, 0, 1, 9, m.means),
+                   RKV_ERROR_NULL, &error, -1, -1, -1);
+    expect_status("no config",
+                  rkv_query_means_update(NULL, NULL, &m.rope, &m.queries, 0, 1, 9, m.means),
+                  RKV_ERROR_NULL);
 }
 
 /* A backend that is no whole one, given to a call or registered. */
@@ -1552,10 +1753,11 @@ static int names_something(const char *place, size_t n)
     } roots[] = { { "config", "rkv_config" },      { "layer", "rkv_layer" },
                   { "cache", "rkv_cache_config" }, { "backend", "rkv_backend" },
                   { "keys", "rkv_tensor" },        { "values", "rkv_tensor" },
-                  { "queries", "rkv_tensor" } };
+                  { "queries", "rkv_tensor" },     { "rope", "rkv_rope" } };
     static const char *const arguments[] = { "n_layers", "layers", "workspace", "layer", "n_tokens",
                                              "position", "memory", "bytes",     "cache", "backend",
-                                             "keys",     "values", "queries",   "out" };
+                                             "keys",     "values", "queries",   "out",   "rope",
+                                             "means",    "slot",   "n" };
     const char *dot = (const char *)memchr(place, '.', n), *type = NULL;
     size_t first = dot ? (size_t)(dot - place) : n, length, i;
     if (!dot) {
@@ -1629,6 +1831,7 @@ static void run_on_backend(const rkv_backend *backend)
         if (which != 2) test_views(&sc, which, spoil_moved_view);
     }
     test_layers(&sc);
+    test_policies(&sc);
     test_data(&sc);
     test_too_large(&sc);
     scene_free(&sc);
@@ -1650,6 +1853,7 @@ int main(int argc, char **argv)
         skip("the texts of rkv.h: there is no file %s", path);
     }
     for (i = 0; i < n; i++) run_on_backend(backends[i]);
+    test_means();
     test_create();
     test_append();
     test_rounds();

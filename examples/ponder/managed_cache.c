@@ -18,6 +18,8 @@ rkv_status managed_cache_create(managed_cache *c, const model_shape *s, const po
     config.head_dim = s->head_dim;
     config.dtype = RKV_F32;
     config.buffer = p->buffer;
+    config.rope.pairing = s->pairing == ROPE_HALVES ? RKV_ROPE_HALVES : RKV_ROPE_ADJACENT;
+    config.rope.base = s->rope_base;
     config.capacity = p->config.budget + p->buffer;
     if (longest_prompt > config.capacity) config.capacity = longest_prompt;
     c->shape = *s;
@@ -54,7 +56,7 @@ void managed_cache_attend(void *user, int layer, int n, const float *q, const fl
         const rkv_tensor values = rkv_cache_values(c->rows, layer);
         const kv_rows rows = { keys.data, values.data, (ptrdiff_t)keys.head_stride,
                                (ptrdiff_t)keys.token_stride, keys.tokens };
-        model_attend_rows(s, q, &rows, c->weights, NULL, 0, out);
+        model_attend_rows(s, q, &rows, c->weights, out);
         q += shape_q_dim(s);
         k += shape_kv_dim(s);
         v += shape_kv_dim(s);

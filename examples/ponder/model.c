@@ -445,19 +445,17 @@ float *model_forward(const model *m, model_scratch *a, int n, const int *tokens,
 }
 
 void model_attend_rows(const model_shape *s, const float *q, const kv_rows *rows, float *weights,
-                       float *sums, ptrdiff_t sums_stride, float *out)
+                       float *out)
 {
     const int d = s->head_dim, group = s->n_heads / s->n_kv_heads;
     const float scale = 1.0f / sqrtf((float)d);
     for (int head = 0; head < s->n_heads; head++, q += d, out += d) {
         const float *key = rows->keys + (head / group) * rows->head_stride;
         const float *value = rows->values + (head / group) * rows->head_stride;
-        float *sum = sums ? sums + (head / group) * sums_stride : NULL;
         for (int r = 0; r < rows->n_rows; r++)
             weights[r] = scale * dot(q, key + r * rows->row_stride, d);
         softmax(weights, rows->n_rows);
         sum_rows(weights, rows->n_rows, value, rows->row_stride, d, out);
-        for (int r = 0; sum && r < rows->n_rows; r++) sum[r] += weights[r];
     }
 }
 

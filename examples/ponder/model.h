@@ -35,15 +35,14 @@ float *model_forward(const model *m, model_scratch *s, int n, const int *tokens,
                      const int *positions, model_attend attend, void *user);
 
 /* Attention of one token over rows 0 .. n_rows-1 of a cache: row r of kv head h begins at
- * keys + h * head_stride + r * row_stride, values alike. weights: [n_rows] scratch; each
- * kv head's weights are added to sums[h * sums_stride + r] unless sums is NULL. */
+ * keys + h * head_stride + r * row_stride, values alike. weights: [n_rows] scratch. */
 typedef struct kv_rows {
     const float *keys, *values;
     ptrdiff_t head_stride, row_stride;
     int n_rows;
 } kv_rows;
 void model_attend_rows(const model_shape *s, const float *q, const kv_rows *rows, float *weights,
-                       float *sums, ptrdiff_t sums_stride, float *out);
+                       float *out);
 
 /* The most likely token; with a temperature > 0 one drawn from softmax(logits / temperature),
  * which the call computes in place. */

@@ -5,7 +5,6 @@
 #define OWN_CACHE_H
 
 #include "policy.h"
-#include "prng.h"
 #include "shape.h"
 
 typedef struct own_cache {
@@ -15,19 +14,22 @@ typedef struct own_cache {
     int capacity;         /* rows per layer                                                     */
     int n_rows;           /* in use: the physical length                                        */
     int position;         /* of the next token: the logical length                              */
-    int window;           /* rows of `queries`, a ring                                          */
+    int votes;            /* rows of `queries`, a ring                                          */
+    int n_new;            /* rows since the last round                                          */
     float *keys, *values; /* [layers][capacity][kv heads][head_dim]                       */
-    float *queries;       /* [layers][window][heads][head_dim]                            */
+    float *queries;       /* [layers][votes][heads][head_dim]                             */
     int32_t *positions;   /* [layers][kv heads][capacity]; of a set that several heads
                                   share: in the first of them                              */
-    float *sums, *scores; /* [layers][kv heads][capacity]: POLICY_SUMS and POLICY_RANDOM  */
+    float *state;         /* [layers][kv heads][floats of the policy][capacity]           */
+    float *means;         /* [layers][n_means]: what TriAttention knows of the queries    */
+    size_t n_means;       /* 0: the policy needs none                                           */
     int32_t *kept;        /* [layers][kv heads][budget]                                   */
     float *weights;       /* [capacity]                                                   */
     rkv_layer *layers;
-    rkv_error error; /* what the last call found wrong                                       */
+    rkv_status status; /* of the library's calls outside of rounds */
+    rkv_error error;   /* what the last call found wrong                                       */
     void *workspace;
     size_t workspace_bytes;
-    prng random;
     double seconds; /* spent in compression so far                                  */
     int n_rounds, peak_rows;
 } own_cache;

@@ -17,36 +17,37 @@ static rkv_config paper_unpooled(int budget)
     return c;
 }
 
-/* Half of the budget for the tokens most attended to so far, half for the newest, as in H2O. */
-static rkv_config half_recent(int budget)
+static rkv_config random_rows(int budget)
 {
-    rkv_config c = rkv_config_snapkv(budget);
-    c.pool = 1;
-    c.window = budget / 2 > 0 ? budget / 2 : 1;
-    return c;
+    return rkv_config_random(budget, 0); /* own_cache_reset gives the seed */
 }
 
 static const struct {
     const char *name, *about;
-    policy_kind kind;
     rkv_config (*config)(int budget);
     int keeps_prompt;
 } policies[] = {
-    { "full", "every token is kept", POLICY_FULL, rkv_config_default, 0 },
-    { "rkv", "R-KV without pooling", POLICY_CONFIG, unpooled, 0 },
-    { "rkv-pool7", "R-KV, rkv_config_default: as published", POLICY_CONFIG, rkv_config_default, 0 },
-    { "rkv-paper", "R-KV, rkv_config_paper", POLICY_CONFIG, rkv_config_paper, 0 },
-    { "rkv-paper-pool1", "R-KV, rkv_config_paper, without pooling", POLICY_CONFIG, paper_unpooled,
-      0 },
-    { "snapkv", "SnapKV, rkv_config_snapkv", POLICY_CONFIG, rkv_config_snapkv, 0 },
-    { "h2o", "H2O: summed attention, half of the budget for the newest", POLICY_SUMS, half_recent,
-      0 },
-    { "streaming", "StreamingLLM, rkv_config_streaming", POLICY_CONFIG, rkv_config_streaming, 0 },
-    { "random", "random tokens and the window", POLICY_RANDOM, rkv_config_default, 0 },
-    { "rkv+prompt", "R-KV without pooling, prompt pinned", POLICY_CONFIG, unpooled, 1 },
-    { "snapkv+prompt", "SnapKV, prompt pinned", POLICY_CONFIG, rkv_config_snapkv, 1 },
-    { "h2o+prompt", "H2O: summed attention, prompt pinned", POLICY_SUMS, half_recent, 1 },
-    { "random+prompt", "random tokens, prompt pinned", POLICY_RANDOM, rkv_config_default, 1 },
+    { "full", "every token is kept", rkv_config_default, 0 },
+    { "rkv", "R-KV without pooling", unpooled, 0 },
+    { "rkv-pool7", "R-KV, rkv_config_default: as published", rkv_config_default, 0 },
+    { "rkv-paper", "R-KV, rkv_config_paper", rkv_config_paper, 0 },
+    { "rkv-paper-pool1", "R-KV, rkv_config_paper, without pooling", paper_unpooled, 0 },
+    { "rkv-wide", "R-KV, rkv_config_wide", rkv_config_wide, 0 },
+    { "snapkv", "SnapKV, rkv_config_snapkv", rkv_config_snapkv, 0 },
+    { "memory-traces", "rkv_config_memory_traces", rkv_config_memory_traces, 0 },
+    { "memory-prose", "rkv_config_memory_prose", rkv_config_memory_prose, 0 },
+    { "h2o", "H2O, rkv_config_h2o: all queries vote", rkv_config_h2o, 0 },
+    { "triattention", "TriAttention, rkv_config_triattention", rkv_config_triattention, 0 },
+    { "streaming", "StreamingLLM, rkv_config_streaming", rkv_config_streaming, 0 },
+    { "random", "random tokens and the window", random_rows, 0 },
+    { "rkv+prompt", "R-KV without pooling, prompt pinned", unpooled, 1 },
+    { "snapkv+prompt", "SnapKV, prompt pinned", rkv_config_snapkv, 1 },
+    { "memory-traces+prompt", "memory_traces, prompt pinned", rkv_config_memory_traces, 1 },
+    { "memory-prose+prompt", "memory_prose, prompt pinned", rkv_config_memory_prose, 1 },
+    { "h2o+prompt", "H2O, prompt pinned", rkv_config_h2o, 1 },
+    { "triattention+prompt", "TriAttention, prompt pinned", rkv_config_triattention, 1 },
+    { "streaming+prompt", "StreamingLLM, prompt pinned", rkv_config_streaming, 1 },
+    { "random+prompt", "random tokens, prompt pinned", random_rows, 1 },
 };
 enum { N_POLICIES = sizeof policies / sizeof *policies };
 
@@ -55,8 +56,9 @@ int policy_make(policy *out, const char *name, int budget, int buffer)
     for (int i = 0; i < N_POLICIES; i++)
         if (strcmp(policies[i].name, name) == 0) {
             out->name = policies[i].name;
-            out->kind = policies[i].kind;
+            out->keeps_all = i == 0;
             out->config = policies[i].config(budget);
+            if (out->config.policy == RKV_POLICY_H2O) out->config.votes = budget + buffer;
             out->buffer = buffer;
             out->keeps_prompt = policies[i].keeps_prompt;
             return 1;
@@ -67,10 +69,13 @@ int policy_make(policy *out, const char *name, int budget, int buffer)
 policy policy_for_prompt(const policy *p, int n_prompt)
 {
     policy out = *p;
+    rkv_config *c = &out.config;
+    const int left = c->budget - n_prompt;
     if (!p->keeps_prompt) return out;
-    out.config.pinned = n_prompt;
-    if (p->kind == POLICY_SUMS && n_prompt < p->config.budget)
-        out.config.window = (p->config.budget - n_prompt + 1) / 2; /* half of what is left */
+    c->pinned = n_prompt;
+    if (left < 1) return out; /* refused, with a sentence */
+    if (c->policy == RKV_POLICY_H2O) c->window = (left + 1) / 2;
+    if (strncmp(p->name, "streaming", 9) == 0) c->window = left;
     return out;
 }
 

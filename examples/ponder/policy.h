@@ -4,16 +4,9 @@
 
 #include "rkv.h"
 
-typedef enum policy_kind {
-    POLICY_FULL,   /* keeps everything                                                         */
-    POLICY_CONFIG, /* whatever the config says, by rkv_compress                                */
-    POLICY_SUMS,   /* scores are attention summed since each token came, by rkv_select: H2O    */
-    POLICY_RANDOM  /* scores are random numbers, by rkv_select                                 */
-} policy_kind;
-
 typedef struct policy {
     const char *name;
-    policy_kind kind;
+    int keeps_all; /* the full cache                                                        */
     rkv_config config;
     int buffer;       /* tokens between two compressions                                       */
     int keeps_prompt; /* the prompt is never evicted: see policy_for_prompt                    */

@@ -35,7 +35,7 @@ int solve_fits(const model *m)
 solver *solver_create(const model *m, const policy *p, int longest_prompt, int longest,
                       const char **why)
 {
-    const int rows = p->kind == POLICY_FULL ? longest + GRACE : longest_prompt;
+    const int rows = p->keeps_all ? longest + GRACE : longest_prompt;
     solver *s = calloc(1, sizeof *s);
     const policy fitted = policy_for_prompt(p, longest_prompt);
     *why = "out of memory";
