@@ -55,20 +55,17 @@ class Model:
         self.tokenizer = Tokenizer(reader)
 
     def rotation(self, first, n):
-        """cos and sin of positions first, first + 1, ...: [n][rope_dims / 2]. Frequencies as
-        rkv.h has them: rounded to f32, and the angles in double."""
+        """The turns of positions first, first + 1, ... as complex numbers: [n][1][rope_dims / 2].
+        Frequencies as rkv.h has them: rounded to f32, and the angles in double."""
         f = torch.arange(0, self.rope_dims, 2, dtype=torch.float64) / self.rope_dims
         frequency = (self.rope_base ** -f).float().double()
         angle = torch.arange(first, first + n, dtype=torch.float64)[:, None] * frequency
-        return angle.cos().float(), angle.sin().float()
+        return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)[:, None]
 
     def rotate(self, x, rotation):
         """x [stream][token][head][dim], in place; llama's GGUF pairs adjacent numbers."""
-        cos, sin = (r[:, None, :] for r in rotation)
-        a, b = x[..., 0 : self.rope_dims : 2], x[..., 1 : self.rope_dims : 2]
-        turned = a * cos - b * sin
-        b.mul_(cos).add_(a * sin)
-        a.copy_(turned)
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        pairs[..., : self.rope_dims // 2].mul_(rotation)
 
     def linear(self, x, weight):
         return F.linear(x.to(self.type), weight).float()
@@ -90,22 +87,19 @@ class Model:
         mask = torch.full((n, end), float("-inf")).triu(rows + 1).repeat(group, 1)
         hidden = self.embedding[tokens].repeat(streams, 1)
         queries = torch.empty(self.n_layers, streams, self.heads, n, self.dim)
-        n_query, n_kv = self.heads * self.dim, self.kv_heads * self.dim
         for l, w in enumerate(self.layers):
-            qkv = self.linear(self.norm(hidden, w["norm"]), w["qkv"]).view(streams, n, -1)
-            q = qkv[..., :n_query].view(streams, n, self.heads, self.dim)
-            k = qkv[..., n_query : n_query + n_kv].view(streams, n, self.kv_heads, self.dim)
-            v = qkv[..., n_query + n_kv :].view(streams, n, self.kv_heads, self.dim)
-            self.rotate(q, rotation)
-            self.rotate(k, rotation)
-            queries[l] = q.transpose(1, 2)
-            keys[l, :, :, rows:end] = k.transpose(1, 2)
-            values[l, :, :, rows:end] = v.transpose(1, 2)
+            qkv = self.linear(self.norm(hidden, w["norm"]), w["qkv"])
+            qkv = qkv.view(streams, n, -1, self.dim)
+            self.rotate(qkv[:, :, : self.heads + self.kv_heads], rotation)
+            q, k, v = qkv.transpose(1, 2).split([self.heads, self.kv_heads, self.kv_heads], 1)
+            queries[l] = q
+            keys[l, :, :, rows:end] = k
+            values[l, :, :, rows:end] = v
             mixed = F.scaled_dot_product_attention(
                 queries[l].view(streams, self.kv_heads, group * n, self.dim),
                 keys[l, :, :, :end], values[l, :, :, :end], attn_mask=mask)
             mixed = mixed.view(streams, self.heads, n, self.dim)
-            mixed = mixed.transpose(1, 2).reshape(streams * n, n_query)
+            mixed = mixed.transpose(1, 2).reshape(streams * n, self.heads * self.dim)
             hidden = hidden + self.linear(mixed, w["out"])
             x = F.linear(self.norm(hidden, w["ffn_norm"]).to(self.type), w["gate_up"])
             half = x.shape[-1] // 2

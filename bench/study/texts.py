@@ -7,8 +7,10 @@ import pathlib
 import random
 import subprocess
 
-LENGTH = 2048  # tokens of a document
-PROMPT = 64    # tokens of running text that count as its prompt
+LENGTH = 2048         # tokens of a document
+RECALL_LENGTH = 1024  # of one with recall probes: of facts further back small models know little
+PROMPT = 64           # tokens of running text that count as its prompt
+DOCUMENTS = 12        # of each kind and set
 
 # package, version, file, sha256 of the unpacked file (first 16 digits): what the tables were made of
 PROSE = [("developers-reference", "12.18",
@@ -223,7 +225,7 @@ def traces(files, tokenizer, which, n):
 THINGS = """harbour bridge tower garden library station museum market castle chapel factory school
     theatre airport prison hotel bakery forest island valley stadium bank farm mine""".split()
 CLASSES = ("prompt", "middle", "restated")
-EACH = 4  # probes of each class in a document
+EACH = 3  # probes of each class in a document
 
 
 def say(thing, value):
@@ -238,18 +240,19 @@ def ends_of_sentences(tokenizer, tokens):
 
 
 def recall_document(tokenizer, body, seed, name):
-    """Facts in the prompt, facts said once in the first 60 % of the text, facts said there and
-    changed later, and at the end all of them asked for."""
+    """Facts in the prompt, facts said once in the first 60 % of the text, facts said early and
+    changed later, and at the end all of them asked for. The loss counts the text alone."""
     rng = random.Random(seed)
     things = rng.sample(THINGS, 3 * EACH)
     value = {t: rng.randrange(1000, 10000) for t in things}
     of_class = {c: things[i * EACH : (i + 1) * EACH] for i, c in enumerate(CLASSES)}
-    prompt = tokenizer.encode("".join(say(t, value[t]) for t in of_class["prompt"]).strip() + "\n")
+    prompt = tokenizer.encode("Remember these codes." +
+                              "".join(say(t, value[t]) for t in of_class["prompt"]) + "\n")
     asked = [(c, t) for c in CLASSES for t in of_class[c]]
     rng.shuffle(asked)
-    questions, probes = tokenizer.encode("\n\nQuestions and answers.\n"), []
+    questions, probes = tokenizer.encode("\n\n"), []
     for c, t in asked:
-        questions += tokenizer.encode(f"What is the code of the {t}? The code of the {t} is ")
+        questions += tokenizer.encode(f"The code of the {t} is ")
         answer = tokenizer.encode(f"{value[t]}")
         probes.append((c, len(questions), len(questions) + len(answer)))
         questions += answer + tokenizer.encode(".\n")
@@ -258,7 +261,7 @@ def recall_document(tokenizer, body, seed, name):
         inserted.append((rng.uniform(0.05, 0.35), say(t, rng.randrange(1000, 10000))))
         inserted.append((rng.uniform(0.40, 0.75), say(t, value[t])))
     facts = [(at, tokenizer.encode(said)) for at, said in sorted(inserted)]
-    room = LENGTH - len(prompt) - len(questions) - sum(len(f) for _, f in facts)
+    room = RECALL_LENGTH - len(prompt) - len(questions) - sum(len(f) for _, f in facts)
     tokens, scored, last = list(prompt), [False] * len(prompt), 0
     stops = ends_of_sentences(tokenizer, body[:room])
     for at, fact in facts:
@@ -283,6 +286,6 @@ def recall(files, tokenizer, which, n):
 KINDS = {"prose": prose, "code": code, "traces": traces, "recall": recall}
 
 
-def documents(files, tokenizer, which, counts):
-    """counts: how many of each kind. In turns, so that a run cut short has some of each."""
-    return take_turns([KINDS[kind](files, tokenizer, which, n) for kind, n in counts.items()])
+def documents(files, tokenizer, which, kinds, n):
+    """The first n of each kind, in turns, so that a run cut short has some of each."""
+    return take_turns([KINDS[kind](files, tokenizer, which, DOCUMENTS)[:n] for kind in kinds])
