@@ -56,7 +56,7 @@ def full_agrees(model, document, n=512, chunk=64):
     against itself."""
     tokens = torch.tensor(document.tokens[:n])
     one, many = study.Full(model, tokens, n, chunk=n), study.Full(model, tokens, n, chunk=chunk)
-    nll = [F.cross_entropy(model.logits(f.hidden).float()[:-1], tokens[1:]) for f in (one, many)]
+    nll = [F.cross_entropy(model.logits(f.hidden)[:-1], tokens[1:]) for f in (one, many)]
     print(f"# full cache, loss of the first {n} tokens: in one pass {nll[0]:.5f}, "
           f"in chunks {nll[1]:.5f}")
     assert abs(nll[0] - nll[1]) < (1e-4 if model.type == torch.float32 else 1e-2)

@@ -80,9 +80,9 @@ class Judge:
     use the same rounded operands, so that equal hidden states give a KL of 0."""
 
     def __init__(self, model, full, document):
-        self.model, self.full, self.document = model, full, document
+        self.model, self.full = model, full
         self.next = torch.tensor(document.tokens[1:])
-        self.weights = model.head.float() if model.type != torch.float32 else model.head
+        self.weights = model.head.float()
         self.is_answer = torch.zeros(len(document.tokens), dtype=torch.bool)
         for _, begin, end in document.probes:
             self.is_answer[begin:end] = True
@@ -91,31 +91,32 @@ class Judge:
         """Tokens [begin, end) have been read, and say what [begin + 1, end + 1) are."""
         self.begin, self.end = begin, min(end, len(self.next))
         hidden = self.full.hidden[begin : self.end]
-        logits = self.model.logits(hidden).float()
-        self.mean = torch.softmax(logits, -1) @ self.weights  # of the rows of the vocabulary
-        self.nll_full, self.cross_full = self.measure(hidden, logits)
-        self.right_full = self.answers(logits)
+        # KL and cross entropy need the vocabulary's mean row alone: sum of p * logit = h . mean.
+        self.mean = torch.softmax(self.model.logits(hidden), -1) @ self.weights
+        self.nll_full, self.cross_full = self.measure(hidden)
+        self.right_full = self.answers(hidden)
 
-    def measure(self, hidden, logits):
+    def measure(self, hidden):
         """NLL of the next tokens, and the cross entropy with the full cache."""
-        log_sum = torch.logsumexp(logits, -1)
-        rounded = hidden.to(self.model.type).float()
+        log_sum = self.model.log_sums(hidden.flatten(0, -2)).view(hidden.shape[:-1])
+        hidden = hidden.to(self.model.type).float()
         target = self.weights[self.next[self.begin : self.end]]
-        return log_sum - (rounded * target).sum(-1), log_sum - (rounded * self.mean).sum(-1)
+        return log_sum - (hidden * target).sum(-1), log_sum - (hidden * self.mean).sum(-1)
 
-    def answers(self, logits):
+    def answers(self, hidden):
+        """Which tokens of answers have the largest logit; True for all others."""
         asked = self.is_answer[self.begin + 1 : self.end + 1]
-        right = torch.ones(len(asked), dtype=torch.bool)
+        right = torch.ones(hidden.shape[:-1], dtype=torch.bool)
         if asked.any():
-            right[asked] = logits[asked].argmax(-1) == self.next[self.begin : self.end][asked]
+            best = self.model.logits(hidden[..., asked, :]).argmax(-1)
+            right[..., asked] = best == self.next[self.begin : self.end][asked]
         return right
 
     def judge(self, hidden):
-        """(NLL, KL, right) of each of the tokens [begin + 1, end + 1)."""
-        hidden = hidden[: self.end - self.begin]
-        logits = self.model.logits(hidden).float()
-        nll, cross = self.measure(hidden, logits)
-        return nll, cross - self.cross_full, self.answers(logits)
+        """hidden [..., token, width]: (NLL, KL, right) of the tokens [begin + 1, end + 1)."""
+        hidden = hidden[..., : self.end - self.begin, :]
+        nll, cross = self.measure(hidden)
+        return nll, cross - self.cross_full, self.answers(hidden)
 
 
 # ---- One document under all policies ------------------------------------------------------------
@@ -205,18 +206,18 @@ def run_document(lib, model, document, budget, buffer, cells):
     configs = [configure(lib, p, pin, document, budget, buffer) for p, pin in cells]
     batch = Batch(lib, model, full, configs, budget, buffer)
     judge = Judge(model, full, document)
-    parts, full_parts = [[] for _ in cells], []
+    parts, full_parts = [], []
     for at in range(first, len(tokens), buffer):
         hidden = batch.read(tokens[at : at + buffer], at)
         judge.start(at, at + buffer)
         full_parts.append((judge.nll_full, torch.zeros_like(judge.nll_full), judge.right_full))
-        for s in range(len(cells)):
-            parts[s].append(judge.judge(hidden[s]))
-    of_full = summary(document, first, full_parts, None)
-    return [row(document, budget, summary(document, first, p, of_full), of_full) for p in parts]
+        parts.append(judge.judge(hidden))
+    of_full = summary(document, first, full_parts)
+    columns = [torch.cat(column, -1) for column in zip(*parts)]
+    return [row(document, budget, summary(document, first, [of]), of_full) for of in zip(*columns)]
 
 
-def summary(document, first, parts, of_full):
+def summary(document, first, parts):
     """Means over the tokens that count, and which probes are solved."""
     nll, kl, right = (torch.cat(column) for column in zip(*parts))
     counts = torch.tensor(document.scored[first + 1 :])
