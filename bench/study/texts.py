@@ -12,7 +12,7 @@ RECALL_LENGTH = 1024  # of one with recall probes: of facts further back small m
 PROMPT = 64           # tokens of running text that count as its prompt
 DOCUMENTS = 12        # of each kind and set
 
-# package, version, file, sha256 of the unpacked file (first 16 digits): what the tables were made of
+# package, version, file, first digits of the sha256 of the unpacked file: as in the tables
 PROSE = [("developers-reference", "12.18",
           "usr/share/developers-reference/developers-reference.txt.gz", "6e16d3fba905b0ac"),
          ("debian-history", "2.28", "usr/share/doc/debian-history/docs/project-history.en.txt.gz",
@@ -116,7 +116,7 @@ def code(files, tokenizer, which, n):
         modules.append((f"{module}.py-1", pieces(tokenizer.encode(text), LENGTH, 1)[0]))
     header = subprocess.run(["git", "show", HEADER], capture_output=True)
     if header.returncode:
-        raise SystemExit(f"code: git show {HEADER} needs a clone of the repository with its history")
+        raise SystemExit(f"code: git show {HEADER} needs a clone with its history")
     text = header.stdout.decode()
     cut = pieces(tokenizer.encode(text[text.index("#ifdef RKV_IMPLEMENTATION") :]), LENGTH, 0)
     c = [(f"rkv.h-{i}", tokens) for i, tokens in enumerate(cut)]
@@ -135,8 +135,9 @@ NOUNS = """ladder harbour kettle window orchard engine letter bridge lantern gar
     river candle wagon mirror chimney blanket compass violin""".split()
 VERBS = """follows carries forgets answers crosses repairs borrows paints measures hides praises
     lifts ignores finds remembers turns""".split()
-PLACES = """behind the mill, near the station, under the stairs, before the storm, after lunch,
-    beside the canal, without a sound, in the attic, at the market, on the hill""".split(",")
+PLACES = ["behind the mill", "near the station", "under the stairs", "before the storm",
+          "after lunch", "beside the canal", "without a sound", "in the attic", "at the market",
+          "on the hill"]
 
 
 def filler(rng, repeats, seen):
@@ -144,8 +145,8 @@ def filler(rng, repeats, seen):
     if repeats:
         return rng.choice(REPEATED)
     while True:
-        said = (f"The {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)} {rng.choice(VERBS)} the "
-                f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)} {' '.join(rng.choice(PLACES).split())}.")
+        parts = [rng.choice(words) for words in (ADJECTIVES, NOUNS, VERBS, ADJECTIVES, NOUNS)]
+        said = "The {} {} {} the {} {} {}.".format(*parts, rng.choice(PLACES))
         if said not in seen:
             seen.add(said)
             return said
@@ -192,7 +193,8 @@ def trace(tokenizer, seed, repeats):
     that says the result again."""
     rng = random.Random(seed)
     names, values, free, seen = [], {}, variable_names(), set()
-    for _ in range(5):
+    n_given = 5
+    for _ in range(n_given):
         names.append(free.pop(0))
         values[names[-1]] = rng.randrange(10, 60)
     given = ", ".join(f"{v} = {values[v]}" for v in names)
@@ -200,7 +202,7 @@ def trace(tokenizer, seed, repeats):
     text, n_prompt = prompt, len(tokenizer.encode(prompt))
     while len(tokenizer.encode(text)) < LENGTH + 64 and free:
         new = free.pop(0)
-        text += step(rng, names, values, len(names[:5]), new) + "\n"
+        text += step(rng, names, values, n_given, new) + "\n"
         names.append(new)
         if rng.random() < 0.25:
             text += f"Let me verify: {new} = {values[new]}. Yes.\n"
