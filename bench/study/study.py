@@ -266,7 +266,8 @@ def available(lib, names):
 
 
 def tasks(args, lib, documents):
-    """(budget, buffer, document, cells still to be run, their keys)"""
+    """(budget, buffer, document, cells still to be run, their keys); the same list whatever is
+    done, so that parts of it stay disjoint."""
     done = finished(pathlib.Path(args.csv))
     cells = [(p, pin) for pin in (0, 1) for p in available(lib, args.policies.split(","))]
     for size in args.sizes.split(","):
@@ -276,13 +277,13 @@ def tasks(args, lib, documents):
                     document.name, str(budget), str(buffer))
             keys = {cell: base + (cell[0], str(cell[1])) for cell in cells}
             left = [cell for cell in cells if keys[cell] not in done]
-            if left:
-                yield budget, buffer, document, left, keys
+            yield budget, buffer, document, left, keys
 
 
 def run(args, lib, model, documents):
     part, parts = map(int, args.part.split("/"))
-    todo, began = list(tasks(args, lib, documents))[part::parts], time.monotonic()
+    todo = [task for task in list(tasks(args, lib, documents))[part::parts] if task[3]]
+    began = time.monotonic()
     for i, (budget, buffer, document, cells, keys) in enumerate(todo):
         rows = run_document(lib, model, document, budget, buffer, cells)
         append(pathlib.Path(args.csv),
