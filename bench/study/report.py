@@ -176,7 +176,7 @@ def tables(results, name):
 
 # ---- Pictures -----------------------------------------------------------------------------------
 
-LEFT, PANEL, GAP, TOP, LINE = 130, 190, 22, 66, 26
+LEFT, PANEL, GAP, TOP, LINE = 120, 190, 30, 82, 26
 
 
 def picture(results, size):
@@ -185,14 +185,15 @@ def picture(results, size):
     policies = [p for p in NAMES if (p, 0) in results.losses(size, kinds[0])]
     width = LEFT + len(kinds) * (PANEL + GAP)
     height = TOP + LINE * len(policies) + 44
-    title = f"Loss above the full cache's, budget {size[0]}, buffer {size[1]}"
+    title = f"Loss over the full cache, budget {size[0]}, buffer {size[1]}"
     out = [f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' role='img' "
            f"aria-label='{title}' font-family='system-ui,sans-serif' font-size='12' "
            f"fill='#222222' style='max-width:{width}px;width:100%'>",
            f"<rect width='{width}' height='{height}' fill='#ffffff'/>",
            f"<text x='12' y='22' font-weight='600' font-size='15'>{title}</text>",
-           "<text x='12' y='40'>nats a token, 95 % intervals over documents; full dots: nothing "
-           "pinned, hollow: the prompt pinned; cut at twice StreamingLLM's loss</text>"]
+           "<text x='12' y='40'>Nats a token, 95 % intervals over documents, cut at twice the loss "
+           "of StreamingLLM.</text>",
+           "<text x='12' y='56'>Full dots: nothing pinned. Hollow dots: the prompt pinned.</text>"]
     for i, policy in enumerate(policies):
         out.append(f"<text x='{LEFT - 8}' y='{TOP + LINE * i + 17}' text-anchor='end'>"
                    f"{NAMES[policy]}</text>")
@@ -207,8 +208,9 @@ def panel(results, size, kind, policies, left):
     bottom = TOP + LINE * len(policies)
     x = lambda v: left + PANEL * min(max(v, 0), most) / most
     out = [f"<text x='{left}' y='{TOP - 8}' font-weight='600'>{kind}</text>"]
-    for k in range(5):
-        at = most * k / 4
+    tick = next(t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2) if most / t < 6)
+    for k in range(int(most / tick) + 1):
+        at = tick * k
         out.append(f"<line x1='{x(at):.1f}' y1='{TOP}' x2='{x(at):.1f}' y2='{bottom}' "
                    f"stroke='#dddddd'/><text x='{x(at):.1f}' y='{bottom + 16}' "
                    f"text-anchor='middle' font-size='11'>{at:.2f}</text>")

@@ -66,7 +66,8 @@ class Files:
     def fetch(self, package, version, path):
         self.folder.mkdir(parents=True, exist_ok=True)
         print(f"# fetching the Debian package {package} {version}")
-        subprocess.run(["apt-get", "download", "-q", f"{package}={version}"], cwd=self.folder)
+        subprocess.run(["apt-get", "download", "-q", f"{package}={version}"], cwd=self.folder,
+                       capture_output=True)
         for deb in self.folder.glob(f"{package}_*.deb"):
             subprocess.run(["dpkg-deb", "-x", deb, self.folder])
         if not (self.folder / path).exists():
