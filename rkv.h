@@ -53,6 +53,11 @@
  * Redundancy says how similar its key is to the other keys. The best tokens and the newest
  * `window` stay; their rows move to the front of the cache, in place and in order.
  *
+ * Other policies (rkv_policy, presets beside rkv_config_default) score otherwise in the same calls.
+ * Those that remember what earlier rounds saw need a little more in each layer: `state`, `positions`,
+ * `rope`, and before a round `n_new` and `first_query` (examples/memory.c shows all). bench/results
+ * says how they compare.
+ *
  * Do not confuse rows with positions. n_tokens is the number of rows in use; a round lowers it. The
  * length of the sequence only grows; the next rotary position is that length. `positions` tells the
  * true position of each row.
@@ -78,8 +83,10 @@
  *    draft is rejected.
  *  - Compaction writes in place. Rows that another sequence shares must be `pinned` (a shared
  *    prefix), or the layer must not be compressed.
- *  - Pin the prompt where it holds facts that must last (rkv_config.pinned). Evicted facts are
- *    gone.
+ *  - Pin the prompt where it holds facts that must last (rkv_config.pinned): evicted facts are
+ *    gone. On real models that pays where the prompt is at most a quarter of the budget; a larger
+ *    one leaves too few rows to choose. Pins of both kinds, prefix and rows, together with the
+ *    newest `protect` rows may fill the budget, and no more: then nothing is chosen.
  *  - The queries must be those of the newest `window` tokens, all of them, after rotary embedding.
  *  - The buffer (rows beyond the budget) trades memory for fewer rounds, and at tight budgets it
  *    changes quality: a published port reports 65 % on GSM8K with budget 128 and buffer 16, 90 %
@@ -445,8 +452,8 @@ RKV_API const rkv_backend *rkv_backend_find(const char *name);
 /* rkv_workspace_size: bytes that rkv_compress and each of its stages need for these layers. Checks
  * the description as they do, except that data pointers may still be NULL.
  * Never shrinks when n_tokens, n_layers or n_threads grows: size once, for the largest round.
- * Linear in n_tokens: 4 bytes per token and KV head, 4 per row of every kept set, and per worker a
- * scratch as large as one KV head needs.
+ * Linear in n_tokens: 4 bytes per token and KV head (H2O 8, MEMORY 12), 4 per row of every kept
+ * set, and per worker a scratch as large as one KV head needs (MEMORY: its keys as f32, too).
  * backend NULL means rkv_backend_find(NULL), here and below. */
 RKV_API rkv_status rkv_workspace_size(const rkv_backend *backend, const rkv_config *config,
                                       const rkv_layer *layers, int n_layers, size_t *bytes);

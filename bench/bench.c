@@ -255,56 +255,6 @@ static void table_types(bench *b)
             }
 }
 
-/* The policies of one length and type beside R-KV, in turns. */
-static void policies_of(bench *b, rkv_dtype dtype, int n_tokens)
-{
-    enum { N = 9, TURNS = 6 };
-    static const char *const names[N] = { "rkv",           "wide",         "snapkv",
-                                          "memory_traces", "memory_prose", "h2o",
-                                          "triattention",  "streaming",    "random" };
-    const bench_shape shape = shape_of(BENCH_COSINE_07, dtype, n_tokens);
-    const int budget = shape.budget;
-    const rkv_config configs[N] = {
-        rkv_config_default(budget),      rkv_config_wide(budget),
-        rkv_config_snapkv(budget),       rkv_config_memory_traces(budget),
-        rkv_config_memory_prose(budget), rkv_config_h2o(budget),
-        rkv_config_triattention(budget), rkv_config_streaming(budget),
-        rkv_config_random(budget, 1)
-    };
-    bench_job jobs[N];
-    double us[N][2];
-    for (int p = 0; p < N; p++) {
-        bench_job_make_for(&jobs[p], &shape, &configs[p]);
-        us[p][0] = us[p][1] = check(b, &jobs[p], b->best) ? HUGE_VAL : 0;
-    }
-    for (int turn = 0; turn < TURNS; turn++)
-        for (int p = 0; p < N; p++) {
-            const double seconds = b->seconds / (double)TURNS;
-            us[p][0] = fmin(us[p][0], bench_job_time(&jobs[p], b->best, BENCH_SCORE, seconds));
-            us[p][1] = fmin(us[p][1], bench_job_time(&jobs[p], b->best, BENCH_COMPRESS, seconds));
-        }
-    for (int p = 0; p < N; p++) {
-        printf("  %-14s %-5s %6d %12.1f %8.2f %12.1f %8.2f\n", names[p], bench_dtype_name(dtype),
-               n_tokens, us[p][0], us[p][0] / us[0][0], us[p][1], us[p][1] / us[0][1]);
-        jobs[p].name = names[p];
-        csv_line(b, &jobs[p], "score", b->best->name, 1, us[p][0], 0, 0);
-        csv_line(b, &jobs[p], "compress", b->best->name, 1, us[p][1], 0, 0);
-        bench_job_free(&jobs[p]);
-    }
-    fflush(stdout);
-}
-
-static void table_policies(bench *b)
-{
-    static const int lengths[] = { 1152, 4224 };
-    printf("\n# policies, presets as they are, cosine 0.7, 128 new tokens, %s, in turns\n"
-           "# x: beside R-KV as published\n"
-           "# %-14s %-5s %6s %12s %8s %12s %8s\n",
-           b->best->name, "policy", "dtype", "n", "score us", "x", "compress us", "x");
-    for (int k = 0; k < (b->smoke ? 1 : 2); k++)
-        for (int t = 0; t < 2; t++) policies_of(b, dtypes[t], lengths[k]);
-}
-
 /* Keys of a real model, as the golden files have them. */
 static const char *const real_files[][2] = {
     { "real_prose_layer00_f16", "real L0" },
@@ -331,7 +281,7 @@ static void make_real(bench_job *job, const golden *g, int i, rkv_dtype dtype)
     config.window = g->window;
     config.pool = g->pool;
     bench_job_make_from(job, &shape, &config, real_files[i][1], g->round[0].keys,
-                        g->round[0].queries);
+                        g->round[0].queries, g->window);
 }
 
 /* Checks, then times score and compress on the best path. Frees the job. */
@@ -365,6 +315,84 @@ static void table_real(bench *b)
         }
         golden_free(&g);
     }
+}
+
+/* ==== Policies beside R-KV (--policies) ===================================================== */
+
+enum { N_POLICIES = 9 };
+static const char *const policy_names[N_POLICIES] = { "rkv",           "wide",         "snapkv",
+                                                      "memory_traces", "memory_prose", "h2o",
+                                                      "triattention",  "streaming",    "random" };
+
+static rkv_config policy_config(int policy, int budget)
+{
+    switch (policy) {
+    case 1: return rkv_config_wide(budget);
+    case 2: return rkv_config_snapkv(budget);
+    case 3: return rkv_config_memory_traces(budget);
+    case 4: return rkv_config_memory_prose(budget);
+    case 5: return rkv_config_h2o(budget);
+    case 6: return rkv_config_triattention(budget);
+    case 7: return rkv_config_streaming(budget);
+    case 8: return rkv_config_random(budget, 1);
+    default: return rkv_config_default(budget);
+    }
+}
+
+/* Checks all, then times them in turns, so that all see the same neighbours. Frees the jobs. */
+static void time_policies(bench *b, bench_job jobs[N_POLICIES], const char *keys)
+{
+    enum { TURNS = 6 };
+    double us[N_POLICIES][2];
+    for (int p = 0; p < N_POLICIES; p++)
+        us[p][0] = us[p][1] = check(b, &jobs[p], b->best) ? HUGE_VAL : 0;
+    for (int turn = 0; turn < TURNS; turn++)
+        for (int p = 0; p < N_POLICIES; p++) {
+            const double seconds = b->seconds / (double)TURNS;
+            us[p][0] = fmin(us[p][0], bench_job_time(&jobs[p], b->best, BENCH_SCORE, seconds));
+            us[p][1] = fmin(us[p][1], bench_job_time(&jobs[p], b->best, BENCH_COMPRESS, seconds));
+        }
+    for (int p = 0; p < N_POLICIES; p++) {
+        printf("  %-14s %-11s %6d %12.1f %8.2f %12.1f %8.2f\n", policy_names[p], keys,
+               jobs[p].shape.n_tokens, us[p][0], us[p][0] / us[0][0], us[p][1],
+               us[p][1] / us[0][1]);
+        jobs[p].name = policy_names[p];
+        csv_line(b, &jobs[p], "score", b->best->name, 1, us[p][0], 0, 0);
+        csv_line(b, &jobs[p], "compress", b->best->name, 1, us[p][1], 0, 0);
+        bench_job_free(&jobs[p]);
+    }
+    fflush(stdout);
+}
+
+static void table_policies(bench *b)
+{
+    static const int lengths[] = { 1152, 4224 };
+    enum { L15 = 2 };
+    bench_job jobs[N_POLICIES];
+    golden g;
+    printf("\n# policies, presets as they are, f16, 128 new tokens, %s, in turns\n"
+           "# cosine 0.7: 8 kv heads, group 4, d 128; real L15: 3 kv heads, group 3, d 64\n"
+           "# x: beside R-KV as published\n"
+           "# %-14s %-11s %6s %12s %8s %12s %8s\n",
+           b->best->name, "policy", "keys", "n", "score us", "x", "compress us", "x");
+    for (int k = 0; k < (b->smoke ? 1 : 2); k++) {
+        const bench_shape shape = shape_of(BENCH_COSINE_07, RKV_F16, lengths[k]);
+        for (int p = 0; p < N_POLICIES; p++) {
+            const rkv_config config = policy_config(p, shape.budget);
+            bench_job_make_for(&jobs[p], &shape, &config);
+        }
+        time_policies(b, jobs, bench_keys_name(shape.keys));
+    }
+    if (!read_real(&g, L15)) return;
+    for (int p = 0; p < N_POLICIES; p++) {
+        const bench_shape shape = { BENCH_GIVEN, RKV_F16, g.n_tokens, g.budget,
+                                    g.kv_heads,  g.group, g.dim };
+        const rkv_config config = policy_config(p, g.budget);
+        bench_job_make_from(&jobs[p], &shape, &config, real_files[L15][1], g.round[0].keys,
+                            g.round[0].queries, g.window);
+    }
+    time_policies(b, jobs, real_files[L15][1]);
+    golden_free(&g);
 }
 
 /* kv heads, group, head dim of small models and large */

@@ -288,14 +288,18 @@ void bench_job_make(bench_job *run, const bench_shape *s)
 }
 
 void bench_job_make_from(bench_job *run, const bench_shape *s, const rkv_config *config,
-                         const char *name, const float *keys, const float *queries)
+                         const char *name, const float *keys, const float *queries, int n_queries)
 {
-    const size_t n = query_rows(s, config);
-    void *own = alloc_checked(n * row_bytes(query_dtype(s), s->head_dim));
+    const size_t n = query_rows(s, config), row = row_bytes(query_dtype(s), s->head_dim);
+    unsigned char *own = (unsigned char *)alloc_checked(n * row);
+    const size_t votes = (size_t)votes_of(config), given = (size_t)n_queries;
     start_job(run, s, config, name);
     store_rows(run->pristine, stored_as(s), keys, (size_t)s->kv_heads * (size_t)s->n_tokens,
                s->head_dim);
-    store_rows(own, query_dtype(s), queries, n, s->head_dim);
+    for (size_t i = 0; i < n; i++)
+        store_rows(own + i * row, query_dtype(s),
+                   queries + (i / votes * given + i % votes % given) * (size_t)s->head_dim, 1,
+                   s->head_dim);
     make_copies(run, own);
 }
 

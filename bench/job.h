@@ -59,9 +59,10 @@ void bench_job_make(bench_job *job, const bench_shape *shape);
 /* By another policy, or with other options, than the published ones. */
 void bench_job_make_for(bench_job *job, const bench_shape *shape, const rkv_config *config);
 /* From given numbers, rounded to the shape's dtype: keys [kv_heads][n_tokens][head_dim], queries
- * [kv_heads * group][window][head_dim]. The name must outlive the job. */
+ * [kv_heads * group][n_queries][head_dim], over again where more vote. The name must outlive the
+ * job. */
 void bench_job_make_from(bench_job *job, const bench_shape *shape, const rkv_config *config,
-                         const char *name, const float *keys, const float *queries);
+                         const char *name, const float *keys, const float *queries, int n_queries);
 void bench_job_free(bench_job *job);
 void bench_job_run(bench_job *job, const rkv_backend *backend, bench_stage stage, int copy);
 

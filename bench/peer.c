@@ -58,8 +58,8 @@ double peer_compress(const bench_shape *shape, double seconds, int32_t *kept)
     double us;
     config.pool = real.pool;
     if (shape->keys == BENCH_GIVEN)
-        bench_job_make_from(&job, shape, &config, "real", real.round[0].keys,
-                            real.round[0].queries);
+        bench_job_make_from(&job, shape, &config, "real", real.round[0].keys, real.round[0].queries,
+                            real.window);
     else
         bench_job_make(&job, shape);
     us = bench_job_time(&job, NULL, BENCH_COMPRESS, seconds);
