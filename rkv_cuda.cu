@@ -1,15 +1,15 @@
-/* rkv_cuda.cu - the R-KV method of rkv.h on NVIDIA GPUs: the backend "cuda".
+/* rkv_cuda.cu - rkv.h on NVIDIA GPUs: the backend "cuda".
  * SPDX-License-Identifier: MIT OR Unlicense                  (both texts are at the end of rkv.h)
  *
  *  1 Title, map                                          14 Scoring         keys to scores
  *  2 Usage           what an integrator needs to know    15 Similar keys    the search for them
- *  3 Config macros                                       16 Selection       scores to kept set
- *  ---- callers need read no further ----                17 Compaction      moves kept rows
- *  7 Portability     CUDA versions and architectures     19 Checks          of data on the device
- *  8 Helpers         element types, views                21 Memory          for rkv_cache
- *  9 Tiles           64 rows in shared memory            18 Host side       launches, the table
- * 13 Plans           describes layers to the device
- * (The numbers are those of rkv.h. Room 18 comes last because it uses all others.)
+ *  3 Config macros                                       16 Other policies  memory, H2O, ...
+ *  ---- callers need read no further ----                17 Selection       scores to kept set
+ *  7 Portability     CUDA versions and architectures     18 Compaction      moves kept rows
+ *  8 Helpers         element types, views                20 Checks          of data on the device
+ *  9 Tiles           64 rows in shared memory            22 Memory          for rkv_cache
+ * 13 Plans           describes layers to the device      19 Host side       launches, the table
+ * (The numbers are those of rkv.h. Room 19 comes last because it uses all others.)
  *
  * ==== 2. Usage ==============================================================================
  * Compile this file with nvcc: C++14 or later, sm_70 or later, without --use_fast_math, which
@@ -26,36 +26,45 @@
  *     config.device_error = record;                        device memory: what the data breaks
  *     status = rkv_compress(cuda, &config, layers, n_layers, workspace, bytes);
  *
- * Memory     Keys, values, queries, block tables, positions, pins, kept lists, scores, the
- *            workspace and *config.device_error are device memory. config, *config.error and the
- *            layers array are host memory, read during the call only.
+ * Memory     Keys, values, queries, block tables, positions, pins, kept lists, scores, biases, the
+ *            state, query means, rope.frequencies, the workspace and *config.device_error are
+ *            device memory. config, *config.error and the layers array are host memory, read
+ *            during the call only.
  * Streams    `stream` is a cudaStream_t; every call works on it, on the current device. For more
  *            streams make more tables: rkv_cuda_backend fills one in, you own it, and its
  *            `context` is the stream.
  * Graphs     rkv_compress and its stages allocate nothing, synchronise nothing and read nothing
  *            back, so a CUDA graph can capture them. A replay works on what the buffers hold
  *            then, with the sizes and pointers of the capture. All kernels are loaded when the
- *            table is made; no warm-up call is needed.
- * Launches   At most 8 for 28 layers of one shape (250 layers with CUDA 12.1 and later), one more
- *            for every further 28 (250) and for every change of shape, one if there are block
- *            tables or pins, three for each further type of keys (all that are converted: one).
- * Workspace  24 + 4 * window bytes per token and KV head.
- * Counts     n_tokens and n_kept are set when the call returns, before the device has seen the
- *            data. After a fault in the data set n_tokens back: no row has moved.
+ *            table is made; no warm-up call is needed. n_new and first_query are sizes too: a
+ *            graph replays one state of the ring of queries.
+ * Launches   R-KV: at most 8 for 28 layers of one shape (250 layers with CUDA 12.1 and later), one
+ *            more for every further 28 (250) and for every change of shape, one if there are block
+ *            tables, pins or biases, three for each further type of keys (all that are converted:
+ *            one). With biases, a first_query that is not 0, or more votes than the window: one
+ *            more for every 32 layers of one shape. Other policies: at most 10 for 28 such layers.
+ * Workspace  24 + 4 * votes bytes per token and KV head; MEMORY and H2O: 28 + votes * G / 8, where
+ *            G are the query heads per KV head; TRIATTENTION: 24 + 4 * G; others: 24.
+ * Counts     n_tokens, n_kept and n_new are set when the call returns, before the device has seen
+ *            the data. After a fault in the data set n_tokens and n_new back: no row has moved, and
+ *            the state is as it was.
  * Errors     What the host can see is refused at once, and *config.error says why. A fault in the
  *            data (a NaN, an invalid block table or kept list, too many pins) leaves every row,
- *            position, pin, score and list as it was; the record appears in *config.device_error
- *            when the stream has reached that point. Copy it to the host and pass it to
- *            rkv_explain: its `rule` is a pointer to text in host memory. Of several faults it is
- *            the one that the CPU reports.
+ *            position, pin, bias, state, score and list as it was; the record appears in
+ *            *config.device_error when the stream has reached that point. Copy it to the host and
+ *            pass it to rkv_explain: its `rule` is a pointer to text in host memory. Of several
+ *            faults it is the one that the CPU reports.
  *            The record is sticky: while it holds a fault, rkv_select and rkv_compact do nothing,
  *            so all three stages can be queued without a look in between. rkv_score and
  *            rkv_compress reset it. A caller that calls neither sets it to zeros itself, at first
- *            and after every fault.
+ *            and after every fault. rkv_query_means_update writes a fault of its own there if
+ *            there is none yet, and leaves the means as they were.
  * Precision  The same bits in every run: sums whose order is open are integer sums. Similar keys
  *            are decided in the CPU's order of additions, so both find the same ones; scores
  *            agree within 1e-5 of the largest (f16 and bf16 with logits in the hundreds: 2e-5,
- *            since tensor cores truncate when they add).
+ *            since tensor cores truncate when they add). What MEMORY and H2O carry agrees within
+ *            1e-5 too; a rank is exact for what is carried, so where two rows are carried as
+ *            nearly equal, the ranks of MEMORY may be the other way round than on the CPU.
  * Cache      rkv_cache works on this backend. A block table with a negative entry, in views given
  *            to rkv_cache_append, is not reported: those rows are not copied.
  *
@@ -63,7 +72,7 @@
  *            queries of another type than the keys, are converted to f32 on the way into shared
  *            memory, and multiplied without tensor cores.
  *
- * What it does not support (RKV_ERROR_UNSUPPORTED): row loaders, that is, keys or queries to score
+ * What it does not support (RKV_ERROR_UNSUPPORTED): row loaders, that is, keys or queries to read
  * that are RKV_OPAQUE; keys or queries to score of one type, f32, f16 or bf16, that are not aligned
  * to their element size; rows of 2 GB and more; 2^30 queries per KV head; 2^26 KV heads in a call.
  * Values may lie anywhere.
@@ -808,18 +817,37 @@ struct rkvi_moved {
     int tokens_adjacent; /* transposed: adjacent threads take adjacent tokens */
 };
 
-enum { RKVI_KEYS, RKVI_VALUES, RKVI_POSITIONS, RKVI_PINS, RKVI_N_MOVED };
+enum { RKVI_KEYS, RKVI_VALUES, RKVI_POSITIONS, RKVI_PINS, RKVI_BIAS, RKVI_STATE, RKVI_N_MOVED };
+
+/* Votes and rotary embedding of one KV head, for other policies than R-KV, and for its own where
+ * more queries vote than the window has. */
+struct rkvi_more {
+    const float *bias;        /* [n_tokens], or NULL                                           */
+    float *state;             /* [planes][row_stride]                                          */
+    const int32_t *positions; /* [n_tokens], or NULL                                           */
+    const float *means;       /* of all query heads                                            */
+    float *sums;              /* [tiles + 1][voters * group][2]: largest logit and sum of a tile's
+                                 exponentials; behind these the largest of all and 1 / sum     */
+    float *vectors;           /* [group][3][pairs]: what TRIATTENTION multiplies a pair by     */
+    int row_stride, query_heads;
+    int n_new, n_voters;     /* newest rows; tokens that vote                                 */
+    int first_voter;         /* slot of the oldest query that votes                           */
+    int n_rotated, adjacent; /* pairs that are turned, and whether they are of adjacent numbers */
+    float fade;              /* of what was important in earlier rounds                       */
+};
 
 /* All that a kernel must know of one KV head. */
 struct rkvi_job {
     rkvi_moved moved[RKVI_N_MOVED]; /* data NULL: this layer or head has none */
     rkvi_view queries;
     int64_t query_head_stride;
-    float *logits;       /* [window][n_tokens]: logits, then probabilities                     */
+    rkvi_more more;
+    float *logits;       /* [votes][n_tokens]: logits, then probabilities. Other policies: a row
+                            of importance, or of scores for each query head                    */
     float *inv_norm;     /* [n_tokens] 1 / (norm + 1e-8)                                       */
     float *redundancy;   /* [n_tokens] dot with the sum of all unit keys, then mean cosine     */
-    long long *exempt;   /* [n_tokens] exempted entries, fixed point                           */
-    long long *unit_sum; /* [head_dim] sum of the unit keys, fixed point                       */
+    long long *exempt;   /* [n_tokens] exempted entries, fixed point; or rows in order         */
+    long long *unit_sum; /* [head_dim] sum of the unit keys, fixed point; or turns of the pairs */
     int32_t *open_rows;  /* [n_tokens] rows still searching after the near scan                */
     int32_t *open_need;  /* [n_tokens] similar keys that they still need                       */
     float *scores;       /* [n_tokens - window]                                                */
@@ -848,36 +876,63 @@ enum rkvi_fault {
     RKVI_BAD_KEPT_ORDER,
     RKVI_BAD_KEPT_PINNED,
     RKVI_BAD_KEPT_PINS,
+    RKVI_BAD_FREQUENCY, /* from here on: of what rkvi_upload_more describes */
+    RKVI_BAD_BIAS,
+    RKVI_BAD_STATE,
+    RKVI_BAD_MEANS,
     RKVI_N_RULES,
-    RKVI_EARLIER = RKVI_N_RULES /* a stage before this one has failed */
+    RKVI_N_USUAL_RULES = RKVI_BAD_FREQUENCY
 };
 enum { RKVI_NO_ROW = (1 << 30) - 1, RKVI_MAX_JOBS = 1 << 26 };
 #define RKVI_NO_FAULT 0xffffffffffffffffull
+#define RKVI_EARLIER  0ull /* a stage before this one has failed */
 
 /* rules are texts in host memory. Here they are numbers: in a kernel that stores a pointer the
  * compiler no longer sees that rows lie in global memory, and moves them by generic loads. */
 struct rkvi_control {
     unsigned long long fault; /* the least number of all faults found, or RKVI_NO_FAULT */
     uintptr_t rules[RKVI_N_RULES];
+    int policy;
 };
 
 /* A fault as a number: phase (2 bits), job (26), step within the job (2), row (30), fault (4). The
  * CPU checks in this order, so the least number is the fault that it reports. */
-enum { RKVI_PHASE_EARLIER, RKVI_PHASE_PINS, RKVI_PHASE_TABLES, RKVI_PHASE_DATA };
+enum { RKVI_PHASE_CALL, RKVI_PHASE_PINS, RKVI_PHASE_TABLES, RKVI_PHASE_DATA };
+static __device__ int rkvi_step_of(rkvi_fault fault, int policy)
+{
+    const bool with_state = policy >= RKV_POLICY_MEMORY_TRACES && policy <= RKV_POLICY_H2O;
+    switch (fault) {
+    case RKVI_BAD_VALUE_BLOCKS:
+    case RKVI_BAD_KEPT_PINS: return 1;
+    case RKVI_BAD_QUERY_BLOCKS:
+    case RKVI_BAD_LOGITS: return 2;
+    case RKVI_BAD_BIAS: return 3;
+    case RKVI_BAD_KEY: return policy == RKV_POLICY_H2O ? 2 : 1;
+    case RKVI_BAD_QUERY: return policy == RKV_POLICY_H2O ? 1 : with_state ? 2 : 0;
+    default: return 0;
+    }
+}
 static __device__ void rkvi_fault_at(rkvi_control *control, rkvi_fault fault, int job, int row)
 {
     const bool is_table = fault >= RKVI_BAD_KEY_BLOCKS && fault <= RKVI_BAD_QUERY_BLOCKS;
-    const bool is_second =
-        fault == RKVI_BAD_VALUE_BLOCKS || fault == RKVI_BAD_KEY || fault == RKVI_BAD_KEPT_PINS;
-    const bool is_third = fault == RKVI_BAD_QUERY_BLOCKS || fault == RKVI_BAD_LOGITS;
-    const unsigned long long phase = fault == RKVI_EARLIER    ? RKVI_PHASE_EARLIER
-                                     : fault == RKVI_BAD_PINS ? RKVI_PHASE_PINS
-                                     : is_table               ? RKVI_PHASE_TABLES
-                                                              : RKVI_PHASE_DATA;
-    const unsigned long long step = is_third ? 2 : is_second ? 1 : 0;
+    const unsigned long long phase = fault == RKVI_BAD_FREQUENCY ? RKVI_PHASE_CALL
+                                     : fault == RKVI_BAD_PINS    ? RKVI_PHASE_PINS
+                                     : is_table                  ? RKVI_PHASE_TABLES
+                                                                 : RKVI_PHASE_DATA;
+    const unsigned long long step =
+        static_cast<unsigned long long>(rkvi_step_of(fault, control->policy));
     atomicMin(&control->fault, phase << 62 | static_cast<unsigned long long>(job) << 36 |
                                    step << 34 | static_cast<unsigned long long>(row) << 4 |
                                    static_cast<unsigned>(fault));
+}
+
+/* Floats that a policy carries of a row. */
+static __host__ __device__ int rkvi_planes_of(const rkv_config &config)
+{
+    if (config.policy == RKV_POLICY_H2O) return 1;
+    return config.policy == RKV_POLICY_MEMORY_TRACES || config.policy == RKV_POLICY_MEMORY_PROSE
+               ? 2
+               : 0;
 }
 
 struct rkvi_args {
@@ -886,12 +941,15 @@ struct rkvi_args {
     rkvi_control *control;
     int *open_count; /* [n_jobs] */
     int n_jobs;
-    int items;      /* per job; each kernel says what an item is   */
-    int checks;     /* of rkvi_check; 0: it is not launched        */
-    int scoring;    /* this call scores: it resets the record      */
-    int importance; /* lambda > 0: queries are read                */
-    int redundancy; /* lambda < 1                                  */
-    int select_too; /* the score kernel also selects               */
+    int items;       /* per job; each kernel says what an item is   */
+    int checks;      /* of rkvi_check; 0: it is not launched        */
+    int votes;       /* queries of a query head                     */
+    int logit_rows;  /* of rkvi_job.logits                          */
+    bool scoring;    /* this call scores: it resets the record      */
+    bool importance; /* queries are read: by R-KV with lambda > 0   */
+    bool redundancy; /* lambda < 1                                  */
+    bool select_too; /* the score kernel also selects               */
+    bool folds;      /* rkvi_vote: the second pass                  */
 };
 
 static __device__ __forceinline__ bool rkvi_has_fault(const rkvi_args &args)
@@ -929,6 +987,14 @@ static __device__ __forceinline__ int rkvi_span(const rkvi_args &args, const rkv
     return job.n_tokens - (args.config.variant == RKV_PUBLISHED ? 0 : args.config.window);
 }
 
+/* The slot of voter number `voter`, counted from the oldest, in the ring of queries. */
+static __device__ __forceinline__ int rkvi_slot(const rkvi_args &args, const rkvi_job &job,
+                                                int voter)
+{
+    const int slot = job.more.first_voter + voter;
+    return slot < args.votes ? slot : slot - args.votes;
+}
+
 /* Writes the fault, if there is one, to *config.device_error. */
 static __device__ void rkvi_report(const rkvi_args &args)
 {
@@ -937,17 +1003,24 @@ static __device__ void rkvi_report(const rkvi_args &args)
     if (blockIdx.x != 0 || threadIdx.x != 0 || !record || least == RKVI_NO_FAULT) return;
     const int fault = static_cast<int>(least & 15),
               row = static_cast<int>(least >> 4 & RKVI_NO_ROW);
-    if (fault == RKVI_EARLIER) return;
+    if (least == RKVI_EARLIER) return;
     const rkvi_job &job = args.jobs[least >> 36 & (RKVI_MAX_JOBS - 1)];
-    const bool is_nonfinite = fault >= RKVI_BAD_QUERY && fault <= RKVI_BAD_SCORE;
-    const bool is_table = fault >= RKVI_BAD_KEY_BLOCKS && fault <= RKVI_BAD_QUERY_BLOCKS;
-    const bool is_query = fault == RKVI_BAD_QUERY;
-    const int window = args.config.window;
+    const bool is_nonfinite =
+        (fault >= RKVI_BAD_QUERY && fault <= RKVI_BAD_SCORE) || fault >= RKVI_BAD_BIAS;
+    const bool of_layer = (fault >= RKVI_BAD_KEY_BLOCKS && fault <= RKVI_BAD_QUERY_BLOCKS) ||
+                          fault == RKVI_BAD_FREQUENCY;
+    const bool is_query = fault == RKVI_BAD_QUERY, is_means = fault == RKVI_BAD_MEANS;
+    const int first_head = job.head * job.group;
     memcpy(&record->rule, &args.control->rules[fault], sizeof record->rule);
     record->status = is_nonfinite ? RKV_ERROR_NONFINITE : RKV_ERROR_ARGUMENT;
     record->layer = job.layer;
-    record->head = is_table ? -1 : is_query ? job.head * job.group + row / window : job.head;
-    record->token = row == RKVI_NO_ROW ? -1 : is_query ? row % window : row;
+    record->head = of_layer   ? -1
+                   : is_query ? first_head + row / args.votes
+                   : is_means ? first_head + row
+                              : job.head;
+    record->token = row == RKVI_NO_ROW || is_means ? -1
+                    : is_query                     ? rkvi_slot(args, job, row % args.votes)
+                                                   : row;
 }
 
 /* ---- What the host describes ---------------------------------------------------------------- */
@@ -984,7 +1057,7 @@ struct rkvi_upload_head {
     rkvi_args args;
     rkvi_arrays arrays;
     rkvi_shape shape;
-    uintptr_t rules[RKVI_N_RULES];
+    uintptr_t rules[RKVI_N_USUAL_RULES];
     int64_t first_dim; /* of the first entry, in unit_sum */
     int n_entries, is_first;
 };
@@ -998,6 +1071,7 @@ enum {
     RKVI_FEW_ENTRIES = rkvi_entries_in(4096), /* enough for most models: the driver copies all */
     RKVI_UPLOAD_THREADS = 128
 };
+static_assert(RKVI_FEW_ENTRIES >= 28, "a model of 28 layers takes one small upload");
 template <int N> struct rkvi_upload_args {
     rkvi_upload_head head;
     rkvi_entry entries[N];
@@ -1044,7 +1118,7 @@ static __device__ void rkvi_describe_buffers(const rkvi_upload_head &head, const
     job->exempt = arrays.exempt + at;
     job->unit_sum = arrays.unit_sum + head.first_dim +
                     static_cast<int64_t>(entry.first_job - first_job + h) * head.shape.head_dim;
-    job->logits = arrays.logits + at * config.window;
+    job->logits = arrays.logits + at * head.args.logit_rows;
     job->inv_norm = arrays.inv_norm + at;
     job->redundancy = arrays.redundancy + at;
     job->open_rows = arrays.open_rows + at;
@@ -1093,6 +1167,9 @@ static __device__ void rkvi_describe(const rkvi_upload_head &head, const rkvi_en
                   head.args.config.budget > head.args.config.protect + head.args.config.pinned;
     job->set_first = per_head ? entry.first_job + h : entry.set_job;
     job->set_jobs = per_head ? 1 : entry.set_jobs;
+    job->moved[RKVI_BIAS].rows.data = job->moved[RKVI_STATE].rows.data = NULL;
+    job->more.bias = NULL;
+    job->more.first_voter = 0;
 }
 
 /* One block per layer: writes its jobs and clears their sums. */
@@ -1107,10 +1184,11 @@ static __global__ void __launch_bounds__(RKVI_UPLOAD_THREADS)
         const rkv_error none = { NULL, RKV_OK, -1, -1, -1 };
         const bool earlier = record && !head.args.scoring && record->status != RKV_OK;
         head.args.control->fault = RKVI_NO_FAULT;
-        if (earlier) rkvi_fault_at(head.args.control, RKVI_EARLIER, 0, RKVI_NO_ROW);
+        if (earlier) head.args.control->fault = RKVI_EARLIER;
+        head.args.control->policy = head.args.config.policy;
         if (record && head.args.scoring) *record = none;
     }
-    if (head.is_first && blockIdx.x == 0 && thread < RKVI_N_RULES)
+    if (head.is_first && blockIdx.x == 0 && thread < RKVI_N_USUAL_RULES)
         head.args.control->rules[thread] = head.rules[thread];
     const int64_t n = static_cast<int64_t>(head.shape.heads) * head.shape.head_dim;
     for (int e = static_cast<int>(blockIdx.x); e < head.n_entries;
@@ -1125,6 +1203,108 @@ static __global__ void __launch_bounds__(RKVI_UPLOAD_THREADS)
             head.args.open_count[entry.first_job + h] = 0;
         }
         for (int64_t i = thread; i < n; i += RKVI_UPLOAD_THREADS) unit_sum[i] = 0;
+    }
+}
+
+/* ---- What else the host describes, where other policies or a bias want it -------------------- */
+
+enum { RKVI_MAX_POWERS = 30 };
+struct rkvi_rope {
+    /* powers[k] = base^(-2^(k + 1) / dims): the frequency of pair f is the product of those whose
+     * bits are set in f. */
+    double powers[RKVI_MAX_POWERS];
+    const float *frequencies; /* instead */
+    int n_rotated, adjacent;
+};
+struct rkvi_more_entry {
+    float *bias, *state;
+    int32_t *positions;
+    const float *means;
+    int64_t first_sum;    /* in sums, of pairs of numbers */
+    int64_t first_vector; /* in vectors                   */
+    int first_job, n_new, first_query;
+    float fade;
+};
+enum { RKVI_MORE_ENTRIES = 32 };
+struct rkvi_more_args {
+    rkvi_args args;
+    rkvi_rope rope;
+    uintptr_t rules[RKVI_N_RULES - RKVI_N_USUAL_RULES];
+    float *sums, *vectors; /* of all heads */
+    int max_group;         /* sums and vectors have room for so many query heads per KV head */
+    int n_entries, planes, head_dim, heads, row_stride, n_queries;
+    rkvi_more_entry entries[RKVI_MORE_ENTRIES];
+};
+static_assert(sizeof(rkvi_more_args) <= 4096, "too many kernel parameters");
+
+static __host__ __device__ int rkvi_n_pairs(int head_dim)
+{
+    return (head_dim + 1) / 2;
+}
+
+/* The planes of the state of a head are what a row of another tensor has as elements. */
+static __device__ void rkvi_describe_more(const rkvi_more_args &up, const rkvi_more_entry &entry,
+                                          int h, rkvi_job *job)
+{
+    const int64_t at = static_cast<int64_t>(h) * up.row_stride;
+    const int64_t n_tiles = (job->n_tokens - 1) / RKVI_TILE + 1, votes = up.args.votes;
+    const rkvi_strides of_bias = { static_cast<int64_t>(up.row_stride) * 4, 4, 4, 0, 0, 4, 1 };
+    const rkvi_strides of_state = { of_bias.head * up.planes, 4, of_bias.head, 0, 0, 4, up.planes };
+    rkvi_more *more = &job->more;
+    char *bias = reinterpret_cast<char *>(entry.bias),
+         *state = reinterpret_cast<char *>(entry.state);
+    job->moved[RKVI_BIAS] = rkvi_moved_of(rkvi_view_of(bias, NULL, of_bias, h), of_bias, 4);
+    job->moved[RKVI_STATE] = rkvi_moved_of(rkvi_view_of(state, NULL, of_state, h), of_state, 4);
+    more->bias = entry.bias ? entry.bias + at : NULL;
+    more->state = entry.state ? entry.state + at * up.planes : NULL;
+    more->positions = entry.positions;
+    if (entry.positions && up.args.config.scope == RKV_PER_HEAD) more->positions += at;
+    more->means = entry.means;
+    more->sums = up.sums + 2 * (entry.first_sum + h * (n_tiles + 1) * votes * up.max_group);
+    more->vectors = up.vectors + entry.first_vector +
+                    static_cast<int64_t>(h) * 3 * rkvi_n_pairs(up.head_dim) * up.max_group;
+    more->row_stride = up.row_stride;
+    more->query_heads = up.n_queries;
+    more->n_new = entry.n_new;
+    more->n_voters = static_cast<int>(votes);
+    if (up.planes > 0 && entry.n_new < votes) more->n_voters = entry.n_new;
+    more->first_voter = static_cast<int>((entry.first_query + votes - more->n_voters) % votes);
+    more->n_rotated = up.rope.n_rotated;
+    more->adjacent = up.rope.adjacent;
+    more->fade = entry.fade;
+}
+
+/* 2^64 for a revolution per token; false where the frequency is out of range. */
+static __device__ bool rkvi_turns_of(const rkvi_rope &rope, int pair, unsigned long long *turns)
+{
+    const double per_radian = 18446744073709551616.0 / 6.283185307179586476925;
+    double product = 1;
+    for (int k = 0; pair >> k; k++)
+        if (pair >> k & 1) product *= rope.powers[k];
+    const float frequency = rope.frequencies ? rope.frequencies[pair] : static_cast<float>(product);
+    *turns = 0;
+    if (!(frequency >= 0 && frequency <= 4)) return false;
+    *turns = static_cast<unsigned long long>(static_cast<double>(frequency) * per_radian);
+    return true;
+}
+
+/* One block per layer. Turns of pairs that are not turned are 0. */
+static __global__ void __launch_bounds__(RKVI_UPLOAD_THREADS)
+    rkvi_upload_more(const RKVI_GRID_CONSTANT rkvi_more_args up)
+{
+    const int n_pairs = rkvi_n_pairs(up.head_dim), thread = static_cast<int>(threadIdx.x);
+    if (blockIdx.x == 0 && thread < RKVI_N_RULES - RKVI_N_USUAL_RULES)
+        up.args.control->rules[RKVI_N_USUAL_RULES + thread] = up.rules[thread];
+    for (int e = static_cast<int>(blockIdx.x); e < up.n_entries; e += static_cast<int>(gridDim.x)) {
+        rkvi_job *jobs = up.args.jobs + up.entries[e].first_job;
+        for (int h = thread; h < up.heads; h += RKVI_UPLOAD_THREADS)
+            rkvi_describe_more(up, up.entries[e], h, &jobs[h]);
+        for (int p = thread; p < n_pairs; p += RKVI_UPLOAD_THREADS) {
+            unsigned long long turns = 0;
+            if (p < up.rope.n_rotated && !rkvi_turns_of(up.rope, p, &turns) && jobs[0].scored)
+                rkvi_fault_at(up.args.control, RKVI_BAD_FREQUENCY, up.entries[e].first_job, p);
+            for (int h = 0; h < up.heads; h++) jobs[h].unit_sum[p] = static_cast<long long>(turns);
+        }
     }
 }
 
@@ -1249,16 +1429,16 @@ static __device__ void rkvi_key_norms(const rkvi_args &args, const rkvi_job &job
     __syncthreads();
 }
 
-/* Row pointers of the queries [first, first + 64) of a head, in the order [window][group]. */
-static __device__ void rkvi_query_rows(const rkvi_job &job, int n_queries, int first,
-                                       const char **rows)
+/* Row pointers of the queries [first, first + 64) of a head, in the order [voter][group]. */
+static __device__ void rkvi_query_rows(const rkvi_args &args, const rkvi_job &job, int n_queries,
+                                       int first, const char **rows)
 {
 #pragma unroll 1
     for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
         const int query = first + r < n_queries ? first + r : n_queries - 1;
-        const int token = query / job.group;
-        rows[r] =
-            rkvi_row(job.queries, token) + (query - token * job.group) * job.query_head_stride;
+        const int voter = query / job.group;
+        rows[r] = rkvi_row(job.queries, rkvi_slot(args, job, voter)) +
+                  (query - voter * job.group) * job.query_head_stride;
     }
 }
 
@@ -1268,14 +1448,14 @@ static __device__ void rkvi_check_queries(const rkvi_args &args, const rkvi_job 
 {
     for (int first = 0; first < n_queries; first += RKVI_TILE) {
         float squares[2];
-        rkvi_query_rows(job, n_queries, first, s.a_rows);
+        rkvi_query_rows(args, job, n_queries, first, s.a_rows);
         rkvi_square_norms<T>(s, job.head_dim, job.query_load, 0, 0, squares);
         for (int half = 0; half < 2; half++) {
             const int query = first + rkvi_quad_row() + 32 * half;
-            const int in_group = query % job.group, token = query / job.group;
+            const int in_group = query % job.group, voter = query / job.group;
             if (query < n_queries && rkvi_square_is_bad(squares[half]))
                 rkvi_fault_at(args.control, RKVI_BAD_QUERY, job_index,
-                              in_group * args.config.window + token);
+                              in_group * args.votes + voter);
         }
     }
 }
@@ -1340,6 +1520,16 @@ static __device__ __forceinline__ float rkvi_fold(const float *dots, int n, floa
     return fold;
 }
 
+/* Candidates that a voter's query looks at: those up to its own token. */
+static __device__ __forceinline__ int rkvi_seen(const rkvi_args &args, const rkvi_job &job,
+                                                int voter)
+{
+    const int n = job.n_tokens - args.config.window;
+    if (args.votes <= args.config.window) return n;
+    const int seen = job.n_tokens - args.votes + voter + 1;
+    return seen < n ? seen : n;
+}
+
 /* Takes the maximum over the group of 64 queries' dots, dots[query][key], into the logits of the
  * window's tokens. A thread has one key and every other token. It copies what it needs of the job
  * before the loop, since the compiler must assume that storing a logit changes the job. */
@@ -1363,7 +1553,7 @@ static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &jo
         if (softcap > 0) rkvi_softcap(own, n, scale, softcap);
         const float factor = softcap > 0 ? 1.0f : scale;
         fold = rkvi_fold(own, n, factor, fold);
-        if (!(fabsf(fold) <= FLT_MAX))
+        if (!(fabsf(fold) <= FLT_MAX) && j < rkvi_seen(args, job, group_begin / group))
             rkvi_fault_at(args.control, RKVI_BAD_LOGITS, job_index, RKVI_NO_ROW);
         *logit = fold;
         logit += static_cast<int64_t>(step) * n_tokens;
@@ -1385,7 +1575,7 @@ static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, i
             if (n_chunks > 1 || first > 0)
                 rkvi_stage<T>(s.a, s.a_rows, RKVI_TILE, job.head_dim, chunk, job.key_load);
             if (*staged != wanted) {
-                rkvi_query_rows(job, n_queries, first, s.b_rows);
+                rkvi_query_rows(args, job, n_queries, first, s.b_rows);
                 rkvi_stage<T>(s.b, s.b_rows, (n_blocks + 1) / 2 * 16, job.head_dim, chunk,
                               job.query_load);
                 *staged = wanted;
@@ -1406,6 +1596,18 @@ static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, i
     }
 }
 
+/* Row pointers of a tile of keys. */
+static __device__ __forceinline__ void rkvi_key_rows(const rkvi_job &job, int tile,
+                                                     const char **rows)
+{
+#pragma unroll 1
+    for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
+        const int token = tile * RKVI_TILE + r;
+        rows[r] =
+            rkvi_row(job.moved[RKVI_KEYS].rows, token < job.n_tokens ? token : job.n_tokens - 1);
+    }
+}
+
 template <typename T>
 static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
     rkvi_attend(const rkvi_args args)
@@ -1417,23 +1619,18 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
         const rkvi_item at = rkvi_item_at(args, item);
         const int job_index = at.job;
         const rkvi_job &job = args.jobs[job_index];
-        const int n_queries = args.importance ? args.config.window * job.group : 0;
+        const int n_queries = args.importance ? args.votes * job.group : 0;
         const bool one_chunk = rkvi_chunks<T>(job.head_dim) == 1;
         int staged = -1;
         if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
         if (at.part == 0) rkvi_check_queries<T>(args, job, job_index, n_queries, s);
         const int n_tiles = (job.n_tokens - 1) / RKVI_TILE + 1;
         for (int tile = at.part; tile < n_tiles; tile += args.items) {
-#pragma unroll 1
-            for (int r = static_cast<int>(threadIdx.x); r < RKVI_TILE; r += RKVI_TILE_THREADS) {
-                const int token = tile * RKVI_TILE + r;
-                s.a_rows[r] = rkvi_row(job.moved[RKVI_KEYS].rows,
-                                       token < job.n_tokens ? token : job.n_tokens - 1);
-            }
+            rkvi_key_rows(job, tile, s.a_rows);
             const int first_queries = n_queries < RKVI_TILE ? n_queries : RKVI_TILE;
             const bool with_queries = staged < 0 && n_queries > 0 && one_chunk;
             if (with_queries) {
-                rkvi_query_rows(job, n_queries, 0, s.b_rows);
+                rkvi_query_rows(args, job, n_queries, 0, s.b_rows);
                 staged = 0;
             }
             rkvi_key_norms<T>(args, job, job_index, tile, with_queries ? first_queries : 0, s);
@@ -1548,12 +1745,14 @@ struct rkvi_head_memory {
     unsigned digit, wanted, ties;
 };
 
-/* Logits to probabilities, in place. A warp takes a part of the row of one window token. */
+/* Logits to probabilities, in place; 0 for what a query does not see. A warp takes a part of the
+ * row of one query. */
+template <bool PLAIN>
 static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_job &job,
                                               rkvi_head_memory &s)
 {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    const int n_rows = args.config.window, n = job.n_tokens - n_rows;
+    const int n_rows = args.votes, n = job.n_tokens - args.config.window;
     const int at_once = n_rows < RKVI_HEAD_WARPS ? n_rows : RKVI_HEAD_WARPS;
     const int parts = RKVI_HEAD_WARPS / at_once, part = warp / at_once;
     const int begin = static_cast<int>(static_cast<int64_t>(n) * part / parts);
@@ -1562,20 +1761,24 @@ static __device__ void rkvi_attention_weights(const rkvi_args &args, const rkvi_
         const int row = first + warp % at_once;
         const bool busy = part < parts && row < n_rows;
         float *values = job.logits + static_cast<int64_t>(busy ? row : 0) * job.n_tokens;
+        const int n_seen = PLAIN ? n : rkvi_seen(args, job, busy ? row : 0);
+        const int last = PLAIN || end < n_seen ? end : n_seen;
         rkvi_softmax whole = rkvi_softmax_of_none();
-        if (busy) whole = rkvi_softmax_of(values, begin + lane, end, 32);
+        if (busy) whole = rkvi_softmax_of(values, begin + lane, last, 32);
         whole = rkvi_merge_warp(whole);
         if (lane == 0) s.warp[warp] = whole;
         __syncthreads();
         whole = s.warp[warp % at_once];
         for (int p = 1; p < parts; p++)
             whole = rkvi_merge(whole, s.warp[p * at_once + warp % at_once]);
-        if (busy) rkvi_to_probabilities(values, begin + lane, end, 32, whole);
+        if (busy) rkvi_to_probabilities(values, begin + lane, last, 32, whole);
+        for (int j = (begin > n_seen ? begin : n_seen) + lane; !PLAIN && busy && j < end; j += 32)
+            values[j] = 0.0f;
         __syncthreads();
     }
 }
 
-/* Mean over the window's rows, into the first of them. RKV_PUBLISHED: before max pooling. */
+/* Mean over the queries' rows, into the first of them. RKV_PUBLISHED: before max pooling. */
 static __device__ void rkvi_mean_weights(const rkvi_args &args, const rkvi_job &job)
 {
     const int n_tokens = job.n_tokens, n = n_tokens - args.config.window;
@@ -1584,17 +1787,33 @@ static __device__ void rkvi_mean_weights(const rkvi_args &args, const rkvi_job &
          first += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
         float sum[RKVI_AT_ONCE] = { 0 }, x[RKVI_AT_ONCE];
 #pragma unroll 2
-        for (int row = 0; row < args.config.window; row++) {
+        for (int row = 0; row < args.votes; row++) {
             const float *values = logits + static_cast<int64_t>(row) * n_tokens;
             rkvi_load_each(x, values, first, n, RKVI_HEAD_THREADS, 0.0f);
 #pragma unroll
             for (int u = 0; u < RKVI_AT_ONCE; u++) sum[u] += x[u];
         }
 #pragma unroll
-        for (int u = 0; u < RKVI_AT_ONCE; u++) sum[u] /= static_cast<float>(args.config.window);
+        for (int u = 0; u < RKVI_AT_ONCE; u++) sum[u] /= static_cast<float>(args.votes);
         rkvi_store_each(logits, first, n, RKVI_HEAD_THREADS, sum);
     }
     __syncthreads();
+}
+
+/* sum[u] += the mean of row over the pooling range of token first + u * RKVI_HEAD_THREADS; what
+ * lies outside counts as 0. */
+static __device__ void rkvi_add_mean_pooled(const rkvi_args &args, const float *row, int first,
+                                            int n, float *sum)
+{
+    const int below = args.config.pool / 2, above = (args.config.pool - 1) / 2;
+    for (int u = 0; u < RKVI_AT_ONCE; u++) {
+        const int j = first + u * RKVI_HEAD_THREADS;
+        const int begin = j - below < 0 ? 0 : j - below,
+                  end = above < n - 1 - j ? j + above : n - 1;
+        float all = 0;
+        for (int at = begin; at <= end; at++) all += row[at];
+        sum[u] += all / static_cast<float>(args.config.pool);
+    }
 }
 
 /* sum[u] += the maximum of row over the pooling range of token first + u * RKVI_HEAD_THREADS.
@@ -1618,16 +1837,22 @@ static __device__ void rkvi_add_pooled(const rkvi_args &args, const float *row, 
 #pragma unroll
     for (int u = 0; u < RKVI_AT_ONCE; u++) sum[u] += largest[u];
 }
+template <bool PLAIN>
 static __device__ void rkvi_importance(const rkvi_args &args, const float *logits, int n_tokens,
                                        int first, float *importance)
 {
     const int n = n_tokens - args.config.window;
     const bool mean_first = args.config.variant == RKV_PUBLISHED;
-    const int n_rows = mean_first ? 1 : args.config.window;
+    const int n_rows = mean_first ? 1 : args.votes;
 #pragma unroll
     for (int u = 0; u < RKVI_AT_ONCE; u++) importance[u] = 0;
-    for (int row = 0; row < n_rows; row++)
-        rkvi_add_pooled(args, logits + static_cast<int64_t>(row) * n_tokens, first, n, importance);
+    for (int row = 0; row < n_rows; row++) {
+        const float *values = logits + static_cast<int64_t>(row) * n_tokens;
+        if (!PLAIN && args.config.mean_pool)
+            rkvi_add_mean_pooled(args, values, first, n, importance);
+        else
+            rkvi_add_pooled(args, values, first, n, importance);
+    }
 #pragma unroll
     for (int u = 0; u < RKVI_AT_ONCE; u++) importance[u] /= static_cast<float>(n_rows);
 }
@@ -1672,6 +1897,7 @@ static __device__ rkvi_softmax rkvi_mean_cosines(const rkvi_args &args, const rk
     return rkvi_merge_warp(lane < RKVI_HEAD_WARPS ? s.warp[lane] : none);
 }
 
+template <bool PLAIN>
 static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &job,
                                        rkvi_head_memory &s)
 {
@@ -1679,22 +1905,27 @@ static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &jo
     const int n_tokens = job.n_tokens, n = n_tokens - args.config.window;
     rkvi_softmax whole = { 0.0f, 1.0f };
     if (args.importance) {
-        rkvi_attention_weights(args, job, s);
+        rkvi_attention_weights<PLAIN>(args, job, s);
         if (args.config.variant == RKV_PUBLISHED) rkvi_mean_weights(args, job);
     }
     if (args.redundancy) whole = rkvi_mean_cosines(args, job, s);
     const float share = (1.0f - lambda) / whole.sum;
-    const float *logits = job.logits, *redundancy = job.redundancy;
+    const float *logits = job.logits, *redundancy = job.redundancy, *bias = job.more.bias;
     float *scores = job.scores;
     for (int first = static_cast<int>(threadIdx.x); first < n;
          first += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
         float score[RKVI_AT_ONCE] = { 0 }, mean[RKVI_AT_ONCE];
-        if (args.importance) rkvi_importance(args, logits, n_tokens, first, score);
+        if (args.importance) rkvi_importance<PLAIN>(args, logits, n_tokens, first, score);
         if (args.redundancy) rkvi_load_each(mean, redundancy, first, n, RKVI_HEAD_THREADS, 0.0f);
 #pragma unroll
         for (int u = 0; u < RKVI_AT_ONCE; u++) {
             if (args.importance) score[u] *= lambda;
             if (args.redundancy) score[u] -= share * __expf(mean[u] - whole.largest);
+        }
+        if (!PLAIN && bias) {
+            rkvi_load_each(mean, bias, first, n, RKVI_HEAD_THREADS, 0.0f);
+#pragma unroll
+            for (int u = 0; u < RKVI_AT_ONCE; u++) score[u] += mean[u];
         }
         rkvi_store_each(scores, first, n, RKVI_HEAD_THREADS, score);
     }
@@ -1702,8 +1933,10 @@ static __device__ void rkvi_score_head(const rkvi_args &args, const rkvi_job &jo
 }
 
 static __device__ void rkvi_select_set(const rkvi_args &args, const rkvi_job &job,
-                                       rkvi_head_memory &s); /* room 16 */
+                                       rkvi_head_memory &s); /* room 17 */
 
+/* PLAIN: no more votes than the window, max pooling, no biases. */
+template <bool PLAIN>
 static __global__ void __launch_bounds__(RKVI_HEAD_THREADS, RKVI_SM_THREADS / RKVI_HEAD_THREADS)
     rkvi_score(const rkvi_args args)
 {
@@ -1712,7 +1945,7 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS, RKVI_SM_THREADS / RK
     if (rkvi_has_fault(args)) return;
     for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
         const rkvi_job &job = args.jobs[i];
-        if (job.scored) rkvi_score_head(args, job, s);
+        if (job.scored) rkvi_score_head<PLAIN>(args, job, s);
         if (args.select_too) rkvi_select_set(args, job, s);
     }
 }
@@ -2225,7 +2458,825 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_FAR_BLOCKS)
     rkvi_scan<T>(args, true);
 }
 
-/* ==== 16. Selection =========================================================================
+/* ==== 16. Other policies ====================================================================
+ * In: a head's keys, queries, carried state or query means.  Out: a score for each candidate, and
+ * the state after this round. Formulas: rkv_policy.
+ * rkvi_vote     keys and queries to importance, in two passes: what a query gives all keys must be
+ *               known before what it gives one. The dots are computed twice, not stored.
+ * rkvi_prepare  between the passes, and before rkvi_expect
+ * rkvi_compare  keys before rotary embedding with the new ones: the similarity to later keys
+ * rkvi_expect   keys with expected queries
+ * rkvi_rate     all of that to scores; the only one that writes the caller's state */
+
+/* ---- Votes: an item is every args.items-th tile of 64 keys of one head ----------------------- */
+
+/* inv_norm of a tile's keys, and faults. */
+template <typename T>
+static __device__ void rkvi_vote_norms(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                       int tile, rkvi_tiles &s)
+{
+    float squares[2];
+    rkvi_square_norms<T>(s, job.head_dim, job.key_load, 0, 0, squares);
+    if (threadIdx.x % 4 != 0) return;
+    for (int half = 0; half < 2; half++) {
+        const int token = tile * RKVI_TILE + rkvi_quad_row() + 32 * half;
+        if (token >= job.n_tokens) continue;
+        job.inv_norm[token] = 1.0f / (sqrtf(squares[half]) + 1e-8f);
+        if (rkvi_square_is_bad(squares[half]))
+            rkvi_fault_at(args.control, RKVI_BAD_KEY, job_index, token);
+    }
+}
+
+/* Dots of the tile's keys with the queries [first, first + 64), dots[query][key]. */
+template <typename T>
+static __device__ float *rkvi_query_dots(const rkvi_args &args, const rkvi_job &job, int n_queries,
+                                         int first, rkvi_tiles &s)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    const int left = n_queries - first, n_blocks = left < RKVI_TILE ? (left + 7) / 8 : 8;
+    float acc[8][4] = { { 0 } };
+    rkvi_query_rows(args, job, n_queries, first, s.b_rows);
+    for (int chunk = 0; chunk < rkvi_chunks<T>(job.head_dim); chunk++) {
+        rkvi_stage_begin<T>(s.a, s.a_rows, RKVI_TILE, job.head_dim, chunk, job.key_load);
+        rkvi_stage_begin<T>(s.b, s.b_rows, (n_blocks + 1) / 2 * 16, job.head_dim, chunk,
+                            job.query_load);
+        rkvi_stage_end();
+        rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), n_blocks, T{});
+    }
+    float *dots = reinterpret_cast<float *>(s.a); /* the keys are no longer needed */
+    __syncthreads();
+#pragma unroll
+    for (int block = 0; block < 8; block++)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (block < n_blocks)
+                dots[rkvi_acc_column(lane, block, k) * RKVI_DOTS_PITCH + 16 * warp +
+                     rkvi_acc_row(lane, k)] = acc[block][k];
+    __syncthreads();
+    return dots;
+}
+
+static __device__ __forceinline__ float rkvi_logit(const rkvi_job &job, float dot)
+{
+    const float logit = dot * job.scale;
+    return job.softcap > 0 ? job.softcap * tanhf(logit / job.softcap) : logit;
+}
+/* The row of a query's own token. */
+static __device__ __forceinline__ int rkvi_query_token(const rkvi_job &job, int query)
+{
+    return job.n_tokens - job.more.n_voters + query / job.group;
+}
+
+/* First pass: for each query the largest logit of the tile, and the sum of the exponentials. Two
+ * threads take a query; each starts at another key, so that they read from different banks. */
+static __device__ void rkvi_sum_votes(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                      int n_queries, int first, int tile, float *dots)
+{
+    const int thread = static_cast<int>(threadIdx.x), half = thread % 2, turn = thread / 2;
+    const int query = first + turn, key = tile * RKVI_TILE + 32 * half;
+    const bool is_there = query < n_queries;
+    const int seen = is_there ? rkvi_query_token(job, query) - key + 1 : 0; /* of 32 keys */
+    float *own = dots + turn * RKVI_DOTS_PITCH + 32 * half;
+    rkvi_softmax mine = rkvi_softmax_of_none(), other;
+    bool bad = false;
+    for (int k = 0; k < 32; k++) {
+        const int at = (k + turn) % 32;
+        if (at >= seen) continue;
+        const float logit = rkvi_logit(job, own[at]);
+        bad = bad || !(fabsf(logit) <= FLT_MAX);
+        mine.largest = fmaxf(mine.largest, logit);
+        own[at] = logit;
+    }
+    for (int k = 0; k < 32; k++) {
+        const int at = (k + turn) % 32;
+        if (at < seen) mine.sum += __expf(own[at] - rkvi_origin(mine.largest));
+    }
+    if (bad) rkvi_fault_at(args.control, RKVI_BAD_LOGITS, job_index, RKVI_NO_ROW);
+    other.largest = __shfl_xor_sync(0xffffffffu, mine.largest, 1);
+    other.sum = __shfl_xor_sync(0xffffffffu, mine.sum, 1);
+    mine = half ? rkvi_merge(other, mine) : rkvi_merge(mine, other);
+    if (half || !is_there) return;
+    float *out = job.more.sums + 2 * (static_cast<int64_t>(tile) * n_queries + query);
+    out[0] = mine.largest;
+    out[1] = mine.sum;
+}
+
+/* Second pass: adds the votes of 64 queries to what a key has of earlier ones: the largest, or the
+ * sum. A thread has one key and every other query. */
+static __device__ float rkvi_fold_votes(const rkvi_args &args, const rkvi_job &job, int n_queries,
+                                        int first, int tile, const float *dots, float folded)
+{
+    const bool sums = args.config.policy == RKV_POLICY_H2O; /* else: its own row has no vote */
+    const int key = static_cast<int>(threadIdx.x % RKVI_TILE), j = tile * RKVI_TILE + key;
+    const int n_tiles = (job.n_tokens - 1) / RKVI_TILE + 1;
+    const int end = first + RKVI_TILE < n_queries ? first + RKVI_TILE : n_queries;
+    const float *whole = job.more.sums + 2 * static_cast<int64_t>(n_tiles) * n_queries;
+    for (int query = first + static_cast<int>(threadIdx.x / RKVI_TILE); query < end;
+         query += RKVI_TILE_THREADS / RKVI_TILE) {
+        if (j >= rkvi_query_token(job, query) + sums) continue;
+        const float logit = rkvi_logit(job, dots[(query - first) * RKVI_DOTS_PITCH + key]);
+        const float vote = __expf(logit - whole[2 * query]) * whole[2 * query + 1];
+        folded = sums ? folded + vote : fmaxf(folded, vote);
+    }
+    return folded;
+}
+
+template <typename T>
+static __device__ void rkvi_vote_tile(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                      int tile, rkvi_tiles &s)
+{
+    const int n_queries = job.more.n_voters * job.group, thread = static_cast<int>(threadIdx.x);
+    const int j = tile * RKVI_TILE + thread;
+    float folded = 0;
+    for (int first = 0; first < n_queries; first += RKVI_TILE) {
+        float *dots = rkvi_query_dots<T>(args, job, n_queries, first, s);
+        if (args.folds)
+            folded = rkvi_fold_votes(args, job, n_queries, first, tile, dots, folded);
+        else
+            rkvi_sum_votes(args, job, job_index, n_queries, first, tile, dots);
+    }
+    if (!args.folds) return;
+    s.sum[thread] = folded;
+    __syncthreads();
+    if (thread >= RKVI_TILE || j >= job.n_tokens) return;
+    const float other = s.sum[thread + RKVI_TILE];
+    job.logits[j] = args.config.policy == RKV_POLICY_H2O ? folded + other : fmaxf(folded, other);
+}
+
+template <typename T>
+static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_TILE_BLOCKS)
+    rkvi_vote(const rkvi_args args)
+{
+    rkvi_tiles &s = *reinterpret_cast<rkvi_tiles *>(rkvi_shared_memory());
+    const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
+    if (args.folds ? rkvi_has_fault(args) : rkvi_is_unusable(args)) return;
+    for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
+        const rkvi_item at = rkvi_item_at(args, item);
+        const rkvi_job &job = args.jobs[at.job];
+        const int n_queries = job.scored ? job.more.n_voters * job.group : 0;
+        if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
+        if (at.part == 0 && !args.folds) rkvi_check_queries<T>(args, job, at.job, n_queries, s);
+        const int n_tiles = (job.n_tokens - 1) / RKVI_TILE + 1;
+        for (int tile = at.part; tile < n_tiles; tile += args.items) {
+            rkvi_key_rows(job, tile, s.a_rows);
+            if (!args.folds) rkvi_vote_norms<T>(args, job, at.job, tile, s);
+            rkvi_vote_tile<T>(args, job, at.job, tile, s);
+        }
+    }
+}
+
+/* ---- Rotary embedding ------------------------------------------------------------------------ */
+
+/* sin and cos of an angle in units of 2^-32 revolutions, as in rkv.h. */
+static __device__ __forceinline__ void rkvi_sincos(uint32_t phase, float *sine, float *cosine)
+{
+    const uint32_t eighth = 0x20000000u, shifted = phase + eighth;
+    const float x = static_cast<float>(static_cast<int32_t>((shifted & 0x3fffffffu) - eighth)) *
+                    1.46291807926715968e-9f; /* 2 pi / 2^32 */
+    const float square = x * x;
+    float s = fmaf(fmaf(-1.9515295891e-4f, square, 8.3321608736e-3f), square, -1.6666654611e-1f);
+    float c = fmaf(fmaf(2.443315711809948e-5f, square, -1.388731625493765e-3f), square,
+                   4.166664568298827e-2f);
+    s = fmaf(s * square, x, x);
+    c = fmaf(c, square * square, fmaf(square, -0.5f, 1.0f));
+    *sine = shifted & 0x40000000u ? c : s;
+    *cosine = shifted & 0x40000000u ? s : c;
+    if (shifted & 0x80000000u) *sine = -*sine;
+    if ((shifted + 0x40000000u) & 0x80000000u) *cosine = -*cosine;
+}
+static __device__ __forceinline__ uint32_t rkvi_phase(long long turns, uint32_t position)
+{
+    return static_cast<uint32_t>(static_cast<unsigned long long>(turns) * position >> 32);
+}
+
+/* Where the numbers of a pair lie in a row. Behind those that are turned, any two adjacent numbers
+ * are a pair; of an odd number of dims the last has one. */
+static __device__ __forceinline__ int rkvi_first_of(int pair, int n_rotated, int adjacent)
+{
+    return pair < n_rotated && !adjacent ? pair : 2 * pair;
+}
+static __device__ __forceinline__ int rkvi_second_of(int pair, int n_rotated, int adjacent)
+{
+    return pair < n_rotated && !adjacent ? pair + n_rotated : 2 * pair + 1;
+}
+struct rkvi_pair {
+    float x, y;
+};
+template <typename T>
+static __device__ __forceinline__ rkvi_pair rkvi_load_pair(const rkvi_job &job, const char *row,
+                                                           int pair)
+{
+    const int first = rkvi_first_of(pair, job.more.n_rotated, job.more.adjacent);
+    const int second = rkvi_second_of(pair, job.more.n_rotated, job.more.adjacent);
+    rkvi_pair out;
+    out.x = rkvi_number<T>(row, first, job.key_load);
+    out.y = second < job.head_dim ? rkvi_number<T>(row, second, job.key_load) : 0.0f;
+    return out;
+}
+
+/* ---- Later keys: an item is every args.items-th tile of 64 rows of one head ------------------ */
+
+enum {
+    RKVI_CHUNK_PAIRS = RKVI_CHUNK_BYTES / 8, /* as floats                                      */
+    RKVI_COMPARE_TILES = 2                   /* of new keys that meet a chunk of rows at a time */
+};
+
+/* A chunk of the rows [first, first + 64) before rotary embedding, to a tile: the first numbers of
+ * its pairs, then the second ones, padded to an even number of pairs. A warp takes a row at a time.
+ * Beyond the last row: any other row. */
+template <typename T>
+static __device__ void rkvi_stage_unrotated(char *tile, const rkvi_job &job, int first, int chunk)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32), pair = chunk * RKVI_CHUNK_PAIRS + lane;
+    const int left = rkvi_n_pairs(job.head_dim) - chunk * RKVI_CHUNK_PAIRS;
+    const int padded = left < RKVI_CHUNK_PAIRS ? (left + 1) & ~1 : +RKVI_CHUNK_PAIRS;
+    const long long turns = lane < left ? job.unit_sum[pair] : 0;
+#pragma unroll 2
+    for (int r = static_cast<int>(threadIdx.x / 32); r < RKVI_TILE; r += RKVI_TILE_THREADS / 32) {
+        const int token = first + r < job.n_tokens ? first + r : job.n_tokens - 1;
+        const char *row = rkvi_row(job.moved[RKVI_KEYS].rows, token);
+        const uint32_t position =
+            job.more.n_rotated ? static_cast<uint32_t>(job.more.positions[token]) : 0;
+        float *to = reinterpret_cast<float *>(tile + r * RKVI_PITCH) + lane;
+        rkvi_pair p = { 0, 0 };
+        float sine, cosine;
+        if (lane >= padded) continue;
+        if (lane < left) p = rkvi_load_pair<T>(job, row, pair);
+        rkvi_sincos(rkvi_phase(turns, position), &sine, &cosine);
+        to[0] = fmaf(p.x, cosine, p.y * sine);
+        to[padded] = fmaf(p.y, cosine, -(p.x * sine));
+    }
+}
+
+/* best[2]: of this lane's two rows the largest cosine with a later row among 64, from dots. */
+static __device__ void rkvi_fold_later(const rkvi_job &job, const float (*acc)[4], int first_row,
+                                       int first_column, float *best)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = first_row + 16 * warp + rkvi_acc_row(lane, 2 * half);
+        const float inv = row < job.n_tokens ? job.inv_norm[row] : 0.0f;
+#pragma unroll
+        for (int block = 0; block < 8; block++)
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const int column = first_column + rkvi_acc_column(lane, block, k);
+                if (column > row && column < job.n_tokens)
+                    best[half] = fmaxf(best[half], rkvi_cosine(acc[block][2 * half + k], inv,
+                                                               job.inv_norm[column]));
+            }
+    }
+}
+
+template <typename T>
+static __device__ void rkvi_compare_tile(const rkvi_job &job, int tile, rkvi_tiles &s)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    const int n = job.n_tokens, first_row = tile * RKVI_TILE, first_new = n - job.more.n_new;
+    const int n_pairs = rkvi_n_pairs(job.head_dim), step = RKVI_COMPARE_TILES * RKVI_TILE;
+    float best[2] = { 0, 0 }; /* no similarity is below 0 */
+    for (int begin = first_row > first_new ? first_row : first_new; begin < n; begin += step) {
+        float acc[RKVI_COMPARE_TILES][8][4] = { { { 0 } } };
+        for (int chunk = 0; chunk * RKVI_CHUNK_PAIRS < n_pairs; chunk++) {
+            const int left = n_pairs - chunk * RKVI_CHUNK_PAIRS;
+            const int dims = 2 * (left < RKVI_CHUNK_PAIRS ? (left + 1) & ~1 : +RKVI_CHUNK_PAIRS);
+            __syncthreads();
+            rkvi_stage_unrotated<T>(s.a, job, first_row, chunk);
+#pragma unroll
+            for (int u = 0; u < RKVI_COMPARE_TILES; u++) {
+                if (begin + u * RKVI_TILE >= n) continue;
+                if (u > 0) __syncthreads();
+                rkvi_stage_unrotated<T>(s.b, job, begin + u * RKVI_TILE, chunk);
+                __syncthreads();
+                rkvi_dots_fma<float>(acc[u], s.a, s.b, dims, 8);
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < RKVI_COMPARE_TILES; u++)
+            rkvi_fold_later(job, acc[u], first_row, begin + u * RKVI_TILE, best);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = first_row + 16 * warp + rkvi_acc_row(lane, 2 * half);
+        best[half] = fmaxf(best[half], __shfl_xor_sync(0xffffffffu, best[half], 1));
+        best[half] = fmaxf(best[half], __shfl_xor_sync(0xffffffffu, best[half], 2));
+        if (lane % 4 == 0 && row < n) job.redundancy[row] = best[half];
+    }
+}
+
+template <typename T>
+static __global__ void __launch_bounds__(RKVI_TILE_THREADS, RKVI_FAR_BLOCKS)
+    rkvi_compare(const rkvi_args args)
+{
+    rkvi_tiles &s = *reinterpret_cast<rkvi_tiles *>(rkvi_shared_memory());
+    const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
+    if (rkvi_has_fault(args)) return;
+    for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
+        const rkvi_item at = rkvi_item_at(args, item);
+        const rkvi_job &job = args.jobs[at.job];
+        if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
+        for (int tile = at.part; tile * RKVI_TILE < job.n_tokens; tile += args.items)
+            rkvi_compare_tile<T>(job, tile, s);
+    }
+}
+
+/* ---- Between the passes: one block per head -------------------------------------------------- */
+
+/* The softmax of each query over all tiles. */
+static __device__ void rkvi_merge_votes(const rkvi_job &job)
+{
+    const int n_queries = job.more.n_voters * job.group;
+    const int n_tiles = (job.n_tokens - 1) / RKVI_TILE + 1;
+    for (int query = static_cast<int>(threadIdx.x); query < n_queries; query += RKVI_HEAD_THREADS) {
+        float *sums = job.more.sums + 2 * static_cast<int64_t>(query);
+        rkvi_softmax whole = rkvi_softmax_of_none();
+        for (int tile = 0; tile < n_tiles; tile++, sums += 2 * static_cast<int64_t>(n_queries)) {
+            const rkvi_softmax next = { sums[0], sums[1] };
+            whole = rkvi_merge(whole, next);
+        }
+        sums[0] = whole.largest;
+        sums[1] = 1.0f / whole.sum;
+    }
+}
+
+enum { RKVI_N_OFFSETS = 10 }; /* of future queries: 2^0 to 2^9 tokens */
+
+/* TRIATTENTION: the vectors of a query head: the expected query's numbers of each pair, turned by
+ * the mean over the offsets, and the weight of the pair's length. */
+static __device__ void rkvi_expected_query(const rkvi_args &args, const rkvi_job &job,
+                                           int job_index, int g, rkvi_head_memory &s)
+{
+    const int n_pairs = rkvi_n_pairs(job.head_dim), head = job.head * job.group + g;
+    const rkvi_more &more = job.more;
+    const float *mean = more.means + static_cast<int64_t>(head) * job.head_dim;
+    const float *lengths = more.means + static_cast<int64_t>(more.query_heads) * job.head_dim +
+                           static_cast<int64_t>(head) * (job.head_dim / 2);
+    float *out = more.vectors + static_cast<int64_t>(g) * 3 * n_pairs, square = 0;
+    const uint32_t newest =
+        more.n_rotated ? static_cast<uint32_t>(more.positions[job.n_tokens - 1]) : 0;
+    for (int p = static_cast<int>(threadIdx.x); p < n_pairs; p += RKVI_HEAD_THREADS) {
+        const int second = rkvi_second_of(p, more.n_rotated, more.adjacent);
+        const float x = mean[rkvi_first_of(p, more.n_rotated, more.adjacent)];
+        const float y = second < job.head_dim ? mean[second] : 0.0f;
+        float sine = 0, cosine = 0, weight = 0, s_k, c_k;
+        for (int k = 0; k < RKVI_N_OFFSETS; k++) {
+            rkvi_sincos(rkvi_phase(job.unit_sum[p], newest + (1u << k)), &s_k, &c_k);
+            sine += s_k;
+            cosine += c_k;
+        }
+        sine /= RKVI_N_OFFSETS;
+        cosine /= RKVI_N_OFFSETS;
+        if (p < more.n_rotated) weight = lengths[p] - sqrtf(fmaf(x, x, y * y));
+        const float u = fmaf(x, cosine, -(y * sine)), v = fmaf(x, sine, y * cosine);
+        out[p] = u;
+        out[n_pairs + p] = v;
+        out[2 * n_pairs + p] = weight;
+        square += u * u + v * v + weight * weight;
+    }
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    for (int distance = 16; distance > 0; distance /= 2)
+        square += __shfl_xor_sync(0xffffffffu, square, distance);
+    __syncthreads();
+    if (lane == 0) s.warp[warp].sum = square;
+    __syncthreads();
+    square = 0;
+    for (int w = 0; w < RKVI_HEAD_WARPS; w++) square += s.warp[w].sum;
+    if (threadIdx.x == 0 && rkvi_square_is_bad(square))
+        rkvi_fault_at(args.control, RKVI_BAD_MEANS, job_index, g);
+}
+
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_prepare(const rkvi_args args)
+{
+    rkvi_head_memory &s = *reinterpret_cast<rkvi_head_memory *>(rkvi_shared_memory());
+    const bool expects = args.config.policy == RKV_POLICY_TRIATTENTION;
+    if (expects ? rkvi_is_unusable(args) : rkvi_has_fault(args)) return;
+    for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
+        const rkvi_job &job = args.jobs[i];
+        if (!job.scored) continue;
+        if (!expects) rkvi_merge_votes(job);
+        for (int g = 0; expects && g < job.group; g++)
+            rkvi_expected_query(args, job, static_cast<int>(i), g, s);
+    }
+}
+
+/* ---- Expected queries: an item is every args.items-th tile of 64 keys of one head ------------ */
+
+/* Raw scores of a key for the query heads g to g + 3, by a warp; also checks the key. */
+template <typename T>
+static __device__ void rkvi_expect_key(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                       int token, int g)
+{
+    enum { HEADS = 4 };
+    const int lane = static_cast<int>(threadIdx.x % 32), n_pairs = rkvi_n_pairs(job.head_dim);
+    const char *row = rkvi_row(job.moved[RKVI_KEYS].rows, token);
+    const float *vectors = job.more.vectors + static_cast<int64_t>(g) * 3 * n_pairs;
+    const int n_heads = job.group - g < HEADS ? job.group - g : +HEADS;
+    float sum[HEADS] = { 0 }, square = 0;
+    for (int p = lane; p < n_pairs; p += 32) {
+        const rkvi_pair pair = rkvi_load_pair<T>(job, row, p);
+        const float length = sqrtf(fmaf(pair.x, pair.x, pair.y * pair.y));
+        square = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, square));
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            const float *of_head = vectors + 3 * static_cast<int64_t>(h) * n_pairs + p;
+            if (h >= n_heads) continue;
+            sum[h] = fmaf(of_head[0], pair.x, sum[h]);
+            sum[h] = fmaf(of_head[n_pairs], pair.y, sum[h]);
+            sum[h] = fmaf(of_head[2 * n_pairs], length, sum[h]);
+        }
+    }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+        square += __shfl_xor_sync(0xffffffffu, square, distance);
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], distance);
+    }
+    if (lane != 0) return;
+    if (rkvi_square_is_bad(square)) rkvi_fault_at(args.control, RKVI_BAD_KEY, job_index, token);
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+        if (h < n_heads)
+            job.logits[static_cast<int64_t>(g + h) * job.n_tokens + token] = sum[h] * job.scale;
+}
+
+template <typename T>
+static __global__ void __launch_bounds__(RKVI_TILE_THREADS) rkvi_expect(const rkvi_args args)
+{
+    const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
+    const int warp = static_cast<int>(threadIdx.x / 32), n_warps = RKVI_TILE_THREADS / 32;
+    if (rkvi_is_unusable(args)) return;
+    for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
+        const rkvi_item at = rkvi_item_at(args, item);
+        const rkvi_job &job = args.jobs[at.job];
+        if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
+        for (int tile = at.part; tile * RKVI_TILE < job.n_tokens; tile += args.items)
+            for (int r = warp; r < RKVI_TILE && tile * RKVI_TILE + r < job.n_tokens; r += n_warps)
+                for (int g = 0; g < job.group; g += 4)
+                    rkvi_expect_key<T>(args, job, at.job, tile * RKVI_TILE + r, g);
+    }
+}
+
+/* ---- Scores: one block per head -------------------------------------------------------------- */
+
+enum { RKVI_RUN = 2048 }; /* rows that are sorted at a time */
+struct rkvi_rate_memory {
+    rkvi_head_memory head; /* first: selection uses it */
+    double sums[RKVI_HEAD_WARPS];
+    unsigned long long run[RKVI_RUN];
+};
+
+static __device__ __forceinline__ unsigned rkvi_rank(float score); /* room 17 */
+
+/* A number for each row, all different, in the order of x; of equal ones the more recent is
+ * above. */
+static __device__ __forceinline__ unsigned long long rkvi_place(float x, int row)
+{
+    return static_cast<unsigned long long>(rkvi_rank(x)) << 32 | static_cast<unsigned>(row);
+}
+
+/* Bitonic sort; size: a power of two. */
+static __device__ void rkvi_sort_run(unsigned long long *run, int size)
+{
+    for (int length = 2; length <= size; length *= 2)
+        for (int step = length / 2; step > 0; step /= 2) {
+            __syncthreads();
+            for (int i = static_cast<int>(threadIdx.x); i < size / 2; i += RKVI_HEAD_THREADS) {
+                const int low = (i & ~(step - 1)) * 2 | (i & (step - 1)), high = low + step;
+                const unsigned long long a = run[low], b = run[high];
+                if ((a > b) != ((low & length) != 0)) {
+                    run[low] = b;
+                    run[high] = a;
+                }
+            }
+        }
+    __syncthreads();
+}
+
+/* The places of x[n], sorted in runs of RKVI_RUN. */
+static __device__ void rkvi_sort_places(const float *x, int n, long long *places,
+                                        rkvi_rate_memory &s)
+{
+    const int thread = static_cast<int>(threadIdx.x);
+    for (int begin = 0; begin < n; begin += RKVI_RUN) {
+        const int count = n - begin < RKVI_RUN ? n - begin : +RKVI_RUN;
+        int size = 1;
+        while (size < count) size *= 2;
+        __syncthreads();
+        for (int i = thread; i < size; i += RKVI_HEAD_THREADS)
+            s.run[i] = i < count ? rkvi_place(x[begin + i], begin + i) : ~0ull;
+        rkvi_sort_run(s.run, size);
+        for (int i = thread; i < count; i += RKVI_HEAD_THREADS)
+            places[begin + i] = static_cast<long long>(s.run[i]);
+    }
+    __syncthreads();
+}
+
+/* How many of n rows are below `place`, from sorted runs. */
+static __device__ int rkvi_count_below(const long long *places, int n, unsigned long long place)
+{
+    int below = 0;
+    for (int begin = 0; begin < n; begin += RKVI_RUN) {
+        int low = 0, high = n - begin < RKVI_RUN ? n - begin : +RKVI_RUN;
+        while (low < high) {
+            const int middle = (low + high) / 2;
+            if (static_cast<unsigned long long>(places[begin + middle]) < place)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        below += low;
+    }
+    return below;
+}
+
+/* What the round adds to the carried state, and the sum of both: to the caller and, for scores, to
+ * the workspace. */
+static __device__ void rkvi_carry_on(const rkvi_args &args, const rkvi_job &job)
+{
+    const bool remembers = args.config.policy != RKV_POLICY_H2O;
+    const int n = job.n_tokens, n_old = n - job.more.n_new;
+    float *importance = job.logits, *similarity = job.redundancy, *state = job.more.state;
+    const float fade = job.more.fade;
+    for (int j = static_cast<int>(threadIdx.x); j < n; j += RKVI_HEAD_THREADS) {
+        float *later = state + job.more.row_stride + j;
+        const float carried = j < n_old ? state[j] * fade : 0.0f, fresh = importance[j];
+        const float sum = remembers ? fmaxf(carried, fresh) : carried + fresh;
+        state[j] = importance[j] = sum;
+        if (!remembers) continue;
+        const float before = j < n_old ? *later : 0.0f;
+        *later = similarity[j] = fmaxf(before, similarity[j]);
+    }
+    __syncthreads();
+}
+
+/* MEMORY: ranks are mixed first and divided then, as on the CPU, so that equal sums stay equal. */
+static __device__ void rkvi_rate_memory_of(const rkvi_args &args, const rkvi_job &job,
+                                           rkvi_rate_memory &s)
+{
+    const bool ranked = args.config.policy == RKV_POLICY_MEMORY_TRACES;
+    const int n = job.n_tokens - args.config.window, thread = static_cast<int>(threadIdx.x);
+    const float *importance = job.logits, *similarity = job.redundancy, *bias = job.more.bias;
+    const float lambda = args.config.lambda, share = 1.0f / static_cast<float>(n);
+    float *scores = job.scores;
+    int32_t *ranks = job.open_rows;
+    rkvi_sort_places(importance, n, job.exempt, s);
+    for (int j = thread; j < n; j += RKVI_HEAD_THREADS)
+        ranks[j] = rkvi_count_below(job.exempt, n, rkvi_place(importance[j], j));
+    if (ranked) rkvi_sort_places(similarity, n, job.exempt, s);
+    for (int j = thread; j < n; j += RKVI_HEAD_THREADS) {
+        const float rank = static_cast<float>(ranks[j]);
+        float other = similarity[j]; /* scores may lie there */
+        if (ranked)
+            other = static_cast<float>(rkvi_count_below(job.exempt, n, rkvi_place(other, j)));
+        float score = fmaf(-(1.0f - lambda), other, (ranked ? lambda : lambda * share) * rank);
+        if (ranked) score *= share;
+        scores[j] = bias ? score + bias[j] : score;
+    }
+}
+
+/* The sum over the block's threads, the same in each. */
+static __device__ double rkvi_sum_block(double value, rkvi_rate_memory &s)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    double sum = 0;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2)
+        value += __shfl_xor_sync(0xffffffffu, value, distance);
+    __syncthreads();
+    if (lane == 0) s.sums[warp] = value;
+    __syncthreads();
+    for (int w = 0; w < RKVI_HEAD_WARPS; w++) sum += s.sums[w];
+    return sum;
+}
+
+/* TRIATTENTION: the largest z-score of the group. */
+static __device__ void rkvi_rate_expected(const rkvi_args &args, const rkvi_job &job,
+                                          rkvi_rate_memory &s)
+{
+    const int n = job.n_tokens - args.config.window, thread = static_cast<int>(threadIdx.x);
+    const float *bias = job.more.bias;
+    float *scores = job.scores;
+    for (int g = 0; g < job.group; g++) {
+        const float *x = job.logits + static_cast<int64_t>(g) * job.n_tokens;
+        double sum = 0, squares = 0;
+        for (int j = thread; j < n; j += RKVI_HEAD_THREADS) sum += static_cast<double>(x[j]);
+        const float mean = static_cast<float>(rkvi_sum_block(sum, s) / n);
+        for (int j = thread; j < n; j += RKVI_HEAD_THREADS) {
+            const float off = x[j] - mean;
+            squares += static_cast<double>(off) * static_cast<double>(off);
+        }
+        const double variance = rkvi_sum_block(squares, s) / n;
+        const float share = variance > 0 ? 1.0f / sqrtf(static_cast<float>(variance)) : 0.0f;
+        for (int j = thread; j < n; j += RKVI_HEAD_THREADS) {
+            const float z = (x[j] - mean) * share, before = g == 0 ? z : scores[j];
+            scores[j] = fmaxf(before, z);
+        }
+    }
+    for (int j = thread; bias && j < n; j += RKVI_HEAD_THREADS) scores[j] += bias[j];
+}
+
+/* RANDOM: the finaliser of splitmix64. */
+static __device__ float rkvi_hash(uint32_t seed, int layer, int head, int32_t position)
+{
+    unsigned long long x = static_cast<unsigned long long>(seed) * 0x9e3779b97f4a7c15ull;
+    x += static_cast<unsigned long long>(layer) << 40 ^ static_cast<unsigned long long>(head) << 32;
+    x ^= static_cast<uint32_t>(position);
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+    x ^= x >> 31;
+    return static_cast<float>(static_cast<unsigned>(x >> 40)) * (1.0f / 16777216.0f);
+}
+
+/* RANDOM, H2O and OWN_SCORE: each row for itself. */
+static __device__ void rkvi_rate_rows(const rkvi_args &args, const rkvi_job &job)
+{
+    const int n = job.n_tokens - args.config.window;
+    const float *bias = job.more.bias, *importance = job.logits;
+    const bool is_random = args.config.policy == RKV_POLICY_RANDOM;
+    const bool is_h2o = args.config.policy == RKV_POLICY_H2O;
+    float *scores = job.scores;
+    for (int j = static_cast<int>(threadIdx.x); j < n; j += RKVI_HEAD_THREADS) {
+        float score = 0;
+        if (is_random)
+            score = rkvi_hash(args.config.seed, job.layer, job.head, job.more.positions[j]);
+        if (is_h2o) score = importance[j];
+        scores[j] = bias ? score + bias[j] : score;
+    }
+}
+
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS, RKVI_SM_THREADS / RKVI_HEAD_THREADS)
+    rkvi_rate(const rkvi_args args)
+{
+    rkvi_rate_memory &s = *reinterpret_cast<rkvi_rate_memory *>(rkvi_shared_memory());
+    const int policy = args.config.policy;
+    const bool is_memory = policy == RKV_POLICY_MEMORY_TRACES || policy == RKV_POLICY_MEMORY_PROSE;
+    rkvi_report(args);
+    if (rkvi_has_fault(args)) return;
+    for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
+        const rkvi_job &job = args.jobs[i];
+        if (job.scored) {
+            if (is_memory || policy == RKV_POLICY_H2O) rkvi_carry_on(args, job);
+            if (is_memory)
+                rkvi_rate_memory_of(args, job, s);
+            else if (policy == RKV_POLICY_TRIATTENTION)
+                rkvi_rate_expected(args, job, s);
+            else
+                rkvi_rate_rows(args, job);
+            __syncthreads();
+        }
+        if (args.select_too) rkvi_select_set(args, job, s.head);
+    }
+}
+
+/* Rows that are compacted without having been scored, since nothing was to be chosen, start at 0.
+ * One block per head. */
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_start_state(const rkvi_args args)
+{
+    if (rkvi_has_fault(args)) return;
+    for (int64_t i = blockIdx.x; i < args.n_jobs; i += gridDim.x) {
+        const rkvi_job &job = args.jobs[i];
+        const int planes = rkvi_planes_of(args.config);
+        if (job.n_keep == job.n_tokens || (args.scoring && job.scored)) continue;
+        for (int plane = 0; plane < planes; plane++)
+            for (int j = job.n_tokens - job.more.n_new + static_cast<int>(threadIdx.x);
+                 j < job.n_tokens; j += RKVI_HEAD_THREADS)
+                job.more.state[static_cast<int64_t>(plane) * job.more.row_stride + j] = 0.0f;
+    }
+}
+
+/* ---- Means of queries: one block per query head ---------------------------------------------- */
+
+struct rkvi_means_args {
+    rkvi_view queries; /* of head 0 */
+    int64_t head_stride;
+    rkvi_rope rope;
+    float *means;
+    rkv_error *record;
+    uintptr_t query_rule, frequency_rule;
+    int heads, dim, dtype, slot, n, position;
+    int counts; /* the second launch: only the number of tokens grows; the first still reads it */
+};
+struct rkvi_means_memory {
+    int bad[RKVI_HEAD_WARPS];
+};
+enum { RKVI_NOTHING_BAD = INT32_MAX };
+
+/* The least of the block's numbers, the same in each thread. */
+static __device__ int rkvi_least(int mine, rkvi_means_memory &s)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    for (int distance = 16; distance > 0; distance /= 2) {
+        const int other = __shfl_xor_sync(0xffffffffu, mine, distance);
+        mine = other < mine ? other : mine;
+    }
+    __syncthreads();
+    if (lane == 0) s.bad[warp] = mine;
+    __syncthreads();
+    for (int w = 0; w < RKVI_HEAD_WARPS; w++) mine = s.bad[w] < mine ? s.bad[w] : mine;
+    return mine;
+}
+
+static __device__ const char *rkvi_means_row(const rkvi_means_args &args, int token, int head)
+{
+    return rkvi_row(args.queries, args.slot + token) + head * args.head_stride;
+}
+
+/* The first pair whose frequency is out of range; the first query that is not finite, counted over
+ * the heads of a token and then over tokens. Every block looks at all, so all agree. */
+static __device__ int rkvi_bad_pair(const rkvi_means_args &args, rkvi_means_memory &s)
+{
+    int bad = RKVI_NOTHING_BAD;
+    unsigned long long turns;
+    for (int p = static_cast<int>(threadIdx.x); p < args.rope.n_rotated; p += RKVI_HEAD_THREADS)
+        if (!rkvi_turns_of(args.rope, p, &turns) && p < bad) bad = p;
+    return rkvi_least(bad, s);
+}
+static __device__ int rkvi_bad_query(const rkvi_means_args &args, rkvi_means_memory &s)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    int bad = RKVI_NOTHING_BAD;
+    for (int64_t q = warp; q < static_cast<int64_t>(args.n) * args.heads; q += RKVI_HEAD_WARPS) {
+        const int token = static_cast<int>(q / args.heads), head = static_cast<int>(q % args.heads);
+        const char *row = rkvi_means_row(args, token, head);
+        float square = 0;
+        for (int i = lane; i < args.dim; i += 32) {
+            const float x = rkvi_load_any(row, i, args.dtype);
+            square = fmaf(x, x, square);
+        }
+        for (int distance = 16; distance > 0; distance /= 2)
+            square += __shfl_xor_sync(0xffffffffu, square, distance);
+        if (rkvi_square_is_bad(square) && q < bad) bad = static_cast<int>(q);
+    }
+    return rkvi_least(bad, s);
+}
+
+/* The earlier fault of a queue of calls stays. */
+static __device__ void rkvi_report_means(const rkvi_means_args &args, int pair, int query)
+{
+    rkv_error *const record = args.record;
+    const bool is_query = pair == RKVI_NOTHING_BAD;
+    if (blockIdx.x != 0 || threadIdx.x != 0 || !record || record->status != RKV_OK) return;
+    memcpy(&record->rule, is_query ? &args.query_rule : &args.frequency_rule, sizeof record->rule);
+    record->status = is_query ? RKV_ERROR_NONFINITE : RKV_ERROR_ARGUMENT;
+    record->layer = -1;
+    record->head = is_query ? query % args.heads : -1;
+    record->token = is_query ? args.slot + query / args.heads : pair;
+}
+
+/* A thread takes a pair, and the tokens one after the other, as on the CPU. */
+static __device__ void rkvi_update_head(const rkvi_means_args &args, int head)
+{
+    const int64_t heads = args.heads, dim = args.dim, half = dim / 2;
+    const int n_rotated = args.rope.n_rotated, adjacent = args.rope.adjacent;
+    float *mean = args.means + head * dim, *lengths = args.means + heads * dim + head * half;
+    const float count = args.means[heads * dim + heads * half];
+    for (int p = static_cast<int>(threadIdx.x); p < rkvi_n_pairs(args.dim);
+         p += RKVI_HEAD_THREADS) {
+        const int first = rkvi_first_of(p, n_rotated, adjacent);
+        const int second = rkvi_second_of(p, n_rotated, adjacent);
+        const bool is_pair = second < args.dim, is_turned = p < n_rotated;
+        float mean_x = mean[first], mean_y = is_pair ? mean[second] : 0;
+        float length = is_turned ? lengths[p] : 0;
+        unsigned long long turns = 0;
+        if (is_turned) (void)rkvi_turns_of(args.rope, p, &turns);
+        for (int i = 0; i < args.n; i++) {
+            const char *row = rkvi_means_row(args, i, head);
+            const float x = rkvi_load_any(row, first, args.dtype);
+            const float y = is_pair ? rkvi_load_any(row, second, args.dtype) : 0.0f;
+            const float share = 1.0f / (count + static_cast<float>(i + 1));
+            float sine, cosine;
+            rkvi_sincos(
+                rkvi_phase(static_cast<long long>(turns), static_cast<uint32_t>(args.position + i)),
+                &sine, &cosine);
+            mean_x = fmaf(share, fmaf(x, cosine, y * sine) - mean_x, mean_x);
+            mean_y = fmaf(share, fmaf(y, cosine, -(x * sine)) - mean_y, mean_y);
+            length = fmaf(share, sqrtf(fmaf(x, x, y * y)) - length, length);
+        }
+        mean[first] = mean_x;
+        if (is_pair) mean[second] = mean_y;
+        if (is_turned) lengths[p] = length;
+    }
+}
+
+static __global__ void __launch_bounds__(RKVI_HEAD_THREADS)
+    rkvi_update_means(const RKVI_GRID_CONSTANT rkvi_means_args args)
+{
+    rkvi_means_memory &s = *reinterpret_cast<rkvi_means_memory *>(rkvi_shared_memory());
+    const int64_t heads = args.heads, dim = args.dim;
+    const int pair = rkvi_bad_pair(args, s), query = rkvi_bad_query(args, s);
+    if (pair != RKVI_NOTHING_BAD || query != RKVI_NOTHING_BAD) {
+        rkvi_report_means(args, pair, query);
+        return;
+    }
+    if (args.counts && blockIdx.x == 0 && threadIdx.x == 0)
+        args.means[heads * dim + heads * (dim / 2)] += static_cast<float>(args.n);
+    for (int head = static_cast<int>(blockIdx.x); head < args.heads && !args.counts;
+         head += static_cast<int>(gridDim.x))
+        rkvi_update_head(args, head);
+}
+
+/* ==== 17. Selection =========================================================================
  * In: the scores of one set's candidates, pins.  Out: the kept list. One block per set.
  * Knows nothing of keys or attention. Equal scores: the more recent token stays. */
 
@@ -2418,7 +3469,7 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_select(const rk
     }
 }
 
-/* ==== 17. Compaction ========================================================================
+/* ==== 18. Compaction ========================================================================
  * In: kept lists.  Out: the kept rows at the front, in cache order. In place. A block moves a slice
  * of all rows of one tensor of one head, so no two blocks touch the same bytes. It reads a batch of
  * rows, waits for all its threads, and writes the batch. The list ascends, so a row moves down or
@@ -2506,12 +3557,19 @@ static __global__ void __launch_bounds__(RKVI_MOVE_THREADS, 2) rkvi_compact(cons
     }
 }
 
-/* ==== 19. Checks ============================================================================
+/* ==== 20. Checks ============================================================================
  * Block tables, pins, kept lists and a caller's scores lie in device memory, so the device checks
  * them, before anything is written. One block per head; it works for the layer or the set that the
  * head leads. */
 
-enum { RKVI_CHECK_PINS = 1, RKVI_CHECK_TABLES = 2, RKVI_CHECK_SCORES = 4, RKVI_CHECK_LISTS = 8 };
+enum {
+    RKVI_CHECK_PINS = 1,
+    RKVI_CHECK_TABLES = 2,
+    RKVI_CHECK_SCORES = 4,
+    RKVI_CHECK_LISTS = 8,
+    RKVI_CHECK_BIAS = 16,
+    RKVI_CHECK_STATE = 32
+};
 
 /* Every entry of a block table must be at least 0 and occur once. A hash table, twice as large,
  * holds the first index of each entry. Of two equal entries the later index is reported. Which
@@ -2558,8 +3616,7 @@ static __device__ void rkvi_check_tables(const rkvi_args &args, const rkvi_job &
     rkvi_check_table(args, job, job_index, RKVI_BAD_VALUE_BLOCKS, job.moved[RKVI_VALUES].rows,
                      job.n_tokens);
     if (job.scored && args.importance)
-        rkvi_check_table(args, job, job_index, RKVI_BAD_QUERY_BLOCKS, job.queries,
-                         args.config.window);
+        rkvi_check_table(args, job, job_index, RKVI_BAD_QUERY_BLOCKS, job.queries, args.votes);
 }
 
 /* No set pins more candidates than there are places for. */
@@ -2585,6 +3642,26 @@ static __device__ void rkvi_check_scores(const rkvi_args &args, const rkvi_job &
          j += RKVI_HEAD_THREADS)
         if (job.set_scores[j] != job.set_scores[j])
             rkvi_fault_at(args.control, RKVI_BAD_SCORE, job_index, j);
+}
+
+/* A NaN among a caller's biases; a number in the state that no round can have left there. */
+static __device__ void rkvi_check_bias(const rkvi_args &args, const rkvi_job &job, int job_index)
+{
+    const float *bias = job.more.bias;
+    if (!bias) return;
+    for (int j = static_cast<int>(threadIdx.x); j < job.n_tokens - args.config.window;
+         j += RKVI_HEAD_THREADS)
+        if (bias[j] != bias[j]) rkvi_fault_at(args.control, RKVI_BAD_BIAS, job_index, j);
+}
+static __device__ void rkvi_check_state(const rkvi_args &args, const rkvi_job &job, int job_index)
+{
+    const int planes = rkvi_planes_of(args.config), n = job.n_tokens - job.more.n_new;
+    for (int plane = 0; plane < planes; plane++)
+        for (int j = static_cast<int>(threadIdx.x); j < n; j += RKVI_HEAD_THREADS) {
+            const float x = job.more.state[static_cast<int64_t>(plane) * job.more.row_stride + j];
+            if (!(x >= 0 && x <= FLT_MAX))
+                rkvi_fault_at(args.control, RKVI_BAD_STATE, job_index, j);
+        }
 }
 
 /* Is `row` in an ascending list? On any other list the answer is of no use, but still safe. */
@@ -2629,6 +3706,8 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_check(const rkv
         const int index = static_cast<int>(i);
         if (job.n_keep == job.n_tokens) continue;
         if ((args.checks & RKVI_CHECK_TABLES) && job.head == 0) rkvi_check_tables(args, job, index);
+        if ((args.checks & RKVI_CHECK_BIAS) && job.scored) rkvi_check_bias(args, job, index);
+        if ((args.checks & RKVI_CHECK_STATE) && job.scored) rkvi_check_state(args, job, index);
         if (job.set_first != i) continue;
         if (args.checks & RKVI_CHECK_PINS) rkvi_check_pins(args, job, index, s);
         if ((args.checks & RKVI_CHECK_SCORES) && job.scored) rkvi_check_scores(args, job, index);
@@ -2636,7 +3715,7 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_check(const rkv
     }
 }
 
-/* ==== 21. Memory ============================================================================
+/* ==== 22. Memory ============================================================================
  * For rkv_cache. rkvi_cuda_copy waits for the stream; the others only queue work. */
 
 static void *rkvi_cuda_alloc(const rkv_backend *self, size_t bytes)
@@ -2758,8 +3837,25 @@ static rkv_status rkvi_cuda_fill_positions(const rkv_backend *self, int32_t *pos
                                       RKVI_MOVE_THREADS, 0, rkvi_stream(self), args));
 }
 
-/* ==== 18. Host side =========================================================================
+/* ==== 19. Host side =========================================================================
  * In: arguments that rkv.h has checked, and a config whose zeros are filled in.  Out: launches. */
+
+static bool rkvi_reads_keys(const rkv_config &config)
+{
+    return config.policy != RKV_POLICY_RANDOM && config.policy != RKV_POLICY_OWN_SCORE;
+}
+static bool rkvi_reads_queries(const rkv_config &config)
+{
+    return config.policy == RKV_POLICY_RKV ? config.lambda > 0 : rkvi_planes_of(config) > 0;
+}
+static bool rkvi_needs_rope(const rkv_config &config)
+{
+    return rkvi_planes_of(config) == 2 || config.policy == RKV_POLICY_TRIATTENTION;
+}
+static int rkvi_group_of(const rkv_layer &layer)
+{
+    return layer.queries.heads >= layer.keys.heads ? layer.queries.heads / layer.keys.heads : 1;
+}
 
 /* Are the keys quantised, or the queries of another type? */
 static bool rkvi_needs_any(const rkv_layer &layer, bool with_queries)
@@ -2778,11 +3874,10 @@ static rkvi_shape rkvi_shape_of(const rkv_layer &layer, bool with_queries)
         shape.values = rkvi_strides_of(layer.values);
         shape.value_unit = rkvi_unit_of(layer.values, shape.values);
     }
-    shape.group = 1;
+    shape.group = rkvi_group_of(layer);
     if (layer.queries.data && layer.queries.heads >= layer.keys.heads) {
         shape.queries = rkvi_strides_of(layer.queries);
         shape.query_load = rkvi_unit_of(layer.queries, shape.queries);
-        shape.group = layer.queries.heads / layer.keys.heads;
     }
     shape.heads = layer.keys.heads;
     shape.head_dim = layer.keys.dim;
@@ -2803,6 +3898,11 @@ static bool rkvi_is_scored(const rkv_config *config, const rkv_layer &layer)
     return layer.n_tokens > config->budget && config->budget > config->protect + config->pinned;
 }
 
+static int64_t rkvi_tiles_of(int n_tokens)
+{
+    return (static_cast<int64_t>(n_tokens) - 1) / RKVI_TILE + 1;
+}
+
 /* A call as the host sees it. */
 struct rkvi_plan {
     const rkv_call *call;
@@ -2812,6 +3912,9 @@ struct rkvi_plan {
     int64_t n_jobs, scored_tiles;
     int most_tokens, most_scored, most_slices;
     bool dtypes[4], has_tables, has_pins; /* by rkvi_shape.dtype */
+    bool has_bias, has_more, has_unscored_state;
+    float *sums, *vectors; /* see rkvi_more */
+    int max_group;
 };
 
 /* Writes a record, unless error is NULL, and returns the status. */
@@ -2850,31 +3953,31 @@ static void rkvi_take(rkvi_arena *arena, T **out, size_t count, size_t per_count
         arena->used += (count * per_count * sizeof(T) + align - 1) / align * align;
 }
 
-/* NULL, or what this backend does not support of a config. */
-static const char *rkvi_unsupported_config(const rkv_config *config)
+/* Rows of logits per KV head: see rkvi_job. */
+static int rkvi_logit_rows(const rkv_config *config, int max_group)
 {
-    if (config->policy != RKV_POLICY_RKV) return "config.policy: \"cuda\" has R-KV only";
-    if (config->votes > config->window)
-        return "config.votes: \"cuda\" takes no more than the window";
-    if (config->mean_pool) return "config.mean_pool: \"cuda\" has max pooling only";
-    return NULL;
+    if (config->policy == RKV_POLICY_TRIATTENTION) return max_group;
+    if (config->policy == RKV_POLICY_RKV) return rkvi_reads_queries(*config) ? config->votes : 0;
+    return rkvi_planes_of(*config) > 0;
 }
 
-/* Lays the workspace out: 24 bytes per token and KV head, 4 more for every query of the window. */
+/* Lays the workspace out: 24 bytes per token and KV head, 4 more for every row of logits, and for
+ * policies with state 1 / 8 more for every query. */
 static rkv_status rkvi_carve(rkvi_plan *plan, void *workspace)
 {
     const rkv_config *config = plan->call->config;
-    const char *unsupported = rkvi_unsupported_config(config);
     const size_t align = 64, skew = reinterpret_cast<uintptr_t>(workspace) % align;
     char *aligned = static_cast<char *>(workspace) + (skew ? align - skew : 0);
     rkvi_arena arena = { workspace ? aligned : NULL, 0, false };
     rkvi_arrays &arrays = plan->head.arrays;
-    size_t tokens = 0, dims = 0, jobs = 0;
-    if (unsupported) return rkvi_record(config->error, RKV_ERROR_UNSUPPORTED, unsupported, -1);
+    size_t tokens = 0, dims = 0, jobs = 0, tiles = 0;
+    plan->max_group = 1;
     for (int l = 0; l < plan->call->n_layers && !arena.overflow; l++) {
         const rkv_layer &layer = plan->call->layers[l];
         const size_t heads = static_cast<size_t>(layer.keys.heads);
         jobs += heads;
+        tiles += heads * static_cast<size_t>(rkvi_tiles_of(layer.n_tokens) + 1);
+        if (rkvi_group_of(layer) > plan->max_group) plan->max_group = rkvi_group_of(layer);
         tokens += heads * static_cast<size_t>(layer.n_tokens); /* both below 2^31 */
         dims += heads * static_cast<size_t>(layer.keys.dim);
         arena.overflow = tokens > PTRDIFF_MAX / 2 || dims > PTRDIFF_MAX / 2;
@@ -2882,17 +3985,23 @@ static rkv_status rkvi_carve(rkvi_plan *plan, void *workspace)
             return rkvi_record(config->error, RKV_ERROR_UNSUPPORTED,
                                "layers: \"cuda\" takes fewer than 2^26 KV heads in a call", l);
     }
-    const size_t window = static_cast<size_t>(config->window);
+    const size_t group = static_cast<size_t>(plan->max_group);
+    const size_t votes = static_cast<size_t>(config->votes);
+    const int logit_rows = rkvi_logit_rows(config, plan->max_group);
     rkvi_take(&arena, &plan->head.args.control, 1, 1);
     rkvi_take(&arena, &plan->head.args.jobs, jobs, 1);
     rkvi_take(&arena, &plan->head.args.open_count, jobs, 1);
     rkvi_take(&arena, &arrays.exempt, tokens, 1);
     rkvi_take(&arena, &arrays.unit_sum, dims, 1);
-    rkvi_take(&arena, &arrays.logits, tokens, config->lambda > 0 ? window : 0);
+    rkvi_take(&arena, &arrays.logits, tokens, static_cast<size_t>(logit_rows));
     rkvi_take(&arena, &arrays.inv_norm, tokens, 1);
     rkvi_take(&arena, &arrays.redundancy, tokens, 1);
     rkvi_take(&arena, &arrays.open_rows, tokens, 1);
     rkvi_take(&arena, &arrays.open_need, tokens, 1);
+    if (rkvi_planes_of(*config) > 0) rkvi_take(&arena, &plan->sums, tiles, 2 * votes * group);
+    if (config->policy == RKV_POLICY_TRIATTENTION)
+        rkvi_take(&arena, &plan->vectors, dims + jobs, 3 * group); /* a pair has 2 dims, or 1 */
+    plan->head.args.logit_rows = logit_rows;
     plan->n_jobs = static_cast<int64_t>(jobs);
     plan->bytes = arena.used + align;
     if (arena.overflow)
@@ -2932,19 +4041,18 @@ static const char *rkvi_unsupported_rule(const rkv_call &call, const rkv_layer &
     const int element = layer.keys.dtype == RKV_F32 ? 4 : 2;
     const bool is_any = shape.dtype == rkvi_dtype_of<rkvi_any>::value; /* at any address */
     const bool scores = call.stage == RKV_SCORE || call.stage == RKV_COMPRESS;
-    if (layer.bias) return "layer.bias: \"cuda\" takes none";
     if (rkvi_row_is_too_long(layer.keys)) return "layer.keys.dim: \"cuda\" takes rows below 2 GB";
     if (layer.values.data && rkvi_row_is_too_long(layer.values))
         return "layer.values.dim: \"cuda\" takes rows below 2 GB";
-    if (!scores || !rkvi_is_scored(config, layer)) return NULL;
+    if (!scores || !rkvi_is_scored(config, layer) || !rkvi_reads_keys(*config)) return NULL;
     if (layer.keys.dtype == RKV_OPAQUE) return "layer.keys.load: \"cuda\" has no row loaders";
     if (!is_any && shape.key_load < element)
         return "layer.keys: \"cuda\" needs data and strides aligned to the element size";
-    if (!(config->lambda > 0)) return NULL;
+    if (!rkvi_reads_queries(*config)) return NULL;
     if (layer.queries.dtype == RKV_OPAQUE) return "layer.queries.load: \"cuda\" has no row loaders";
     if (!is_any && shape.query_load < element)
         return "layer.queries: \"cuda\" needs data and strides aligned to the element size";
-    if (static_cast<int64_t>(shape.group) * config->window >= RKVI_NO_ROW)
+    if (static_cast<int64_t>(shape.group) * config->votes >= RKVI_NO_ROW)
         return "layer.queries: \"cuda\" takes fewer than 2^30 - 1 queries per KV head";
     return NULL;
 }
@@ -2963,17 +4071,21 @@ static void rkvi_measure(rkvi_plan *plan, const rkv_layer &layer, const rkvi_sha
     if (layer.values.data)
         slices += rkvi_slices(static_cast<int64_t>(shape.values.n_elements) * shape.values.element,
                               shape.value_unit);
-    slices += (layer.positions != NULL) + (layer.pins != NULL);
+    slices += (layer.positions != NULL) + (layer.pins != NULL) + (layer.bias != NULL) +
+              (rkvi_planes_of(*config) > 0);
+    if (layer.bias || layer.first_query) plan->has_more = true;
     if (slices > plan->most_slices) plan->most_slices = slices;
     if (layer.n_tokens > plan->most_tokens) plan->most_tokens = layer.n_tokens;
     if (layer.n_tokens <= config->budget) return;
     if (layer.keys.block_table || layer.values.block_table || layer.queries.block_table)
         plan->has_tables = true;
     if (layer.pins) plan->has_pins = true;
+    if (layer.n_new && (plan->call->stage == RKV_COMPACT || !rkvi_is_scored(config, layer)))
+        plan->has_unscored_state = rkvi_planes_of(*config) > 0;
     if (!rkvi_is_scored(config, layer)) return;
+    if (layer.bias) plan->has_bias = true;
     if (layer.n_tokens > plan->most_scored) plan->most_scored = layer.n_tokens;
-    plan->scored_tiles +=
-        static_cast<int64_t>(shape.heads) * ((layer.n_tokens - 1) / RKVI_TILE + 1);
+    plan->scored_tiles += static_cast<int64_t>(shape.heads) * rkvi_tiles_of(layer.n_tokens);
     plan->dtypes[shape.dtype] = true;
 }
 
@@ -3058,7 +4170,7 @@ static cudaError_t rkvi_upload_layers(const rkvi_plan &plan)
     up.head = plan.head;
     up.head.is_first = 1;
     for (int l = 0; l < call.n_layers && error == cudaSuccess; l++) {
-        const rkvi_shape shape = rkvi_shape_of(call.layers[l], call.config->lambda > 0);
+        const rkvi_shape shape = rkvi_shape_of(call.layers[l], rkvi_reads_queries(*call.config));
         if (up.head.n_entries == RKVI_UPLOAD_ENTRIES ||
             (up.head.n_entries > 0 && memcmp(&shape, &up.head.shape, sizeof shape) != 0))
             error = rkvi_send(plan, &up);
@@ -3078,6 +4190,110 @@ static cudaError_t rkvi_upload_layers(const rkvi_plan &plan)
     return error == cudaSuccess ? rkvi_send(plan, &up) : error;
 }
 
+/* x^n, with the same roundings as in rkv.h. */
+static float rkvi_power(float x, int n)
+{
+    double power = 1, factor = static_cast<double>(x);
+    for (; n > 0; n /= 2, factor *= factor)
+        if (n % 2) power *= factor;
+    return static_cast<float>(power);
+}
+
+static void rkvi_fill_rope(const rkv_rope &from, int dim, rkvi_rope *rope)
+{
+    const int dims = from.dims > 0 ? from.dims : dim;
+    const double base = from.base > 0 ? static_cast<double>(from.base) : 10000.0;
+    rope->n_rotated = from.pairing == RKV_ROPE_NONE ? 0 : dims / 2;
+    rope->adjacent = from.pairing == RKV_ROPE_ADJACENT;
+    rope->frequencies = from.frequencies;
+    for (int k = 0; k < RKVI_MAX_POWERS && rope->n_rotated >> k; k++)
+        rope->powers[k] = pow(base, -2.0 * (1 << k) / dims);
+}
+
+static void rkvi_fill_more_rules(uintptr_t *rules)
+{
+    enum { FIRST = RKVI_N_USUAL_RULES };
+    rules[RKVI_BAD_FREQUENCY - FIRST] = reinterpret_cast<uintptr_t>(RKVI_RULE_FREQUENCY);
+    rules[RKVI_BAD_BIAS - FIRST] = reinterpret_cast<uintptr_t>(RKVI_RULE_BIAS);
+    rules[RKVI_BAD_STATE - FIRST] = reinterpret_cast<uintptr_t>(RKVI_RULE_STATE);
+    rules[RKVI_BAD_MEANS - FIRST] = reinterpret_cast<uintptr_t>(RKVI_RULE_MEANS);
+}
+
+/* All that the entries of an upload must have in common, apart from the entries. */
+static void rkvi_fill_more(const rkvi_plan &plan, const rkv_layer &layer, rkvi_more_args *up)
+{
+    const rkv_config *config = plan.call->config;
+    memset(up, 0, sizeof *up); /* compared as bytes */
+    up->args = plan.head.args;
+    up->sums = plan.sums;
+    up->vectors = plan.vectors;
+    up->max_group = plan.max_group;
+    rkvi_fill_more_rules(up->rules);
+    if (rkvi_needs_rope(*config)) rkvi_fill_rope(layer.rope, layer.keys.dim, &up->rope);
+    up->planes = rkvi_planes_of(*config);
+    up->head_dim = layer.keys.dim;
+    up->heads = layer.keys.heads;
+    up->row_stride = layer.row_stride ? layer.row_stride : layer.keys.tokens;
+    up->n_queries = layer.queries.heads;
+}
+
+static cudaError_t rkvi_send_more(const rkvi_plan &plan, rkvi_more_args *up)
+{
+    const int n = up->n_entries;
+    const cudaError_t error =
+        rkvi_launch(rkvi_upload_more, n, RKVI_UPLOAD_THREADS, 0, plan.stream, *up);
+    up->n_entries = 0;
+    return error;
+}
+
+static rkvi_more_entry rkvi_more_entry_of(const rkv_config *config, const rkv_layer &layer,
+                                          const rkv_layer &leader)
+{
+    rkvi_more_entry entry;
+    memset(&entry, 0, sizeof entry);
+    entry.bias = layer.bias;
+    entry.state = rkvi_planes_of(*config) > 0 ? layer.state : NULL;
+    entry.positions = leader.positions;
+    entry.means = layer.query_means;
+    entry.n_new = layer.n_new;
+    entry.first_query = layer.first_query;
+    entry.fade = config->policy == RKV_POLICY_H2O ? 1.0f : rkvi_power(config->decay, layer.n_new);
+    return entry;
+}
+
+/* Describes what other policies and biases need. */
+static cudaError_t rkvi_upload_all_more(const rkvi_plan &plan)
+{
+    const rkv_call &call = *plan.call;
+    const int64_t group = plan.max_group, votes = call.config->votes;
+    rkvi_more_args up, wanted;
+    int leader = 0, job = 0;
+    int64_t first_sum = 0, first_vector = 0;
+    cudaError_t error = cudaSuccess;
+    memset(&up, 0, sizeof up);
+    for (int l = 0; l < call.n_layers && error == cudaSuccess; l++) {
+        const rkv_layer &layer = call.layers[l];
+        const int64_t heads = layer.keys.heads;
+        rkvi_fill_more(plan, layer, &wanted);
+        wanted.n_entries = up.n_entries;
+        if (up.n_entries == RKVI_MORE_ENTRIES ||
+            (up.n_entries > 0 && memcmp(&wanted, &up, offsetof(rkvi_more_args, entries)) != 0))
+            error = rkvi_send_more(plan, &up);
+        wanted.n_entries = up.n_entries;
+        memcpy(&up, &wanted, offsetof(rkvi_more_args, entries));
+        if (rkvi_leads(call.config, call.layers, l)) leader = l;
+        rkvi_more_entry *entry = &up.entries[up.n_entries++];
+        *entry = rkvi_more_entry_of(call.config, layer, call.layers[leader]);
+        entry->first_job = job;
+        entry->first_sum = first_sum;
+        entry->first_vector = first_vector;
+        job += layer.keys.heads;
+        first_sum += heads * (rkvi_tiles_of(layer.n_tokens) + 1) * votes * group;
+        first_vector += heads * 3 * rkvi_n_pairs(layer.keys.dim) * group;
+    }
+    return error == cudaSuccess ? rkvi_send_more(plan, &up) : error;
+}
+
 /* What rkvi_check checks: what the CPU checks in this stage. */
 static int rkvi_checks_of(const rkvi_plan &plan)
 {
@@ -3088,12 +4304,15 @@ static int rkvi_checks_of(const rkvi_plan &plan)
     if (plan.most_scored > 0 && stage == RKV_SELECT) checks |= RKVI_CHECK_SCORES;
     if (plan.most_tokens > plan.call->config->budget && stage == RKV_COMPACT)
         checks |= RKVI_CHECK_LISTS;
+    if (stage != RKV_SCORE && stage != RKV_COMPRESS) return checks;
+    if (plan.has_bias) checks |= RKVI_CHECK_BIAS;
+    if (plan.most_scored > 0 && rkvi_planes_of(*plan.call->config) > 0) checks |= RKVI_CHECK_STATE;
     return checks;
 }
 
 static void rkvi_fill_rules(uintptr_t *rules)
 {
-    const char *texts[RKVI_N_RULES];
+    const char *texts[RKVI_N_USUAL_RULES];
     texts[RKVI_BAD_PINS] = RKVI_RULE_PINS;
     texts[RKVI_BAD_KEY_BLOCKS] = RKVI_RULE_KEY_BLOCKS;
     texts[RKVI_BAD_VALUE_BLOCKS] = RKVI_RULE_VALUE_BLOCKS;
@@ -3106,7 +4325,7 @@ static void rkvi_fill_rules(uintptr_t *rules)
     texts[RKVI_BAD_KEPT_ORDER] = RKVI_RULE_KEPT_ORDER;
     texts[RKVI_BAD_KEPT_PINNED] = RKVI_RULE_KEPT_PINNED;
     texts[RKVI_BAD_KEPT_PINS] = RKVI_RULE_KEPT_PINS;
-    for (int i = 0; i < RKVI_N_RULES; i++) rules[i] = reinterpret_cast<uintptr_t>(texts[i]);
+    for (int i = 0; i < RKVI_N_USUAL_RULES; i++) rules[i] = reinterpret_cast<uintptr_t>(texts[i]);
 }
 
 /* Everything before the first launch: every refusal of the host. */
@@ -3124,7 +4343,7 @@ static rkv_status rkvi_make_plan(rkvi_plan *plan, const rkv_backend *self, const
     if (call->bytes < plan->bytes)
         return rkvi_record(error, RKV_ERROR_WORKSPACE, RKVI_RULE_WORKSPACE_SIZE, -1);
     for (int l = 0; l < call->n_layers; l++) {
-        const rkvi_shape shape = rkvi_shape_of(call->layers[l], call->config->lambda > 0);
+        const rkvi_shape shape = rkvi_shape_of(call->layers[l], rkvi_reads_queries(*call->config));
         const char *rule = rkvi_unsupported_rule(*call, call->layers[l], shape);
         if (rule) return rkvi_record(error, RKV_ERROR_UNSUPPORTED, rule, l);
         rkvi_measure(plan, call->layers[l], shape);
@@ -3134,8 +4353,11 @@ static rkv_status rkvi_make_plan(rkvi_plan *plan, const rkv_backend *self, const
     args.n_jobs = static_cast<int>(plan->n_jobs);
     args.checks = rkvi_checks_of(*plan);
     args.scoring = call->stage == RKV_SCORE || call->stage == RKV_COMPRESS;
-    args.importance = call->config->lambda > 0;
+    args.votes = call->config->votes;
+    args.importance = rkvi_reads_queries(*call->config);
     args.redundancy = call->config->lambda < 1;
+    if (call->config->policy != RKV_POLICY_RKV || call->config->votes > call->config->window)
+        plan->has_more = true;
     return RKV_OK;
 }
 
@@ -3189,16 +4411,69 @@ template <typename T> static cudaError_t rkvi_score_type(const rkvi_plan &plan)
     return error;
 }
 
-static cudaError_t rkvi_run_score(rkvi_plan *plan, bool select_too)
+static cudaError_t rkvi_run_rkv(rkvi_plan *plan)
 {
     cudaError_t error = rkvi_score_type<float>(*plan);
     if (error == cudaSuccess) error = rkvi_score_type<rkvi_f16>(*plan);
     if (error == cudaSuccess) error = rkvi_score_type<rkvi_bf16>(*plan);
     if (error == cudaSuccess) error = rkvi_score_type<rkvi_any>(*plan);
-    plan->head.args.select_too = select_too;
+    if (error != cudaSuccess) return error;
+    const rkv_config *config = plan->call->config;
+    const bool plain = config->votes <= config->window && !config->mean_pool && !plan->has_bias;
+    return rkvi_launch_items(*plan, plain ? rkvi_score<true> : rkvi_score<false>, 1,
+                             RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
+}
+
+/* Launches one of four kernels for tiles of keys, for each type that occurs. */
+static cudaError_t rkvi_launch_types(const rkvi_plan &plan, void (*const kernels[4])(rkvi_args),
+                                     size_t shared_bytes)
+{
+    static const int types[] = { RKV_F32, RKV_F16, RKV_BF16, rkvi_dtype_of<rkvi_any>::value };
+    cudaError_t error = cudaSuccess;
+    for (int i = 0; i < 4 && error == cudaSuccess; i++)
+        if (plan.dtypes[types[i]])
+            error = rkvi_launch_items(plan, kernels[i], rkvi_near_items(plan), RKVI_TILE_THREADS,
+                                      shared_bytes);
+    return error;
+}
+static cudaError_t rkvi_run_votes(rkvi_plan *plan)
+{
+    void (*const votes[])(rkvi_args) = { rkvi_vote<float>, rkvi_vote<rkvi_f16>,
+                                         rkvi_vote<rkvi_bf16>, rkvi_vote<rkvi_any> };
+    void (*const compares[])(rkvi_args) = { rkvi_compare<float>, rkvi_compare<rkvi_f16>,
+                                            rkvi_compare<rkvi_bf16>, rkvi_compare<rkvi_any> };
+    cudaError_t error = rkvi_launch_types(*plan, votes, sizeof(rkvi_tiles));
     if (error == cudaSuccess)
         error =
-            rkvi_launch_items(*plan, rkvi_score, 1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
+            rkvi_launch_items(*plan, rkvi_prepare, 1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
+    plan->head.args.folds = true;
+    if (error == cudaSuccess) error = rkvi_launch_types(*plan, votes, sizeof(rkvi_tiles));
+    if (error == cudaSuccess && rkvi_needs_rope(*plan->call->config))
+        error = rkvi_launch_types(*plan, compares, sizeof(rkvi_tiles));
+    return error;
+}
+static cudaError_t rkvi_run_expectations(const rkvi_plan &plan)
+{
+    void (*const expects[])(rkvi_args) = { rkvi_expect<float>, rkvi_expect<rkvi_f16>,
+                                           rkvi_expect<rkvi_bf16>, rkvi_expect<rkvi_any> };
+    const cudaError_t error =
+        rkvi_launch_items(plan, rkvi_prepare, 1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
+    return error == cudaSuccess ? rkvi_launch_types(plan, expects, 0) : error;
+}
+static cudaError_t rkvi_run_others(rkvi_plan *plan)
+{
+    cudaError_t error = cudaSuccess;
+    if (plan->head.args.importance) error = rkvi_run_votes(plan);
+    if (plan->call->config->policy == RKV_POLICY_TRIATTENTION) error = rkvi_run_expectations(*plan);
+    if (error != cudaSuccess) return error;
+    return rkvi_launch_items(*plan, rkvi_rate, 1, RKVI_HEAD_THREADS, sizeof(rkvi_rate_memory));
+}
+
+static cudaError_t rkvi_run_score(rkvi_plan *plan, bool select_too)
+{
+    plan->head.args.select_too = select_too;
+    cudaError_t error =
+        plan->call->config->policy == RKV_POLICY_RKV ? rkvi_run_rkv(plan) : rkvi_run_others(plan);
     if (error == cudaSuccess && plan->call->config->scope != RKV_PER_HEAD)
         error =
             rkvi_launch_items(*plan, rkvi_share, (plan->most_scored - 1) / RKVI_HEAD_THREADS + 1,
@@ -3213,7 +4488,23 @@ static cudaError_t rkvi_run_select(const rkvi_plan &plan)
 
 static cudaError_t rkvi_run_compact(const rkvi_plan &plan)
 {
+    cudaError_t error = cudaSuccess;
+    if (plan.has_unscored_state)
+        error = rkvi_launch_items(plan, rkvi_start_state, 1, RKVI_HEAD_THREADS, 0);
+    if (error != cudaSuccess) return error;
     return rkvi_launch_items(plan, rkvi_compact, plan.most_slices, RKVI_MOVE_THREADS, 0);
+}
+
+/* New rows that this stage has scored, or moved, are no longer new. */
+static void rkvi_set_new_rows(const rkv_call &call)
+{
+    if (rkvi_planes_of(*call.config) == 0 || call.stage == RKV_SELECT) return;
+    for (int l = 0; l < call.n_layers; l++) {
+        rkv_layer *layer = &call.layers[l];
+        if (call.stage == RKV_SCORE ? rkvi_is_scored(call.config, *layer)
+                                    : layer->n_tokens > call.config->budget)
+            layer->n_new = 0;
+    }
 }
 
 /* Updates the caller's layers after a stage. */
@@ -3258,12 +4549,51 @@ static rkv_status rkvi_cuda_run(const rkv_backend *self, const rkv_call *call)
     const rkv_status status = rkvi_make_plan(&plan, self, call);
     if (status != RKV_OK) return status;
     cudaError_t error = rkvi_upload_layers(plan);
+    if (error == cudaSuccess && plan.has_more) error = rkvi_upload_all_more(plan);
     if (error == cudaSuccess && plan.head.args.checks)
         error = rkvi_launch_items(plan, rkvi_check, 1, RKVI_HEAD_THREADS, sizeof(rkvi_head_memory));
     if (error == cudaSuccess) error = rkvi_run_stage(&plan);
     if (error != cudaSuccess) return rkvi_refuse_device(call->config->error, error);
+    rkvi_set_new_rows(*call);
     if (call->stage != RKV_SCORE) rkvi_set_counts(*call);
     return RKV_OK;
+}
+
+/* ---- Means of queries ------------------------------------------------------------------------ */
+
+static rkv_status rkvi_cuda_update_means(const rkv_backend *self, const rkv_means_call *call)
+{
+    const rkv_tensor &queries = *call->queries;
+    const rkvi_strides strides = rkvi_strides_of(queries);
+    rkv_error *error = call->config ? call->config->error : NULL;
+    rkvi_means_args args;
+    memset(&args, 0, sizeof args);
+    if (queries.dtype == RKV_OPAQUE)
+        return rkvi_record(error, RKV_ERROR_UNSUPPORTED,
+                           "queries.load: \"cuda\" has no row loaders", -1);
+    if (static_cast<int64_t>(queries.heads) * call->n > INT32_MAX)
+        return rkvi_record(error, RKV_ERROR_UNSUPPORTED,
+                           "n: \"cuda\" takes fewer than 2^31 queries in a call", -1);
+    args.queries = rkvi_view_of(static_cast<char *>(queries.data), queries.block_table, strides, 0);
+    args.head_stride = strides.head;
+    rkvi_fill_rope(call->rope, queries.dim, &args.rope);
+    args.means = call->means;
+    args.record = call->config ? call->config->device_error : NULL;
+    args.query_rule = reinterpret_cast<uintptr_t>(RKVI_RULE_QUERY);
+    args.frequency_rule = reinterpret_cast<uintptr_t>(RKVI_RULE_FREQUENCY);
+    args.heads = queries.heads;
+    args.dim = queries.dim;
+    args.dtype = queries.dtype;
+    args.slot = call->slot;
+    args.n = call->n;
+    args.position = call->position;
+    cudaError_t code = rkvi_launch(rkvi_update_means, args.heads, RKVI_HEAD_THREADS,
+                                   sizeof(rkvi_means_memory), rkvi_stream(self), args);
+    args.counts = 1;
+    if (code == cudaSuccess)
+        code = rkvi_launch(rkvi_update_means, 1, RKVI_HEAD_THREADS, sizeof(rkvi_means_memory),
+                           rkvi_stream(self), args);
+    return code == cudaSuccess ? RKV_OK : rkvi_refuse_device(error, code);
 }
 
 /* ---- The table ------------------------------------------------------------------------------ */
@@ -3292,12 +4622,26 @@ static cudaError_t rkvi_load_kernels()
         rkvi_kernel(rkvi_scan_far<float>),     rkvi_kernel(rkvi_scan_far<rkvi_f16>),
         rkvi_kernel(rkvi_scan_far<rkvi_bf16>), rkvi_kernel(rkvi_attend<rkvi_any>),
         rkvi_kernel(rkvi_scan_near<rkvi_any>), rkvi_kernel(rkvi_scan_far<rkvi_any>),
+        rkvi_kernel(rkvi_vote<float>),         rkvi_kernel(rkvi_vote<rkvi_f16>),
+        rkvi_kernel(rkvi_vote<rkvi_bf16>),     rkvi_kernel(rkvi_vote<rkvi_any>),
+        rkvi_kernel(rkvi_compare<float>),      rkvi_kernel(rkvi_compare<rkvi_f16>),
+        rkvi_kernel(rkvi_compare<rkvi_bf16>),  rkvi_kernel(rkvi_compare<rkvi_any>),
     };
     const void *const others[] = {
         rkvi_kernel(rkvi_upload<RKVI_FEW_ENTRIES>),
         rkvi_kernel(rkvi_upload<RKVI_UPLOAD_ENTRIES>),
+        rkvi_kernel(rkvi_upload_more),
         rkvi_kernel(rkvi_check),
-        rkvi_kernel(rkvi_score),
+        rkvi_kernel(rkvi_prepare),
+        rkvi_kernel(rkvi_expect<float>),
+        rkvi_kernel(rkvi_expect<rkvi_f16>),
+        rkvi_kernel(rkvi_expect<rkvi_bf16>),
+        rkvi_kernel(rkvi_expect<rkvi_any>),
+        rkvi_kernel(rkvi_rate),
+        rkvi_kernel(rkvi_start_state),
+        rkvi_kernel(rkvi_update_means),
+        rkvi_kernel(rkvi_score<true>),
+        rkvi_kernel(rkvi_score<false>),
         rkvi_kernel(rkvi_share),
         rkvi_kernel(rkvi_select),
         rkvi_kernel(rkvi_compact),
@@ -3327,7 +4671,7 @@ static rkv_status rkvi_backend_of(rkv_backend *out, void *stream, rkv_error *err
                                 rkvi_cuda_copy_rows,
                                 rkvi_cuda_fill_positions,
                                 rkvi_cuda_synchronize,
-                                NULL };
+                                rkvi_cuda_update_means };
     int n_devices = 0;
     cudaError_t code = rkvi_clear(cudaGetDeviceCount(&n_devices));
     if (code == cudaSuccess) code = n_devices < 1 ? cudaErrorNoDevice : rkvi_load_kernels();

@@ -10,8 +10,8 @@ CUDA_DIR    = $(BUILD)/cuda
 CUDA_WARNINGS = -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wconversion,-Wshadow
 CUDA_FLAGS  = -I. -Itests -std=c++14 -O3 $(CUDA_WARNINGS)
 SHIM_FLAGS  = -I. -Itests -std=c++14 $(OPT) $(WARNINGS) -Wno-unknown-pragmas $(CXXFLAGS)
-SHIM_HEADERS = rkv.h tests/golden_names.h tests/harness.h tests/oracle.h tests/cuda/shim.h \
-               tests/cuda/race.h
+SHIM_HEADERS = rkv.h tests/golden_names.h tests/harness.h tests/oracle.h tests/cuda/policies.h \
+               tests/cuda/shim.h tests/cuda/race.h
 CUDA_ARCHS := $(shell $(NVCC) --list-gpu-arch 2>/dev/null | sed -n 's/^compute_//p' | \
                       awk '$$1 >= 75' | sort -n)
 

@@ -1,6 +1,7 @@
 /* Compares rkv_cuda.cu with the CPU: on a GPU, or without one as C++ over tests/cuda/shim.h.
  *     make test (shim)    make test-cuda-ptx (PTX, over tests/cuda/ptx.cc)    make test-cuda (GPU)
- * test_cuda FIRST COUNT runs generated cases only. test_cuda kernels [COUNT] runs every kernel in
+ * test_cuda FIRST COUNT runs generated cases only; test_cuda policy [FIRST COUNT] those of policies
+ * beside R-KV. test_cuda kernels [COUNT] runs every kernel in
  * little time, for the sanitizers: chosen cases and the first COUNT generated ones. */
 #ifndef RKV_CUDA_SHIM
 #include <cuda_runtime.h>
@@ -81,6 +82,15 @@ struct mirror {
         to_device(pieces.back().device, host, bytes);
         return device;
     }
+    /* The same of an array that ends later than what is used of it. */
+    template <typename T> T *add_part(T *host, size_t used, size_t bytes)
+    {
+        if (!host) return NULL;
+        T *device = reserve(host, bytes, true);
+        pieces.back().bytes = used;
+        to_device(pieces.back().device, host, used);
+        return device;
+    }
     void copy_back() const
     {
         for (size_t i = 0; i < pieces.size(); i++)
@@ -118,6 +128,11 @@ static rkv_tensor mirror_tensor(mirror *m, const rkv_tensor &host, int n_tokens,
     return t;
 }
 
+static size_t n_frequencies(const rkv_layer &layer)
+{
+    return static_cast<size_t>(layer.rope.dims ? layer.rope.dims : layer.keys.dim) / 2;
+}
+
 static rkv_layer mirror_layer(mirror *m, const rkv_config *config, const rkv_layer &host,
                               bool leads)
 {
@@ -130,12 +145,24 @@ static rkv_layer mirror_layer(mirror *m, const rkv_config *config, const rkv_lay
     const size_t last = sets == 0 ? 0 : (sets - 1) * stride + static_cast<size_t>(host.n_tokens);
     layer.keys = mirror_tensor(m, host.keys, host.n_tokens, true);
     layer.values = mirror_tensor(m, host.values, host.n_tokens, true);
-    layer.queries = mirror_tensor(m, host.queries, config->window, false);
+    const size_t planes = static_cast<size_t>(host.keys.heads * rkv_state_floats(config));
+    const size_t n_rows = static_cast<size_t>(host.n_tokens);
+    layer.queries =
+        mirror_tensor(m, host.queries, config->votes ? config->votes : config->window, false);
     layer.kept = m->add(host.kept, sets * static_cast<size_t>(config->budget) * 4, true);
-    layer.positions = m->add(host.positions, last * 4, true);
-    layer.pins = m->add(host.pins, last, true);
+    layer.positions = m->add_part(host.positions, last * 4, sets * stride * 4);
+    layer.pins = m->add_part(host.pins, last, sets * stride);
     layer.scores = m->add(host.scores, static_cast<size_t>(host.keys.heads) * candidates * 4, true);
     layer.shared_scores = m->add(host.shared_scores, candidates * 4, true);
+    const size_t heads = static_cast<size_t>(host.keys.heads);
+    layer.bias = m->add_part(host.bias, ((heads - 1) * stride + n_rows) * 4, heads * stride * 4);
+    layer.state = NULL;
+    if (planes)
+        layer.state =
+            m->add_part(host.state, ((planes - 1) * stride + n_rows) * 4, planes * stride * 4);
+    layer.rope.frequencies = m->add(host.rope.frequencies, n_frequencies(host) * 4, false);
+    layer.query_means = m->add(
+        host.query_means, rkv_query_means_floats(host.queries.heads, host.keys.dim) * 4, false);
     return layer;
 }
 
@@ -175,6 +202,7 @@ static rkv_status run_mirrored(const rkv_backend *, const rkv_call *call)
     for (int l = 0; l < call->n_layers && status == RKV_OK; l++) {
         call->layers[l].n_tokens = on_device[static_cast<size_t>(l)].n_tokens;
         call->layers[l].n_kept = on_device[static_cast<size_t>(l)].n_kept;
+        call->layers[l].n_new = on_device[static_cast<size_t>(l)].n_new;
     }
     return status;
 }
@@ -938,6 +966,8 @@ static void expect_refused(const rkv_config &given, job *jobs, int n_jobs, stage
     }
     expect_record("the device's record", &on_device, &on_cpu);
 }
+
+#include "policies.h"
 
 static void test_faults()
 {
@@ -1853,6 +1883,7 @@ static void test_chosen()
     test_cache_fault();
     test_graph();
     test_two_streams();
+    test_chosen_policies();
     test_on_gpu();
 }
 
@@ -1871,11 +1902,16 @@ static void test_kernels(uint64_t count)
     test_f8_codes();
     test_graph();
     for (uint64_t seed = 1; seed <= count; seed++) test_generated(seed);
+    for (uint64_t seed = 1; seed <= (count + 1) / 2; seed++) test_policy(seed);
+    for (uint64_t seed = 1; seed <= 4; seed++) test_query_means(seed);
+    test_unscored_state();
 }
 
 int main(int argc, char **argv)
 {
     const bool kernels = argc > 1 && strcmp(argv[1], "kernels") == 0;
+    const bool policies = argc > 1 && strcmp(argv[1], "policy") == 0;
+    if (policies) argc--, argv++;
     const uint64_t first = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
     const uint64_t count = argc > 2  ? strtoull(argv[2], NULL, 10)
                            : kernels ? 30
@@ -1888,8 +1924,12 @@ int main(int argc, char **argv)
         return close_tests();
     }
     if (kernels) test_kernels(count);
-    if (argc <= 1) test_chosen();
-    for (uint64_t seed = first; seed < first + count && !kernels; seed++) test_generated(seed);
+    if (argc <= 1 && !policies) test_chosen();
+    if (argc <= 1 && policies) test_chosen_policies();
+    for (uint64_t seed = first; seed < first + count && !kernels; seed++) {
+        if (!policies) test_generated(seed);
+        test_policy(seed);
+    }
     printf("scores differ from the CPU's by at most %.1e of the largest; %ld kept sets equal, %ld "
            "but for near ties\n",
            worst_score, sets_equal, sets_differ_in_ties);
