@@ -60,7 +60,7 @@ def interval(values):
 
 
 def show(values, sign=""):
-    mean, low, high = interval(values)
+    mean, low, high = (round(v, 3) + 0.0 for v in interval(values))  # no -0.000
     return f"{mean:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
@@ -78,8 +78,10 @@ def ordered(losses):
 
 def table(results, size, kind):
     losses, kl = results.losses(size, kind), results.divergences(size, kind)
-    n = results.documents(size, kind)
-    out = [f"**{kind}**, {n} documents", "",
+    read = list(next(iter(results.cells[size, kind].values())).values())
+    full = np.mean([float(r["nll_full"]) for r in read])
+    out = [f"**{kind}**, {len(read)} documents, {sum(int(r['tokens']) for r in read)} tokens; loss "
+           f"of the full cache {full:.3f}", "",
            "| policy | prompt | loss - full | KL | - R-KV | - the best other |",
            "|---|---|--:|--:|--:|--:|"]
     for cell in ordered(losses):
