@@ -31,6 +31,9 @@ help:
 	@echo '                      the parts of scoring)'
 	@echo '  make bench-decode   what compressing costs and saves a decode loop, at the sizes of real'
 	@echo '                      layers; CSV in $(BUILD)/'
+	@echo '  make study          what each policy costs a real model: $(BUILD)/study.csv, .md, .svg; hours,'
+	@echo '                      resumable (PyPI: torch numpy gguf; PYTHON=, STUDY="--quick": minutes;'
+	@echo '                      --model FILE.gguf; --help: all options)'
 	@echo '  make check          README, examples, licence and version agree with the header'
 	@echo '  make lint           clang-format, cppcheck, clang-tidy'
 	@echo '  make format         lets clang-format rewrite the sources'
@@ -159,6 +162,20 @@ bench-decode: $(BUILD)/bench/decode
 bench-smoke: $(BUILD)/bench/bench $(BUILD)/bench/decode
 	$< --smoke
 	$(BUILD)/bench/decode --smoke
+
+# What each policy costs a real model: bench/study/study.py. The library is rkv.h and nothing else.
+$(BUILD)/study/librkv.so: bench/study/study.c rkv.h
+	@mkdir -p $(@D)
+	$(CC) $(C_FLAGS) -shared -fPIC $< -o $@ $(LIBS)
+
+.PHONY: study
+study: $(BUILD)/study/librkv.so
+	@if $(PYTHON) -c 'import torch, numpy, gguf' 2>/dev/null; then \
+	    $(PYTHON) bench/study/study.py --library $< --texts $(BUILD)/study/texts \
+	        --csv $(BUILD)/study.csv $(STUDY) && if [ -e $(BUILD)/study.csv ]; then \
+	        $(PYTHON) bench/study/report.py $(BUILD)/study.csv >$(BUILD)/study.md && \
+	        ls $(BUILD)/study*.*; fi; \
+	else echo 'skip  $@: $(PYTHON) lacks torch, numpy or gguf (PyPI); PYTHON= names another'; fi
 
 # ---- The same tests, built or run in other ways -------------------------------------------------
 
