@@ -66,7 +66,8 @@ help:
 # ---- Programs -----------------------------------------------------------------------------------
 
 TESTS       = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/test_*.c)))
-TEST_SHARED = $(patsubst %,$(BUILD)/obj/tests/%.o,harness oracle golden_file rkv_impl)
+TEST_SHARED = $(patsubst %,$(BUILD)/obj/tests/%.o,harness oracle oracle_policies golden_file \
+                  golden_policy rkv_impl)
 EXAMPLES    = $(patsubst %.c,$(BUILD)/%,$(sort $(filter-out examples/cuda.c, \
                   $(wildcard examples/*.c))))
 
@@ -192,11 +193,11 @@ test-windows:
 	@wineserver -p60 2>/dev/null || true
 	$(call suite,x86_64-w64-mingw32-gcc wine,windows,CC=x86_64-w64-mingw32-gcc LDFLAGS=-static \
 	    RUNNER='env WINEDEBUG=-all wine' PROGRAM_TEST= \
-	    TESTS='$(patsubst %,$(BUILD)/windows/tests/test_%,api cache errors float golden pins random refusals)')
+	    TESTS='$(patsubst %,$(BUILD)/windows/tests/test_%,api cache errors float golden pins policies random refusals)')
 
 # The library must not care what its caller has set: rounding, flush-to-zero, traps.
 FLOAT_MODES = down up zero ftz daz traps mixed
-FLOAT_TESTS = $(patsubst %,$(BUILD)/tests/test_%,golden random properties errors)
+FLOAT_TESTS = $(patsubst %,$(BUILD)/tests/test_%,golden random policies properties errors)
 .PHONY: test-float
 test-float: $(FLOAT_TESTS) $(BUILD)/tests/test_float
 	@set -e; for mode in $(FLOAT_MODES); do echo "RKV_TEST_FLOAT=$$mode"; \

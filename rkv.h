@@ -54,9 +54,9 @@
  * `window` stay; their rows move to the front of the cache, in place and in order.
  *
  * Other policies (rkv_policy, presets beside rkv_config_default) score otherwise in the same calls.
- * Those that remember what earlier rounds saw need a little more in each layer: `state`, `positions`,
- * `rope`, and before a round `n_new` and `first_query` (examples/memory.c shows all). bench/results
- * says how they compare.
+ * Those that remember what earlier rounds saw need a little more in each layer: `state`,
+ * `positions`, `rope`, and before a round `n_new` and `first_query` (examples/memory.c shows all).
+ * bench/results says how they compare.
  *
  * Do not confuse rows with positions. n_tokens is the number of rows in use; a round lowers it. The
  * length of the sequence only grows; the next rotary position is that length. `positions` tells the
@@ -374,7 +374,7 @@ typedef struct rkv_layer {
                              is above window                                                      */
     rkv_rope rope;        /* MEMORY, TRIATTENTION: required, also if it is RKV_ROPE_NONE. With other
                              pairings, and with RANDOM, positions are required                    */
-    const float *query_means; /* TRIATTENTION: in, from rkv_query_means_update, or measured before */
+    const float *query_means; /* TRIATTENTION: in; see rkv_query_means_update                     */
 } rkv_layer;
 
 typedef struct rkv_backend rkv_backend; /* an implementation of the method: room 6 */
@@ -425,8 +425,9 @@ RKV_API int rkv_state_floats(const rkv_config *config);
  *   slot, n   in      rows slot, slot + 1, ..., n of them, are added
  *   position  in      of the first; the tokens at positions 0 to 3 are left out
  *   means     in/out  rkv_query_means_floats of them, in the backend's memory, zeros at first:
- *                     [query_heads][head_dim] E[q'], [query_heads][head_dim / 2] E|q'_f|, the number
- *                     of tokens, and room to work. Means measured before may be given instead
+ *                     [query_heads][head_dim] E[q'], [query_heads][head_dim / 2] E|q'_f|, the
+ *                     number of tokens, and room to work. Means measured before may be given
+ *                     instead; a round reads the first two
  * config: for its error record only. Returns RKV_OK, RKV_ERROR_NULL, _ARGUMENT, _NONFINITE,
  * _UNSUPPORTED or _DEVICE; on an error means is untouched. */
 RKV_API size_t rkv_query_means_floats(int query_heads, int head_dim);
@@ -545,7 +546,9 @@ extern rkv_status rkv_cuda_backend(rkv_backend *out, void *stream, rkv_error *er
 #ifndef RKV_NO_CACHE
 /* The managed cache, for engines that have none: budget + buffer rows per layer and KV head, and
  * never more. For each token: append each layer's key, value and query, run attention over
- * rkv_cache_keys and _values, and call rkv_cache_step after the last layer. */
+ * rkv_cache_keys and _values, and call rkv_cache_step after the last layer. It holds what the
+ * policy needs: the queries that vote, state, means of queries, positions. It has no bias: under
+ * OWN_SCORE the newest tokens stay. */
 typedef struct rkv_cache rkv_cache;
 
 /* clang-format off */
@@ -565,7 +568,7 @@ typedef struct rkv_cache_config {
                                    0 means budget + buffer                                        */
     int value_dim;              /* 0 means head_dim                                               */
     float scale, softcap;       /* as in rkv_layer                                                */
-    rkv_rope rope;              /* as in rkv_layer, of all layers                                 */
+    rkv_rope rope;              /* as in rkv_layer, of all layers; MEMORY, TRIATTENTION: required */
     const rkv_backend *backend; /* where the memory lies; NULL: rkv_backend_find(NULL)            */
     void *(*alloc)(void *user, size_t bytes); /* host memory of the cache's own records; both     */
     void (*free)(void *user, void *memory);   /* NULL: malloc and free. Rows: the backend's       */
@@ -573,9 +576,10 @@ typedef struct rkv_cache_config {
 } rkv_cache_config;
 /* clang-format on */
 
-/* create takes all memory here, none later. The config is copied; its backend, thread pool and
- * error records must outlive the cache. RKV_ERROR_NULL, _ARGUMENT, _MEMORY or _UNSUPPORTED (a
- * backend without memory functions); *out is then NULL. destroy takes NULL.
+/* create takes all memory here, none later. The config is copied; its backend, thread pool, error
+ * records and rope.frequencies must outlive the cache. RKV_ERROR_NULL, _ARGUMENT, _MEMORY or
+ * _UNSUPPORTED (a backend without memory functions, or, with TRIATTENTION, without update_means);
+ * *out is then NULL. destroy takes NULL.
  * fork makes an equal, independent cache, with memory of its own from the same allocators. It
  * shares the threads and the error records of compress, if these were given.
  * error: what the last call on this cache found wrong: *config.compress.error if that was given,
@@ -589,8 +593,10 @@ RKV_API const rkv_error *rkv_cache_error(const rkv_cache *cache);
  * kv_heads heads, queries one with query_heads heads, each with `tokens` >= n_tokens rows of
  * which the first n_tokens are copied as they are (nothing is quantised); in the backend's memory.
  * After rotary embedding with positions rkv_cache_position(cache, layer), + 1, ... Queries are not
- * read, and may be NULL, when lambda is 0 or pinned and protected tokens fill the budget
- * (rkv_config_streaming).
+ * read, and may be NULL, when lambda is 0 (RKV), with RANDOM and OWN_SCORE, or when pinned and
+ * protected tokens fill the budget (rkv_config_streaming).
+ * TRIATTENTION: the queries enter the running means here; one that is not finite is refused with
+ * RKV_ERROR_NONFINITE (on a device backend, as rkv_query_means_update says).
  * More tokens than rkv_cache_room: RKV_ERROR_ARGUMENT. On an error nothing is appended. */
 RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
                                     const rkv_tensor *keys, const rkv_tensor *values,
@@ -601,18 +607,19 @@ RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
  * rkv_cache_compress: the same, due or not, if there are more rows than the budget: call it after
  * a prompt longer than the budget.
  * Layers with different numbers of rows: RKV_ERROR_ARGUMENT. A round needs the queries of the last
- * `window` tokens, and the cache holds no older ones. After rkv_cache_truncate has taken back n
- * tokens, n queries are missing (at most `window`) until as many tokens have been appended. Until
- * then compress returns RKV_ERROR_ARGUMENT, and step does nothing and returns RKV_OK. There is
- * always room for these tokens.
+ * `votes` tokens (MEMORY, H2O: of those that came after the last round), and the cache holds no
+ * older ones. After rkv_cache_truncate has taken back n tokens, n queries are missing (at most
+ * `votes`) until as many tokens have been appended. Until then compress returns
+ * RKV_ERROR_ARGUMENT, and step does nothing and returns RKV_OK. There is always room for these
+ * tokens.
  * Other errors as rkv_compress; on an error the cache is as it was. A NaN in a key or query
  * (RKV_ERROR_NONFINITE) fails every round until its token is gone, and room runs out:
  *     rkv_cache_truncate(cache, rkv_cache_error_position(cache))
  * forgets that token and all later ones. Decode them again, or give up on the sequence.
  * rkv_cache_error_position: the position of the token that the last round found to hold a number
- * that is not finite; 0 if it is older than truncation reaches (a tampered snapshot), so that the
- * same line empties the cache; -1 if the last error was another. Read from rkv_cache_error: ask
- * before another call writes that record.
+ * that is not finite; 0 if it is older than truncation reaches (a tampered snapshot) or many took
+ * part (means of huge queries), so that the same line empties the cache; -1 if the last error was
+ * another. Read from rkv_cache_error: ask before another call writes that record.
  * On a device backend a round waits for the device and returns the fault that the device found. If
  * the device does not answer, it returns RKV_ERROR_DEVICE, and the cache is empty. With
  * compress.device_error a round does not wait. If you find a fault there, the cache is lost: empty
@@ -636,13 +643,16 @@ RKV_API const int32_t *rkv_cache_positions(const rkv_cache *cache, int layer, in
  * 0 empties the cache. Otherwise it reaches back to the start until the first round, then over the
  * tokens appended since the last round and the protected ones before them; further:
  * RKV_ERROR_ARGUMENT, nothing changed. It also takes back a token that only some layers have been
- * given. Costs nothing: only counters change. */
+ * given. Costs nothing: only counters change. What the token has done to others stays: its votes
+ * in a round (MEMORY, H2O: the state of other rows), its part in the means (TRIATTENTION). Only 0
+ * forgets that too. */
 RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position);
 
 /* clang-format off */
 typedef struct rkv_cache_stats {
-    size_t bytes_held;  /* reserved rows of keys, values and queries, all layers; not counted:
-                           4 bytes a row for its position, and the workspace                      */
+    size_t bytes_held;  /* reserved rows of keys, values, queries and state, and means of queries,
+                           all layers; not counted: 4 bytes a row for its position, and the
+                           workspace                                                              */
     size_t bytes_full;  /* keys and values of a cache that had kept every token                   */
     int64_t rounds;     /* so far                                                                 */
     int64_t n_evicted;  /* rows evicted so far, per KV head and layer                             */
@@ -650,11 +660,11 @@ typedef struct rkv_cache_stats {
 /* clang-format on */
 RKV_API rkv_cache_stats rkv_cache_get_stats(const rkv_cache *cache);
 
-/* A snapshot: little-endian, versioned, with a checksum; the rows in use only. save writes
- * rkv_cache_save_size bytes. Equal caches make equal snapshots.
+/* A snapshot: little-endian, versioned, with a checksum; the rows in use only, with what the policy
+ * carries. save writes rkv_cache_save_size bytes. Equal caches make equal snapshots.
  * load wants exactly these bytes, and a cache created with the same shapes, dtype, budget, window,
- * protect, pinned and scope, and with room for the rows (capacity, buffer and the other options
- * may differ). Anything else, or damage: RKV_ERROR_ARGUMENT, the cache as it was.
+ * protect, pinned, scope, policy and votes, and with room for the rows (capacity, buffer and the
+ * other options may differ). Anything else, or damage: RKV_ERROR_ARGUMENT, the cache as it was.
  * RKV_ERROR_DEVICE: a copy failed half way, the cache is empty.
  * `memory` is host memory, any alignment. The checksum detects corruption, not tampering. */
 RKV_API size_t rkv_cache_save_size(const rkv_cache *cache);
@@ -5282,8 +5292,8 @@ static void rkvi_copy_scores_out(const rkvi_job *job)
     }
 }
 
-/* The state of rows that were scored becomes the caller's. Rows that nothing scored, because nothing
- * was to be chosen, start at 0. */
+/* The state of rows that were scored becomes the caller's. Rows that nothing scored, because there
+ * was nothing to choose, start at 0. */
 static void rkvi_commit_state(const rkvi_job *job, int was_scored)
 {
     int l, plane;
@@ -5621,8 +5631,8 @@ static rkv_status rkvi_cpu_synchronize(const rkv_backend *self)
     return RKV_OK;
 }
 
-/* One query as f32, in the room behind the means; 0 if the row loader does not give it, or it is not
- * finite. */
+/* One query as f32, in the room behind the means; 0 if the row loader does not give it, or it is
+ * not finite. */
 static int rkvi_load_query(const rkvi_kernels *k, const rkv_means_call *call, int head, int slot,
                            float *row)
 {
@@ -6807,7 +6817,10 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
  * One block of the backend's memory, capacity rows per layer and KV head:
  *     keys       [layer][kv_head][capacity][head_dim]
  *     values     [layer][kv_head][capacity][value_dim]
- *     queries    [layer][query_head][window][head_dim]   ring: slot = position % window
+ *     queries    [layer][query_head][votes][head_dim]    ring: slot = position % votes
+ *     state      [layer][kv_head][float][capacity]       what MEMORY and H2O carry
+ *     means      [layer][rkv_query_means_floats]         of the queries, for TRIATTENTION; up to
+ *                                                        the count, behind which is room to work
  *     positions  [set][capacity]                         a set per layer and KV head, per layer,
  *                                                        or one, as the scope says
  *     error      one rkv_error                           where a device reports a fault
@@ -6821,24 +6834,37 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
  * rows + evicted, truncation down to row `fixed` reads nothing back and moves nothing, and a
  * snapshot needs the positions of the first `fixed` rows only.
  *
+ * State: rows [0, settled) were part of a round. Their state is what that round left; the others,
+ * of which there are n_new = rows - settled, have none yet. A round settles all rows that it keeps;
+ * truncation to `rows` makes it min(settled, rows), which is the same for all layers. Without
+ * state it stays 0. A round of more rows than the budget always has new ones: settled <= budget.
+ *
  * The ring: n_queries counts the newest tokens whose queries it still holds. Appending n makes it
- * min(window, n_queries + n); truncating n makes it max(0, n_queries - n): the slots of truncated
+ * min(votes, n_queries + n); truncating n makes it max(0, n_queries - n): the slots of truncated
  * tokens are stale until the tokens that replace them overwrite them. A round needs n_queries ==
- * window. With `behind` = the largest length since the last round - the length now, both updates
- * keep n_queries >= min(window, largest length) - behind. Where capacity is budget + buffer,
- * rkv_cache_step is due at the largest possible length; there behind is 0 and the window whole. The
- * window can be partial only with a larger capacity, or when a round is forced. There is always
- * room for the tokens that make it whole: rows + (window - n_queries) <= capacity. rkv_cache_load
- * checks this; nothing else can break it. */
+ * votes, or with state only n_queries >= min(votes, n_new); else `missing` = votes - n_queries
+ * tokens must come first. There is always room for them:
+ *     rows + missing <= capacity.                                                         (2)
+ * Without state: votes <= budget. Let `most` be the largest number of rows since the last round, of
+ * all tokens if there was none, and behind = most - rows. The updates keep n_queries >= min(votes,
+ * most) - behind, for a round leaves n_queries == votes. So rows + missing <= max(most, votes).
+ * With state: let `most` be the largest number of rows since n_new was last 0. The updates keep
+ * n_queries >= min(votes, most - settled) - behind. If votes >= most - settled, this is n_queries
+ * >= n_new, and nothing is missing. Else missing <= behind, and rows + missing <= most.
+ * Where capacity is budget + buffer, rkv_cache_step is due at the largest possible number of rows;
+ * there behind is 0 and nothing is missing. Tokens can be missing only with a larger capacity, or
+ * when a round is forced. rkv_cache_load checks (2); nothing else can break it. */
 #ifndef RKV_NO_CACHE
 #define RKVI_CACHE_ALIGN  ((size_t)256) /* of each part: the alignment of cudaMalloc */
 #define RKVI_CACHE_BUFFER 128           /* published: a round every 128 new tokens */
 
 typedef struct rkvi_cache_plan {
     size_t key_bytes, value_bytes, query_bytes; /* of one layer; query_bytes 0: no ring */
+    size_t state_bytes, mean_bytes;             /* likewise; 0: the policy has none */
+    int n_planes;                               /* floats of state per row and KV head */
     int n_sets;                                 /* sets of positions, all layers */
-    size_t keys, values, queries, positions;    /* offsets of the parts in the block */
-    size_t error;
+    size_t keys, values, queries, state, means; /* offsets of the parts in the block */
+    size_t positions, error;
     size_t total; /* bytes of the block */
 } rkvi_cache_plan;
 
@@ -6852,6 +6878,7 @@ struct rkv_cache {
     void *workspace;       /* the backend's; for a round of capacity rows */
     size_t workspace_bytes;
     int evicted; /* tokens dropped so far by every head */
+    int settled; /* with state: the first rows, which were part of a round */
     int64_t rounds;
     rkv_error error; /* where config.compress.error points, unless the caller has one */
 };
@@ -6953,6 +6980,34 @@ static int rkvi_cache_add_part(size_t *total, size_t bytes, int count, size_t *o
     return 1;
 }
 
+/* Bytes of a layer's means; 0 when they overflow: each term of their sum is below a third of the
+ * bytes that are tried first, or small. */
+static int rkvi_cache_means_bytes(const rkv_cache_config *config, size_t *bytes)
+{
+    if (!rkvi_cache_rows_bytes(RKV_F32, config->query_heads, 8, config->head_dim, bytes)) return 0;
+    *bytes = sizeof(float) * rkv_query_means_floats(config->query_heads, config->head_dim);
+    return 1;
+}
+
+/* What the policy needs beside keys and values, per layer; 0 when a size overflows. State that is
+ * never scored is moved all the same. */
+static int rkvi_cache_measure_policy(const rkv_cache_config *config, rkvi_cache_plan *plan)
+{
+    const rkv_config *compress = &config->compress;
+    const int scored = rkvi_is_scored(compress, config->capacity);
+    plan->n_planes = rkvi_state_floats(compress);
+    plan->query_bytes = plan->mean_bytes = 0;
+    if (scored && rkvi_reads_queries(compress) &&
+        !rkvi_cache_rows_bytes(rkvi_cache_query_dtype(config), config->query_heads, compress->votes,
+                               config->head_dim, &plan->query_bytes))
+        return 0;
+    if (scored && compress->policy == RKV_POLICY_TRIATTENTION &&
+        !rkvi_cache_means_bytes(config, &plan->mean_bytes))
+        return 0;
+    return rkvi_cache_rows_bytes(RKV_F32, config->kv_heads, config->capacity, plan->n_planes,
+                                 &plan->state_bytes);
+}
+
 /* 0 when a size overflows. */
 static int rkvi_cache_measure(const rkv_cache_config *config, rkvi_cache_plan *plan)
 {
@@ -6964,13 +7019,9 @@ static int rkvi_cache_measure(const rkv_cache_config *config, rkvi_cache_plan *p
         return 0;
     if (n_sets > (size_t)INT32_MAX) return 0;
     plan->n_sets = (int)n_sets;
-    plan->query_bytes = 0;
     plan->total = 0;
-    if (rkvi_is_scored(compress, capacity) && rkvi_reads_queries(compress) &&
-        !rkvi_cache_rows_bytes(rkvi_cache_query_dtype(config), config->query_heads,
-                               compress->window, config->head_dim, &plan->query_bytes))
-        return 0;
-    return rkvi_cache_rows_bytes(config->dtype, config->kv_heads, capacity, config->head_dim,
+    return rkvi_cache_measure_policy(config, plan) &&
+           rkvi_cache_rows_bytes(config->dtype, config->kv_heads, capacity, config->head_dim,
                                  &plan->key_bytes) &&
            rkvi_cache_rows_bytes(config->dtype, config->kv_heads, capacity, config->value_dim,
                                  &plan->value_bytes) &&
@@ -6978,6 +7029,8 @@ static int rkvi_cache_measure(const rkv_cache_config *config, rkvi_cache_plan *p
            rkvi_cache_add_part(&plan->total, plan->key_bytes, n_layers, &plan->keys) &&
            rkvi_cache_add_part(&plan->total, plan->value_bytes, n_layers, &plan->values) &&
            rkvi_cache_add_part(&plan->total, plan->query_bytes, n_layers, &plan->queries) &&
+           rkvi_cache_add_part(&plan->total, plan->state_bytes, n_layers, &plan->state) &&
+           rkvi_cache_add_part(&plan->total, plan->mean_bytes, n_layers, &plan->means) &&
            rkvi_cache_add_part(&plan->total, set_bytes, plan->n_sets, &plan->positions) &&
            rkvi_cache_add_part(&plan->total, sizeof(rkv_error), 1, &plan->error);
 }
@@ -6992,21 +7045,41 @@ static int32_t *rkvi_cache_set(const rkv_cache *cache, int layer, int head)
     return cache->positions + set * (size_t)cache->config.capacity;
 }
 
+/* A layer's piece of a part of the block; NULL where the part is empty. */
+static void *rkvi_cache_piece(const rkv_cache *cache, size_t part, size_t bytes, int layer)
+{
+    return bytes > 0 ? cache->memory + part + (size_t)layer * bytes : NULL;
+}
+
+/* Does a round leave state behind? */
+static int rkvi_cache_carries_state(const rkv_cache *cache)
+{
+    return cache->plan.n_planes > 0 && cache->plan.query_bytes > 0;
+}
+
+static float *rkvi_cache_means(const rkv_cache *cache, int layer)
+{
+    return (float *)rkvi_cache_piece(cache, cache->plan.means, cache->plan.mean_bytes, layer);
+}
+
 static void rkvi_cache_describe_layer(rkv_cache *cache, int index)
 {
     const rkv_cache_config *config = &cache->config;
     const rkvi_cache_plan *plan = &cache->plan;
     rkv_layer *layer = &cache->layers[index];
-    const size_t l = (size_t)index;
-    void *queries =
-        plan->query_bytes > 0 ? cache->memory + plan->queries + l * plan->query_bytes : NULL;
-    layer->keys = rkv_tensor_make(cache->memory + plan->keys + l * plan->key_bytes, config->dtype,
-                                  config->kv_heads, config->capacity, config->head_dim);
+    layer->keys =
+        rkv_tensor_make(rkvi_cache_piece(cache, plan->keys, plan->key_bytes, index), config->dtype,
+                        config->kv_heads, config->capacity, config->head_dim);
     layer->values =
-        rkv_tensor_make(cache->memory + plan->values + l * plan->value_bytes, config->dtype,
-                        config->kv_heads, config->capacity, config->value_dim);
-    layer->queries = rkv_tensor_make(queries, rkvi_cache_query_dtype(config), config->query_heads,
-                                     config->compress.window, config->head_dim);
+        rkv_tensor_make(rkvi_cache_piece(cache, plan->values, plan->value_bytes, index),
+                        config->dtype, config->kv_heads, config->capacity, config->value_dim);
+    layer->queries =
+        rkv_tensor_make(rkvi_cache_piece(cache, plan->queries, plan->query_bytes, index),
+                        rkvi_cache_query_dtype(config), config->query_heads, config->compress.votes,
+                        config->head_dim);
+    layer->state = (float *)rkvi_cache_piece(cache, plan->state, plan->state_bytes, index);
+    layer->query_means = rkvi_cache_means(cache, index);
+    layer->rope = config->rope;
     layer->scale = config->scale;
     layer->softcap = config->softcap;
     layer->row_stride = config->capacity;
@@ -7029,6 +7102,7 @@ static void rkvi_cache_empty(rkv_cache *cache)
         cache->n_queries[l] = 0;
     }
     cache->evicted = 0;
+    cache->settled = 0;
     cache->rounds = 0;
 }
 
@@ -7047,6 +7121,7 @@ static rkv_status rkvi_cache_reserve(rkv_cache *cache)
     for (l = 0; l < config->n_layers; l++) {
         rkvi_cache_describe_layer(cache, l);
         cache->layers[l].n_tokens = config->capacity; /* the largest round, to be sized for */
+        cache->layers[l].n_new = config->capacity;
     }
     status = rkv_workspace_size(backend, &config->compress, cache->layers, config->n_layers,
                                 &cache->workspace_bytes);
@@ -7108,6 +7183,10 @@ RKV_API rkv_status rkv_cache_create(rkv_cache **out, const rkv_cache_config *con
     if (!rkvi_cache_has_memory_functions(resolved.backend))
         return rkvi_refuse(&config->compress, RKV_ERROR_UNSUPPORTED,
                            "cache.backend: has no memory functions", -1, -1, -1);
+    if (plan.mean_bytes > 0 && !resolved.backend->update_means)
+        return rkvi_refuse(&config->compress, RKV_ERROR_UNSUPPORTED,
+                           "cache.backend: has no update_means, which TRIATTENTION needs", -1, -1,
+                           -1);
     cache = rkvi_cache_new_record(&resolved, &plan);
     if (cache == NULL)
         return rkvi_refuse(&config->compress, RKV_ERROR_MEMORY, "cache: no memory for its records",
@@ -7227,7 +7306,8 @@ RKV_API rkv_cache_stats rkv_cache_get_stats(const rkv_cache *cache)
     size_t token_bytes;
     int l;
     if (cache == NULL) return stats;
-    stats.bytes_held = (cache->plan.key_bytes + cache->plan.value_bytes + cache->plan.query_bytes) *
+    stats.bytes_held = (cache->plan.key_bytes + cache->plan.value_bytes + cache->plan.query_bytes +
+                        cache->plan.state_bytes + cache->plan.mean_bytes) *
                        (size_t)cache->config.n_layers;
     token_bytes = rkvi_cache_token_bytes(cache);
     for (l = 0; l < cache->config.n_layers; l++)
@@ -7269,7 +7349,7 @@ static rkv_status rkvi_cache_fill(const rkv_cache *cache, int layer, int row, in
                                            config->capacity, row, row + cache->evicted, n);
 }
 
-/* Copies the newest min(n_tokens, window) queries into the ring; two copies if they wrap. They
+/* Copies the newest min(n_tokens, votes) queries into the ring; two copies if they wrap. They
  * replace the oldest queries, which a failed copy leaves undefined. The first copy finds a negative
  * block, before it writes. */
 static rkv_status rkvi_cache_push_queries(rkv_cache *cache, int layer, int n_tokens,
@@ -7277,17 +7357,17 @@ static rkv_status rkvi_cache_push_queries(rkv_cache *cache, int layer, int n_tok
 {
     const rkv_backend *backend = cache->config.backend;
     const rkv_tensor *ring = &cache->layers[layer].queries;
-    const int window = cache->config.compress.window;
-    const int n = n_tokens < window ? n_tokens : window;
+    const int votes = cache->config.compress.votes;
+    const int n = rkvi_min(n_tokens, votes);
     const int skipped = n_tokens - n;
-    const int slot = (rkv_cache_position(cache, layer) + skipped) % window;
-    const int n_first = n < window - slot ? n : window - slot;
+    const int slot = (rkv_cache_position(cache, layer) + skipped) % votes;
+    const int n_first = n < votes - slot ? n : votes - slot;
     int *n_queries = &cache->n_queries[layer];
     rkv_status status = backend->copy_rows(backend, ring, slot, queries, skipped, n_first);
     if (status == RKV_OK && n > n_first)
         status = backend->copy_rows(backend, ring, 0, queries, skipped + n_first, n - n_first);
     if (status == RKV_ERROR_ARGUMENT) return status;
-    if (*n_queries > window - n) *n_queries = window - n;
+    if (*n_queries > votes - n) *n_queries = votes - n;
     if (status == RKV_OK) *n_queries += n;
     return status;
 }
@@ -7323,6 +7403,39 @@ static rkv_status rkvi_cache_copy_in(rkv_cache *cache, int layer, int n_tokens,
     return rkvi_cache_push_queries(cache, layer, n_tokens, &new_queries);
 }
 
+/* Makes the means of a layer those of no token. */
+static rkv_status rkvi_cache_clear_means(const rkv_cache *cache, int layer)
+{
+    static const unsigned char zeros[1024] = { 0 };
+    const rkv_backend *backend = cache->config.backend;
+    unsigned char *means = (unsigned char *)rkvi_cache_means(cache, layer);
+    size_t left = cache->plan.mean_bytes, part;
+    rkv_status status = RKV_OK;
+    for (; left > 0 && status == RKV_OK; left -= part, means += part) {
+        part = left < sizeof zeros ? left : sizeof zeros;
+        status = backend->copy(backend, means, zeros, part);
+    }
+    return status;
+}
+
+/* The queries of new tokens enter the means of their layer. Nothing can undo that: it comes after
+ * all that can fail. Until a layer has its first tokens, its means are undefined. */
+static rkv_status rkvi_cache_add_to_means(const rkv_cache *cache, int layer, int n_tokens,
+                                          const rkv_tensor *queries)
+{
+    const rkv_cache_config *config = &cache->config;
+    const rkv_tensor new_queries = rkvi_cache_new_rows(queries, n_tokens);
+    const int position = rkv_cache_position(cache, layer);
+    rkv_status status = RKV_OK;
+    if (position == 0) status = rkvi_cache_clear_means(cache, layer);
+    if (status != RKV_OK)
+        return rkvi_cache_result(cache, status, "cache: the device refused a copy", layer);
+    status = rkv_query_means_update(config->backend, &config->compress, &config->rope, &new_queries,
+                                    0, n_tokens, position, rkvi_cache_means(cache, layer));
+    if (status != RKV_OK) config->compress.error->layer = layer;
+    return status;
+}
+
 RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
                                     const rkv_tensor *keys, const rkv_tensor *values,
                                     const rkv_tensor *queries)
@@ -7339,18 +7452,21 @@ RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
     if (!rule && n_tokens > 0) {
         rule = rkvi_cache_view_rule(cache, keys, RKVI_KEYS, n_tokens);
         if (!rule) rule = rkvi_cache_view_rule(cache, values, RKVI_VALUES, n_tokens);
-        if (!rule && cache->plan.query_bytes > 0)
+        if (!rule && (cache->plan.query_bytes > 0 || cache->plan.mean_bytes > 0))
             rule = rkvi_cache_view_rule(cache, queries, RKVI_QUERIES, n_tokens);
     }
     if (rule) return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT, rule, layer);
     status =
         n_tokens == 0 ? RKV_OK : rkvi_cache_copy_in(cache, layer, n_tokens, keys, values, queries);
+    status = rkvi_cache_result(cache, status,
+                               status == RKV_ERROR_ARGUMENT
+                                   ? "keys, values, queries: a block table has a negative block"
+                                   : "cache: the device refused a copy",
+                               layer);
+    if (status == RKV_OK && n_tokens > 0 && cache->plan.mean_bytes > 0)
+        status = rkvi_cache_add_to_means(cache, layer, n_tokens, queries);
     if (status == RKV_OK) cache->layers[layer].n_tokens += n_tokens;
-    return rkvi_cache_result(cache, status,
-                             status == RKV_ERROR_ARGUMENT
-                                 ? "keys, values, queries: a block table has a negative block"
-                                 : "cache: the device refused a copy",
-                             layer);
+    return status;
 }
 
 /* ---- Compression and rollback ---- */
@@ -7363,12 +7479,21 @@ static int rkvi_cache_layers_equal(const rkv_cache *cache)
     return 1;
 }
 
-static int rkvi_cache_window_whole(const rkv_cache *cache)
+/* Tokens that a layer lacks for a round, because the ring does not hold the queries that vote. */
+static int rkvi_cache_missing(const rkv_cache *cache, int n_queries, int n_new)
+{
+    if (cache->plan.query_bytes == 0) return 0;
+    if (rkvi_cache_carries_state(cache) && n_queries >= n_new) return 0;
+    return cache->config.compress.votes - n_queries;
+}
+
+static int rkvi_cache_votes_whole(const rkv_cache *cache)
 {
     int l;
-    if (cache->plan.query_bytes == 0) return 1;
     for (l = 0; l < cache->config.n_layers; l++)
-        if (cache->n_queries[l] < cache->config.compress.window) return 0;
+        if (rkvi_cache_missing(cache, cache->n_queries[l],
+                               cache->layers[l].n_tokens - cache->settled) > 0)
+            return 0;
     return 1;
 }
 
@@ -7389,22 +7514,39 @@ static rkv_status rkvi_cache_look(rkv_cache *cache)
                        found.layer, found.head, found.token);
 }
 
+/* R-KV takes its votes in any order if they are those of the window. They keep that of the slots,
+ * so that an engine's own ring which does not tell first_query gives the same bits. */
+static void rkvi_cache_describe_round(rkv_cache *cache)
+{
+    const rkv_config *compress = &cache->config.compress;
+    const int ordered = rkvi_cache_carries_state(cache) || compress->votes > compress->window;
+    int l;
+    for (l = 0; l < cache->config.n_layers; l++) {
+        rkv_layer *layer = &cache->layers[l];
+        layer->n_new = layer->n_tokens - cache->settled;
+        layer->first_query = ordered ? rkv_cache_position(cache, l) % compress->votes : 0;
+    }
+}
+
 static rkv_status rkvi_cache_round(rkv_cache *cache, int *n_evicted)
 {
     const rkv_cache_config *config = &cache->config;
-    const int rows = cache->layers[0].n_tokens, evicted = rows - config->compress.budget;
-    rkv_status status = rkv_compress(config->backend, &config->compress, cache->layers,
-                                     config->n_layers, cache->workspace, cache->workspace_bytes);
+    const int budget = config->compress.budget, rows = cache->layers[0].n_tokens;
+    rkv_status status;
     int l;
+    rkvi_cache_describe_round(cache);
+    status = rkv_compress(config->backend, &config->compress, cache->layers, config->n_layers,
+                          cache->workspace, cache->workspace_bytes);
     if (status == RKV_OK) {
         for (l = 0; l < config->n_layers; l++) cache->layers[l].n_tokens = rows; /* until we know */
         status = rkvi_cache_look(cache);
     }
     if (status != RKV_OK) return status;
-    for (l = 0; l < config->n_layers; l++) cache->layers[l].n_tokens = rows - evicted;
-    cache->evicted += evicted;
+    for (l = 0; l < config->n_layers; l++) cache->layers[l].n_tokens = budget;
+    cache->evicted += rows - budget;
+    cache->settled = rkvi_cache_carries_state(cache) ? budget : 0;
     cache->rounds++;
-    if (n_evicted != NULL) *n_evicted = evicted;
+    if (n_evicted != NULL) *n_evicted = rows - budget;
     return RKV_OK;
 }
 
@@ -7431,7 +7573,7 @@ RKV_API rkv_status rkv_cache_step(rkv_cache *cache, int *n_evicted)
     rkv_status status;
     const int full = cache == NULL ? 0 : cache->config.compress.budget + cache->config.buffer;
     if (!rkvi_cache_is_due(cache, full - 1, n_evicted, &status)) return status;
-    if (!rkvi_cache_window_whole(cache)) return RKV_OK; /* due once the window is whole again */
+    if (!rkvi_cache_votes_whole(cache)) return RKV_OK; /* due once they are whole again */
     return rkvi_cache_round(cache, n_evicted);
 }
 
@@ -7440,24 +7582,29 @@ RKV_API rkv_status rkv_cache_compress(rkv_cache *cache, int *n_evicted)
     rkv_status status;
     const int budget = cache == NULL ? 0 : cache->config.compress.budget;
     if (!rkvi_cache_is_due(cache, budget, n_evicted, &status)) return status;
-    if (!rkvi_cache_window_whole(cache))
+    if (!rkvi_cache_votes_whole(cache))
         return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT,
-                                 "cache: queries of the window are missing since a truncation", -1);
+                                 "cache: queries that vote are missing, append more tokens", -1);
     return rkvi_cache_round(cache, n_evicted);
 }
 
-/* Every row that a round has kept was finite, so a key that is not comes after them, in order. The
- * token of a query is the newest with its slot in the ring. */
+/* Every row that a round has kept was finite, so a key that is not comes after them, in order. (A
+ * round that reads no keys finds none; one that reads those of candidates only keeps the others in
+ * order.) The token of a query is the newest with its slot in the ring; without a ring it was
+ * refused by append, and is not in the cache. Means are of all tokens. */
 RKV_API int rkv_cache_error_position(const rkv_cache *cache)
 {
     const rkv_error *error = rkv_cache_error(cache);
-    int position, last, window;
-    if (cache == NULL || error->status != RKV_ERROR_NONFINITE || error->token < 0) return -1;
+    int position, last, votes;
+    if (cache == NULL || error->status != RKV_ERROR_NONFINITE) return -1;
+    if (strcmp(error->rule, RKVI_RULE_MEANS) == 0) return 0;
+    if (error->token < 0) return -1;
     position = error->token + cache->evicted;
     if (strcmp(error->rule, RKVI_RULE_QUERY) == 0) {
-        window = cache->config.compress.window;
+        if (cache->plan.query_bytes == 0) return -1;
+        votes = cache->config.compress.votes;
         last = rkv_cache_position(cache, 0) - 1;
-        position = last - (last - error->token % window + window) % window;
+        position = last - (last - error->token % votes + votes) % votes;
     }
     return position < rkvi_cache_first_position(cache) ? 0 : position;
 }
@@ -7475,6 +7622,7 @@ RKV_API rkv_status rkv_cache_truncate(rkv_cache *cache, int position)
         return rkvi_cache_refuse(cache, RKV_ERROR_ARGUMENT,
                                  "position: further back than truncation reaches", -1);
     rows = position - cache->evicted;
+    cache->settled = rkvi_min(cache->settled, rows);
     for (l = 0; l < cache->config.n_layers; l++) {
         const int n_dropped = cache->layers[l].n_tokens - rows;
         if (n_dropped <= 0) continue;
@@ -7493,6 +7641,37 @@ static rkv_tensor rkvi_cache_position_view(const rkv_cache *cache)
                            1);
 }
 
+/* The carried state of a layer as a tensor: a row's floats lie `capacity` apart. */
+static rkv_tensor rkvi_cache_state_view(const rkv_cache *cache, int layer)
+{
+    const int capacity = cache->config.capacity, n_planes = cache->plan.n_planes;
+    rkv_tensor view = rkv_tensor_make(cache->layers[layer].state, RKV_F32, cache->config.kv_heads,
+                                      capacity, n_planes);
+    view.head_stride = (int64_t)n_planes * capacity;
+    view.token_stride = 1;
+    view.dim_stride = capacity;
+    return view;
+}
+
+/* What a policy carries beside the rows. */
+static rkv_status rkvi_cache_copy_carried(const rkv_cache *dst, const rkv_cache *src, int layer)
+{
+    const rkv_backend *backend = src->config.backend;
+    rkv_status status = RKV_OK;
+    if (src->plan.query_bytes > 0)
+        status = backend->copy_rows(backend, &dst->layers[layer].queries, 0,
+                                    &src->layers[layer].queries, 0, src->config.compress.votes);
+    if (status == RKV_OK && src->settled > 0) {
+        const rkv_tensor to = rkvi_cache_state_view(dst, layer);
+        const rkv_tensor from = rkvi_cache_state_view(src, layer);
+        status = backend->copy_rows(backend, &to, 0, &from, 0, src->settled);
+    }
+    if (status == RKV_OK && src->plan.mean_bytes > 0)
+        status = backend->copy(backend, rkvi_cache_means(dst, layer), rkvi_cache_means(src, layer),
+                               src->plan.mean_bytes);
+    return status;
+}
+
 static rkv_status rkvi_cache_copy_layer(const rkv_cache *dst, const rkv_cache *src, int layer)
 {
     const rkv_backend *backend = src->config.backend;
@@ -7502,10 +7681,7 @@ static rkv_status rkvi_cache_copy_layer(const rkv_cache *dst, const rkv_cache *s
         status = backend->copy_rows(backend, &to->keys, 0, &from->keys, 0, from->n_tokens);
     if (status == RKV_OK && from->n_tokens > 0)
         status = backend->copy_rows(backend, &to->values, 0, &from->values, 0, from->n_tokens);
-    if (status == RKV_OK && src->plan.query_bytes > 0)
-        status = backend->copy_rows(backend, &to->queries, 0, &from->queries, 0,
-                                    src->config.compress.window);
-    return status;
+    return status == RKV_OK ? rkvi_cache_copy_carried(dst, src, layer) : status;
 }
 
 RKV_API rkv_status rkv_cache_fork(const rkv_cache *cache, rkv_cache **out)
@@ -7540,6 +7716,7 @@ RKV_API rkv_status rkv_cache_fork(const rkv_cache *cache, rkv_cache **out)
         return rkvi_cache_refuse(cache, status, "cache: the device refused a copy", -1);
     }
     fork->evicted = cache->evicted;
+    fork->settled = cache->settled;
     fork->rounds = cache->rounds;
     *out = fork;
     return RKV_OK;
@@ -7549,16 +7726,18 @@ RKV_API rkv_status rkv_cache_fork(const rkv_cache *cache, rkv_cache **out)
  * The image, every number little-endian, no padding:
  *     "RKVCACHE"                                                      8 bytes
  *     shape: version, layers, ... see rkvi_image_shape                RKVI_IMAGE_SHAPE x u32
- *     rounds, evicted                                                 2 x u64
+ *     rounds, evicted, settled                                        3 x u64
  *     rows, n_queries                                                 [layer] 2 x u32
  *     positions of the first `fixed` rows                             [set][fixed] u32
+ *     state of the settled rows                         [layer][kv_head][float][settled] f32
+ *     means of the queries (zero in a layer without tokens)           [layer][floats] f32
  *     keys, values, query ring (stale slots zero)                     [layer], rows in use
  *     checksum of all bytes before                                    u64 */
 
-#define RKVI_IMAGE_VERSION 2
-#define RKVI_IMAGE_SHAPE   13
-#define RKVI_IMAGE_COUNTS  (8 + 4 * RKVI_IMAGE_SHAPE) /* where rounds and evicted lie */
-#define RKVI_IMAGE_LAYERS  (RKVI_IMAGE_COUNTS + 16)   /* where the layers' counters lie */
+#define RKVI_IMAGE_VERSION 3
+#define RKVI_IMAGE_SHAPE   15
+#define RKVI_IMAGE_COUNTS  (8 + 4 * RKVI_IMAGE_SHAPE) /* where rounds, evicted and settled lie */
+#define RKVI_IMAGE_LAYERS  (RKVI_IMAGE_COUNTS + 24)   /* where the layers' counters lie */
 
 static void rkvi_image_put(unsigned char *image, uint64_t value, int n_bytes)
 {
@@ -7622,6 +7801,8 @@ static void rkvi_image_shape(const rkv_cache *cache, uint32_t shape[RKVI_IMAGE_S
     shape[10] = (uint32_t)config->compress.scope;
     shape[11] = (uint32_t)config->compress.protect;
     shape[12] = cache->plan.query_bytes > 0;
+    shape[13] = (uint32_t)config->compress.policy;
+    shape[14] = (uint32_t)config->compress.votes;
 }
 
 static size_t rkvi_image_header_bytes(const rkv_cache *cache)
@@ -7629,23 +7810,54 @@ static size_t rkvi_image_header_bytes(const rkv_cache *cache)
     return RKVI_IMAGE_LAYERS + 8 * (size_t)cache->config.n_layers;
 }
 
-/* Bytes of an image with total_rows rows in all layers together. No part is larger than the memory
- * it is copied from, so no sum overflows. */
-static size_t rkvi_image_size(const rkv_cache *cache, int fixed_rows, size_t total_rows)
+/* The counters of an image, and what follows from them. */
+typedef struct rkvi_image_counts {
+    int64_t rounds;
+    int evicted, settled, fixed_rows;
+    size_t total_rows; /* of all layers */
+} rkvi_image_counts;
+
+/* Floats of a layer's means that last: up to the count. */
+static size_t rkvi_image_means(const rkv_cache *cache)
+{
+    if (cache->plan.mean_bytes == 0) return 0;
+    return rkvi_count_at(cache->config.query_heads, cache->config.head_dim) + 1;
+}
+
+static size_t rkvi_image_positions_bytes(const rkv_cache *cache, const rkvi_image_counts *counts)
+{
+    return 4 * (size_t)cache->plan.n_sets * (size_t)counts->fixed_rows;
+}
+
+/* Of all layers. */
+static size_t rkvi_image_state_bytes(const rkv_cache *cache, const rkvi_image_counts *counts)
+{
+    return (size_t)cache->config.n_layers * (size_t)cache->config.kv_heads *
+           (size_t)cache->plan.n_planes * (size_t)counts->settled * sizeof(float);
+}
+
+/* No part is larger than the memory it is copied from, so no sum overflows. */
+static size_t rkvi_image_size(const rkv_cache *cache, const rkvi_image_counts *counts)
 {
     const size_t n_layers = (size_t)cache->config.n_layers;
-    return rkvi_image_header_bytes(cache) + 4 * (size_t)cache->plan.n_sets * (size_t)fixed_rows +
-           total_rows * rkvi_cache_token_bytes(cache) + n_layers * cache->plan.query_bytes + 8;
+    return rkvi_image_header_bytes(cache) + rkvi_image_positions_bytes(cache, counts) +
+           rkvi_image_state_bytes(cache, counts) +
+           n_layers * sizeof(float) * rkvi_image_means(cache) +
+           counts->total_rows * rkvi_cache_token_bytes(cache) + n_layers * cache->plan.query_bytes +
+           8;
 }
 
 RKV_API size_t rkv_cache_save_size(const rkv_cache *cache)
 {
-    size_t total_rows = 0;
+    rkvi_image_counts counts;
     int l;
     if (cache == NULL) return 0;
-    for (l = 0; l < cache->config.n_layers; l++) total_rows += (size_t)cache->layers[l].n_tokens;
-    return rkvi_image_size(cache, rkvi_cache_fixed_rows(&cache->config, cache->evicted),
-                           total_rows);
+    counts.fixed_rows = rkvi_cache_fixed_rows(&cache->config, cache->evicted);
+    counts.settled = cache->settled;
+    counts.total_rows = 0;
+    for (l = 0; l < cache->config.n_layers; l++)
+        counts.total_rows += (size_t)cache->layers[l].n_tokens;
+    return rkvi_image_size(cache, &counts);
 }
 
 static void rkvi_image_write_header(const rkv_cache *cache, unsigned char *image)
@@ -7657,6 +7869,7 @@ static void rkvi_image_write_header(const rkv_cache *cache, unsigned char *image
     for (i = 0; i < RKVI_IMAGE_SHAPE; i++) rkvi_image_put(image + 8 + 4 * i, shape[i], 4);
     rkvi_image_put(image + RKVI_IMAGE_COUNTS, (uint64_t)cache->rounds, 8);
     rkvi_image_put(image + RKVI_IMAGE_COUNTS + 8, (uint64_t)cache->evicted, 8);
+    rkvi_image_put(image + RKVI_IMAGE_COUNTS + 16, (uint64_t)cache->settled, 8);
     image += RKVI_IMAGE_LAYERS;
     for (i = 0; i < cache->config.n_layers; i++, image += 8) {
         rkvi_image_put(image, (uint64_t)cache->layers[i].n_tokens, 4);
@@ -7740,15 +7953,15 @@ static rkv_status rkvi_image_transfer_rows(const rkv_backend *backend, rkvi_imag
  * equal caches make equal images. `ring` is the layer's ring in the image. */
 static void rkvi_image_blank_stale(const rkv_cache *cache, int layer, unsigned char *ring)
 {
-    const int window = cache->config.compress.window;
-    const int n_stale = window - cache->n_queries[layer];
-    const int next = rkv_cache_position(cache, layer) % window; /* the oldest slot */
+    const int votes = cache->config.compress.votes;
+    const int n_stale = votes - cache->n_queries[layer];
+    const int next = rkv_cache_position(cache, layer) % votes; /* the oldest slot */
     const size_t row_bytes =
-        cache->plan.query_bytes / (size_t)cache->config.query_heads / (size_t)window;
+        cache->plan.query_bytes / (size_t)cache->config.query_heads / (size_t)votes;
     int h, i;
-    for (h = 0; h < cache->config.query_heads; h++, ring += row_bytes * (size_t)window)
+    for (h = 0; h < cache->config.query_heads; h++, ring += row_bytes * (size_t)votes)
         for (i = 0; i < n_stale; i++) {
-            const int slot = i < window - next ? next + i : next + i - window;
+            const int slot = i < votes - next ? next + i : next + i - votes;
             memset(ring + row_bytes * (size_t)slot, 0, row_bytes);
         }
 }
@@ -7766,18 +7979,45 @@ static rkv_status rkvi_image_transfer_ring(const rkv_cache *cache, rkvi_image_cu
     return status;
 }
 
+/* The first n of every `capacity` numbers of 4 bytes each, n_sets times. */
+static rkv_status rkvi_image_transfer_sets(const rkv_cache *cache, rkvi_image_cursor *cursor,
+                                           void *sets, size_t n_sets, int n)
+{
+    unsigned char *set = (unsigned char *)sets;
+    rkv_status status = RKV_OK;
+    for (; n_sets > 0 && status == RKV_OK; n_sets--, set += 4 * (size_t)cache->config.capacity)
+        status = rkvi_image_transfer(cache->config.backend, cursor, set, 4 * (size_t)n, RKV_F32);
+    return status;
+}
+
+/* The means of a layer that never had a token are undefined; the first append clears them. */
+static rkv_status rkvi_image_transfer_means(const rkv_cache *cache, rkvi_image_cursor *cursor,
+                                            int layer)
+{
+    const size_t bytes = sizeof(float) * rkvi_image_means(cache);
+    if (bytes > 0 && cursor->out != NULL && rkv_cache_position(cache, layer) == 0) {
+        memset(cursor->out, 0, bytes);
+        cursor->out += bytes;
+        return RKV_OK;
+    }
+    return rkvi_image_transfer(cache->config.backend, cursor, rkvi_cache_means(cache, layer), bytes,
+                               RKV_F32);
+}
+
 /* Everything between the counters and the checksum. */
 static rkv_status rkvi_image_transfer_body(const rkv_cache *cache, rkvi_image_cursor *cursor)
 {
     const rkv_backend *backend = cache->config.backend;
+    const size_t n_planes = (size_t)cache->config.kv_heads * (size_t)cache->plan.n_planes;
     const int fixed_rows = rkvi_cache_fixed_rows(&cache->config, cache->evicted);
-    const size_t fixed_bytes = sizeof(int32_t) * (size_t)fixed_rows;
-    rkv_status status = RKV_OK;
-    int s, l;
-    for (s = 0; s < cache->plan.n_sets && status == RKV_OK; s++)
-        status = rkvi_image_transfer(backend, cursor,
-                                     cache->positions + (size_t)s * (size_t)cache->config.capacity,
-                                     fixed_bytes, RKV_F32); /* also 4 bytes */
+    rkv_status status = rkvi_image_transfer_sets(cache, cursor, cache->positions,
+                                                 (size_t)cache->plan.n_sets, fixed_rows);
+    int l;
+    for (l = 0; l < cache->config.n_layers && status == RKV_OK; l++)
+        status = rkvi_image_transfer_sets(cache, cursor, cache->layers[l].state, n_planes,
+                                          cache->settled);
+    for (l = 0; l < cache->config.n_layers && status == RKV_OK; l++)
+        status = rkvi_image_transfer_means(cache, cursor, l);
     for (l = 0; l < cache->config.n_layers && status == RKV_OK; l++) {
         const rkv_layer *layer = &cache->layers[l];
         status = rkvi_image_transfer_rows(backend, cursor, &layer->keys, layer->n_tokens);
@@ -7821,7 +8061,9 @@ static const char *const rkvi_image_shape_rules[RKVI_IMAGE_SHAPE] = {
     "memory: a snapshot of a cache with another number of pinned tokens",
     "memory: a snapshot of a cache with another scope",
     "memory: a snapshot of a cache with another number of protected tokens",
-    "memory: a snapshot of a cache that keeps queries, or does not"
+    "memory: a snapshot of a cache that keeps queries, or does not",
+    "memory: a snapshot of a cache with another policy",
+    "memory: a snapshot of a cache with another number of votes"
 };
 
 static const char *rkvi_image_shape_rule(const rkv_cache *cache, const unsigned char *image)
@@ -7835,38 +8077,54 @@ static const char *rkvi_image_shape_rule(const rkv_cache *cache, const unsigned 
     return NULL;
 }
 
-/* An image's counters, checked against this cache. */
-typedef struct rkvi_image_counts {
-    int64_t rounds;
-    int evicted, fixed_rows;
-    size_t total_rows;
-} rkvi_image_counts;
+/* Can these rows have been settled? *counts holds the other counters already. */
+static int rkvi_image_can_settle(const rkv_cache *cache, const rkvi_image_counts *counts,
+                                 uint64_t settled)
+{
+    if (!rkvi_cache_carries_state(cache) || counts->rounds == 0) return settled == 0;
+    return settled >= (uint64_t)counts->fixed_rows &&
+           settled <= (uint64_t)cache->config.compress.budget;
+}
+
+/* The rule that the counters of one layer break. */
+static const char *rkvi_image_layer_rule(const rkv_cache *cache, const unsigned char *image,
+                                         const rkvi_image_counts *counts)
+{
+    const uint64_t rows = rkvi_image_get(image, 4), n_queries = rkvi_image_get(image + 4, 4);
+    const int votes = cache->plan.query_bytes > 0 ? cache->config.compress.votes : 0;
+    if (rows + (uint64_t)counts->evicted > INT32_MAX || rows < (uint64_t)counts->fixed_rows ||
+        rows < (uint64_t)counts->settled || n_queries > (uint64_t)votes ||
+        n_queries > rows + (uint64_t)counts->evicted)
+        return "memory: a damaged snapshot, its counters are impossible";
+    if (rows > (uint64_t)cache->config.capacity)
+        return "memory: a snapshot of more rows than the cache's capacity";
+    if (rkvi_cache_missing(cache, (int)n_queries, (int)rows - counts->settled) >
+        cache->config.capacity - (int)rows)
+        return "memory: no room for the queries that the snapshot still lacks";
+    return NULL;
+}
 
 static const char *rkvi_image_counts_rule(const rkv_cache *cache, const unsigned char *image,
                                           rkvi_image_counts *counts)
 {
-    const char *impossible = "memory: a damaged snapshot, its counters are impossible";
     const uint64_t rounds = rkvi_image_get(image + RKVI_IMAGE_COUNTS, 8);
     const uint64_t evicted = rkvi_image_get(image + RKVI_IMAGE_COUNTS + 8, 8);
-    const uint64_t capacity = (uint64_t)cache->config.capacity;
-    const uint64_t window =
-        cache->plan.query_bytes > 0 ? (uint64_t)cache->config.compress.window : 0;
+    const uint64_t settled = rkvi_image_get(image + RKVI_IMAGE_COUNTS + 16, 8);
     int l;
     if (evicted > INT32_MAX || rounds > evicted || (rounds == 0) != (evicted == 0))
-        return impossible;
+        return "memory: a damaged snapshot, its rounds are impossible";
     counts->rounds = (int64_t)rounds;
     counts->evicted = (int)evicted;
     counts->fixed_rows = rkvi_cache_fixed_rows(&cache->config, counts->evicted);
     counts->total_rows = 0;
+    if (!rkvi_image_can_settle(cache, counts, settled))
+        return "memory: a damaged snapshot, its settled rows are impossible";
+    counts->settled = (int)settled;
     image += RKVI_IMAGE_LAYERS;
     for (l = 0; l < cache->config.n_layers; l++, image += 8) {
-        const uint64_t rows = rkvi_image_get(image, 4), n_queries = rkvi_image_get(image + 4, 4);
-        if (rows + evicted > INT32_MAX || rows < (uint64_t)counts->fixed_rows) return impossible;
-        if (n_queries > window || n_queries > rows + evicted) return impossible;
-        if (rows > capacity) return "memory: a snapshot of more rows than the cache's capacity";
-        if (rows + (window - n_queries) > capacity && rows > 0)
-            return "memory: no room for the queries that the snapshot's window still lacks";
-        counts->total_rows += (size_t)rows;
+        const char *rule = rkvi_image_layer_rule(cache, image, counts);
+        if (rule) return rule;
+        counts->total_rows += (size_t)rkvi_image_get(image, 4);
     }
     return NULL;
 }
@@ -7891,6 +8149,36 @@ static const char *rkvi_image_positions_rule(const rkv_cache *cache, const unsig
     return NULL;
 }
 
+/* Are these n floats finite, of at most this magnitude, and, where asked for, not negative? */
+static int rkvi_image_floats_are_sound(const unsigned char *image, size_t n, float most,
+                                       int is_signed)
+{
+    const uint32_t most_bits = rkvi_bits_from_float(most), sign = 0x80000000u;
+    for (; n > 0; n--, image += 4) {
+        const uint32_t bits = (uint32_t)rkvi_image_get(image, 4);
+        if ((bits & ~sign) > most_bits || (!is_signed && bits > sign)) return 0;
+    }
+    return 1;
+}
+
+/* The state and the means, which lie together. Numbers that no round can leave would make later
+ * ones fail, and no truncation would help. A mean is no larger than the largest query. */
+static const char *rkvi_image_carried_rule(const rkv_cache *cache, const unsigned char *image,
+                                           const rkvi_image_counts *counts)
+{
+    const size_t state_bytes = rkvi_image_state_bytes(cache, counts);
+    const size_t n_means = rkvi_image_means(cache);
+    int l;
+    if (!rkvi_image_floats_are_sound(image, state_bytes / sizeof(float), FLT_MAX, 0))
+        return "memory: a damaged snapshot, its state is impossible";
+    image += state_bytes;
+    for (l = 0; l < cache->config.n_layers && n_means > 0; l++, image += 4 * n_means)
+        if (!rkvi_image_floats_are_sound(image, n_means, 1.001e18f, 1) ||
+            !rkvi_image_floats_are_sound(image + 4 * (n_means - 1), 1, FLT_MAX, 0))
+            return "memory: a damaged snapshot, its means are impossible";
+    return NULL;
+}
+
 static const char *rkvi_image_rule(const rkv_cache *cache, const unsigned char *image, size_t bytes,
                                    rkvi_image_counts *counts)
 {
@@ -7903,11 +8191,14 @@ static const char *rkvi_image_rule(const rkv_cache *cache, const unsigned char *
     if (bytes < header_bytes + 8) return "bytes: too few for a snapshot of this cache";
     rule = rkvi_image_counts_rule(cache, image, counts);
     if (rule) return rule;
-    if (bytes != rkvi_image_size(cache, counts->fixed_rows, counts->total_rows))
-        return "bytes: not the size of this snapshot";
+    if (bytes != rkvi_image_size(cache, counts)) return "bytes: not the size of this snapshot";
     if (rkvi_image_get(image + bytes - 8, 8) != rkvi_image_checksum(image, bytes - 8))
         return "memory: a damaged snapshot, its checksum differs";
-    return rkvi_image_positions_rule(cache, image + header_bytes, counts);
+    image += header_bytes;
+    rule = rkvi_image_positions_rule(cache, image, counts);
+    if (rule) return rule;
+    return rkvi_image_carried_rule(cache, image + rkvi_image_positions_bytes(cache, counts),
+                                   counts);
 }
 
 static void rkvi_image_apply_counts(rkv_cache *cache, const unsigned char *image,
@@ -7916,6 +8207,7 @@ static void rkvi_image_apply_counts(rkv_cache *cache, const unsigned char *image
     int l;
     cache->rounds = counts->rounds;
     cache->evicted = counts->evicted;
+    cache->settled = counts->settled;
     image += RKVI_IMAGE_LAYERS;
     for (l = 0; l < cache->config.n_layers; l++, image += 8) {
         cache->layers[l].n_tokens = (int)rkvi_image_get(image, 4);

@@ -94,7 +94,7 @@ int expect_bytes(const char *at, const void *got, const void *want, size_t bytes
 {
     const unsigned char *a = (const unsigned char *)got, *b = (const unsigned char *)want;
     size_t i;
-    if (memcmp(a, b, bytes) == 0) return 1;
+    if (bytes == 0 || memcmp(a, b, bytes) == 0) return 1;
     for (i = 0; a[i] == b[i]; i++) continue;
     if (fails())
         printf("FAIL  %s: %s: byte %lu of %lu is %02x, not %02x\n", case_name, at, (unsigned long)i,
@@ -113,7 +113,7 @@ int expect_status(const char *at, rkv_status got, rkv_status want)
 
 int expect_same_config(const char *at, const rkv_config *got, const rkv_config *want)
 {
-    return expect_bytes(at, got, want, offsetof(rkv_config, variant) + sizeof got->variant) &
+    return expect_bytes(at, got, want, offsetof(rkv_config, seed) + sizeof got->seed) &
            expect_true(at, got->device_error == want->device_error);
 }
 
@@ -140,7 +140,9 @@ int expect_same_layer(const char *at, const rkv_layer *got, const rkv_layer *wan
            expect_int(at, 0, got->n_tokens, want->n_tokens) &
            expect_int(at, 1, got->n_kept, want->n_kept) &
            expect_int(at, 2, got->row_stride, want->row_stride) &
-           expect_int(at, 3, got->sequence, want->sequence);
+           expect_int(at, 3, got->sequence, want->sequence) &
+           expect_int(at, 4, got->n_new, want->n_new) &
+           expect_int(at, 5, got->first_query, want->first_query);
 }
 
 void skip(const char *format, ...)
@@ -848,18 +850,31 @@ static void get_row(const view *v, int head, int token, unsigned char *row)
         memcpy(row + (size_t)e * v->element, view_at(v, head, token, e), v->element);
 }
 
+void view_store_row(view *v, int head, int token, const float *row)
+{
+    unsigned char *bytes =
+        (unsigned char *)alloc_checked(row_bytes(v->tensor.dtype, v->tensor.dim));
+    encode_row(v->tensor.dtype, row, v->tensor.dim, bytes);
+    put_row(v, head, token, bytes);
+    free(bytes);
+}
+
+void view_load_row(const view *v, int head, int token, float *row)
+{
+    unsigned char *bytes =
+        (unsigned char *)alloc_checked(row_bytes(v->tensor.dtype, v->tensor.dim));
+    get_row(v, head, token, bytes);
+    decode_row(v->tensor.dtype, bytes, v->tensor.dim, row);
+    free(bytes);
+}
+
 void view_store_one(view *v, int head, int token, int i, float value)
 {
-    const int dim = v->tensor.dim;
-    unsigned char *bytes = (unsigned char *)alloc_checked(row_bytes(v->tensor.dtype, dim));
-    float *row = (float *)alloc_checked((size_t)dim * sizeof *row);
-    get_row(v, head, token, bytes);
-    decode_row(v->tensor.dtype, bytes, dim, row);
+    float *row = (float *)alloc_checked((size_t)v->tensor.dim * sizeof *row);
+    view_load_row(v, head, token, row);
     row[i] = value;
-    encode_row(v->tensor.dtype, row, dim, bytes);
-    put_row(v, head, token, bytes);
+    view_store_row(v, head, token, row);
     free(row);
-    free(bytes);
 }
 
 void view_store(view *v, const float *values, int n_tokens)
@@ -927,6 +942,25 @@ int config_window(const rkv_config *config)
     return config->window ? config->window : 8;
 }
 
+int config_votes(const rkv_config *config)
+{
+    return config->votes ? config->votes : config_window(config);
+}
+
+int config_state_floats(const rkv_config *config)
+{
+    switch (config->policy) {
+    case RKV_POLICY_MEMORY_TRACES:
+    case RKV_POLICY_MEMORY_PROSE: return 2;
+    case RKV_POLICY_H2O: return 1;
+    case RKV_POLICY_RKV:
+    case RKV_POLICY_TRIATTENTION:
+    case RKV_POLICY_RANDOM:
+    case RKV_POLICY_OWN_SCORE: break;
+    }
+    return 0;
+}
+
 int config_protect(const rkv_config *config)
 {
     return config->protect > config_window(config) ? config->protect : config_window(config);
@@ -949,11 +983,95 @@ static void make_pins(job *j, rng *r, const rkv_config *config, int stride)
     block_remember(&j->pins);
 }
 
+/* n numbers and as much room as the job has, the rest NaN: made by `number`. */
+static void make_plane(float *plane, int stride, int n, rng *r, int tied, double (*number)(rng *))
+{
+    int row;
+    for (row = 0; row < stride; row++) {
+        double x = row < n ? number(r) : 0;
+        if (tied) x = nearbyint(x * 8) / 8;
+        plane[row] = row < n ? (float)x : NAN;
+    }
+}
+
+static double some_importance(rng *r) /* few rows have much of it */
+{
+    return pow(rng_unit(r), 4);
+}
+
+static double some_bias(rng *r)
+{
+    return 0.3 * rng_normal(r);
+}
+
+static void make_state(job *j, rng *r)
+{
+    const shape *s = &j->shape;
+    int stride = job_row_stride(j), old = s->n_new ? s->n_tokens - s->n_new : 0, plane;
+    const size_t planes = (size_t)s->kv_heads * (size_t)j->state_floats;
+    if (planes > 0) {
+        block_make(&j->state, planes * (size_t)stride * sizeof(float), 0, rng_below(r, 2));
+        j->layer.state = (float *)(void *)j->state.data;
+        j->layer.n_new = s->n_tokens - old;
+        for (plane = 0; plane < (int)planes; plane++)
+            make_plane(j->layer.state + plane * stride, stride, old, r, s->tied,
+                       plane % j->state_floats ? rng_unit : some_importance);
+        block_remember(&j->state);
+    }
+    if (s->bias) {
+        block_make(&j->bias, (size_t)s->kv_heads * (size_t)stride * sizeof(float), 0,
+                   rng_below(r, 2));
+        j->layer.bias = (float *)(void *)j->bias.data;
+        for (plane = 0; plane < s->kv_heads; plane++)
+            make_plane(j->layer.bias + plane * stride, stride, s->n_tokens, r, s->tied, some_bias);
+        block_remember(&j->bias);
+    }
+}
+
+/* Rotary embedding as the shape tells; a table of its own is the base's, each a little off. */
+static void make_rope(job *j, rng *r)
+{
+    const shape *s = &j->shape;
+    int dims = s->rope_dims ? s->rope_dims : s->head_dim, f;
+    double base = s->rope_base != 0 ? (double)s->rope_base : 10000;
+    float *list;
+    j->layer.rope.pairing = s->pairing;
+    j->layer.rope.dims = s->rope_dims;
+    j->layer.rope.base = s->rope_base;
+    if (!s->table || s->pairing <= RKV_ROPE_NONE) return;
+    block_make(&j->frequencies, (size_t)(dims / 2) * sizeof *list, 0, 1);
+    list = (float *)(void *)j->frequencies.data;
+    for (f = 0; f < dims / 2; f++)
+        list[f] = (float)(pow(base, -2.0 * f / dims) * (0.5 + 3.5 * rng_unit(r)));
+    j->layer.rope.frequencies = list;
+    block_remember(&j->frequencies);
+}
+
+/* Means of queries as they may be: E|q'_f| is no less than |E q'_f|. */
+static void make_means(job *j, rng *r)
+{
+    const int query_heads = j->shape.kv_heads * j->shape.group, dim = j->shape.head_dim;
+    const int half = dim / 2;
+    float *mean, *size;
+    int head, i;
+    block_make(&j->means, ((size_t)query_heads * (size_t)(dim + half) + 1) * sizeof *mean, 0,
+               rng_below(r, 2));
+    mean = (float *)(void *)j->means.data;
+    size = mean + query_heads * dim;
+    for (head = 0; head < query_heads; head++) {
+        for (i = 0; i < dim; i++) mean[head * dim + i] = (float)rng_normal(r);
+        for (i = 0; i < half; i++) size[head * half + i] = (float)(2 + 3 * rng_unit(r));
+    }
+    size[query_heads * half] = 77;
+    j->layer.query_means = mean;
+    block_remember(&j->means);
+}
+
 /* Outputs of a job: memory for as many sets as the scope has, sentinels in it. */
 static void make_outputs(job *j, rng *r, const rkv_config *config)
 {
     const shape *s = &j->shape;
-    int stride = s->row_stride ? s->row_stride : s->capacity, set, row;
+    int stride = job_row_stride(j), set, row;
     size_t scored = s->n_tokens > j->window ? (size_t)(s->n_tokens - j->window) : 0;
     size_t sets = (size_t)j->sets, heads = (size_t)s->kv_heads;
     int32_t *positions;
@@ -964,9 +1082,8 @@ static void make_outputs(job *j, rng *r, const rkv_config *config)
     block_make(&j->positions, sets * (size_t)stride * sizeof(int32_t), 0, rng_below(r, 2));
     j->layer.kept = (int32_t *)(void *)j->kept.data;
     positions = j->layer.positions = (int32_t *)(void *)j->positions.data;
-    j->layer.row_stride = s->row_stride;
     for (set = 0; set < j->sets; set++) {
-        int32_t position = rng_below(r, 5);
+        int32_t position = s->first_position + rng_below(r, 5);
         for (row = 0; row < s->n_tokens; row++) {
             positions[(size_t)set * (size_t)stride + (size_t)row] = position;
             position += 1 + (rng_below(r, 4) ? 0 : rng_below(r, 50));
@@ -995,9 +1112,11 @@ void job_make_from(job *j, rng *r, const rkv_config *config, const shape *given,
     *s = *given;
     normalise_shape(s);
     j->window = config_window(config);
+    j->votes = config_votes(config);
+    j->state_floats = config_state_floats(config);
     j->sets = config->scope == RKV_PER_HEAD ? s->kv_heads : 1;
     key_rows = (size_t)s->kv_heads * (size_t)s->n_tokens;
-    query_rows = (size_t)(s->kv_heads * s->group) * (size_t)j->window;
+    query_rows = (size_t)(s->kv_heads * s->group) * (size_t)j->votes;
     row_size = (size_t)s->head_dim * sizeof(float);
     j->keys_f32 = (float *)alloc_checked(key_rows * row_size);
     j->queries_f32 = (float *)alloc_checked(query_rows * row_size);
@@ -1007,28 +1126,33 @@ void job_make_from(job *j, rng *r, const rkv_config *config, const shape *given,
               s->misalign);
     view_make(&j->values, r, s->values, shape_key_dtype(s), s->value_bytes, s->kv_heads,
               s->capacity, s->value_dim, s->misalign);
-    view_make(&j->queries, r, s->queries, s->dtype, 0, s->kv_heads * s->group, j->window,
+    view_make(&j->queries, r, s->queries, s->dtype, 0, s->kv_heads * s->group, j->votes,
               s->head_dim, s->misalign);
     view_store(&j->keys, j->keys_f32, s->n_tokens);
-    view_store(&j->queries, j->queries_f32, j->window);
+    view_store(&j->queries, j->queries_f32, j->votes);
     j->layer.keys = j->keys.tensor;
     j->layer.values = j->values.tensor;
     j->layer.queries = j->queries.tensor;
     j->layer.n_tokens = s->n_tokens;
     j->layer.sequence = s->sequence;
+    j->layer.row_stride = s->row_stride;
+    j->layer.first_query = s->first_query;
     make_outputs(j, r, config);
+    make_state(j, r);
+    make_rope(j, r);
+    if (config->policy == RKV_POLICY_TRIATTENTION) make_means(j, r);
     j->remembered = j->layer;
 }
 
 void job_make(job *j, rng *r, const rkv_config *config, const shape *given)
 {
     shape s = *given;
-    int window = config_window(config);
+    int votes = config_votes(config);
     size_t i, key_count, query_count;
     float *keys, *queries;
     normalise_shape(&s);
     key_count = (size_t)s.kv_heads * (size_t)s.n_tokens * (size_t)s.head_dim;
-    query_count = (size_t)(s.kv_heads * s.group) * (size_t)window * (size_t)s.head_dim;
+    query_count = (size_t)(s.kv_heads * s.group) * (size_t)votes * (size_t)s.head_dim;
     keys = (float *)alloc_checked(key_count * sizeof(float));
     queries = (float *)alloc_checked(query_count * sizeof(float));
     make_keys(r, s.kind, s.strength, keys, s.kv_heads, s.n_tokens, s.head_dim);
@@ -1052,6 +1176,10 @@ void job_free(job *j)
     block_free(&j->pins);
     block_free(&j->scores);
     block_free(&j->shared);
+    block_free(&j->bias);
+    block_free(&j->state);
+    block_free(&j->means);
+    block_free(&j->frequencies);
     memset(j, 0, sizeof *j);
 }
 
@@ -1065,6 +1193,8 @@ void job_restore(job *j)
     if (j->pins.base) block_restore(&j->pins);
     if (j->scores.base) block_restore(&j->scores);
     if (j->shared.base) block_restore(&j->shared);
+    if (j->bias.base) block_restore(&j->bias);
+    if (j->state.base) block_restore(&j->state);
     j->layer = j->remembered;
 }
 
@@ -1072,7 +1202,8 @@ int job_inputs_unchanged(const char *at, const job *j)
 {
     return view_unchanged(at, &j->keys) & view_unchanged(at, &j->values) &
            view_unchanged(at, &j->queries) & block_unchanged(at, &j->positions) &
-           block_unchanged(at, &j->pins);
+           block_unchanged(at, &j->pins) & block_unchanged(at, &j->bias) &
+           block_unchanged(at, &j->means) & block_unchanged(at, &j->frequencies);
 }
 
 static int layer_unchanged(const char *at, const rkv_layer *now, const rkv_layer *before)
@@ -1080,16 +1211,18 @@ static int layer_unchanged(const char *at, const rkv_layer *now, const rkv_layer
     int same = now->keys.data == before->keys.data && now->values.data == before->values.data &&
                now->queries.data == before->queries.data && now->kept == before->kept &&
                now->positions == before->positions && now->pins == before->pins &&
-               now->scores == before->scores && now->shared_scores == before->shared_scores;
+               now->scores == before->scores && now->shared_scores == before->shared_scores &&
+               now->state == before->state && now->bias == before->bias;
     return expect_true(at, same) & expect_int(at, 0, now->n_tokens, before->n_tokens) &
-           expect_int(at, 1, now->n_kept, before->n_kept);
+           expect_int(at, 1, now->n_kept, before->n_kept) &
+           expect_int(at, 2, now->n_new, before->n_new);
 }
 
 int job_unchanged(const char *at, const job *j)
 {
     return job_inputs_unchanged(at, j) & block_unchanged(at, &j->kept) &
            block_unchanged(at, &j->scores) & block_unchanged(at, &j->shared) &
-           layer_unchanged(at, &j->layer, &j->remembered);
+           block_unchanged(at, &j->state) & layer_unchanged(at, &j->layer, &j->remembered);
 }
 
 int job_guards(const char *at, const job *j)
@@ -1097,7 +1230,8 @@ int job_guards(const char *at, const job *j)
     return block_guards(at, &j->keys.memory) & block_guards(at, &j->values.memory) &
            block_guards(at, &j->queries.memory) & block_guards(at, &j->kept) &
            block_guards(at, &j->positions) & block_guards(at, &j->pins) &
-           block_guards(at, &j->scores) & block_guards(at, &j->shared);
+           block_guards(at, &j->scores) & block_guards(at, &j->shared) &
+           block_guards(at, &j->bias) & block_guards(at, &j->state);
 }
 
 /* Positions and pins of each set: gathered in front, all others as they were. */
@@ -1107,8 +1241,7 @@ static int positions_gathered(const char *at, const job *j, const int32_t *sets,
     const int32_t *before = (const int32_t *)(const void *)block_before(&j->positions);
     const int32_t *now = (const int32_t *)(const void *)j->positions.data;
     const uint8_t *pins_before = block_before(&j->pins);
-    int stride = j->shape.row_stride ? j->shape.row_stride : j->shape.capacity;
-    int set, row;
+    int stride = job_row_stride(j), set, row;
     if (j->positions.base == NULL || j->layer.positions == NULL) return 1;
     for (set = 0; set < j->sets; set++)
         for (row = 0; row < stride; row++) {
@@ -1122,6 +1255,39 @@ static int positions_gathered(const char *at, const job *j, const int32_t *sets,
     return 1;
 }
 
+static int bias_gathered(const char *at, const job *j, const int32_t *sets, int kept_stride,
+                         int n_kept)
+{
+    int stride = job_row_stride(j), head, row;
+    for (head = 0; j->layer.bias && head < j->shape.kv_heads; head++)
+        for (row = 0; row < stride; row++) {
+            int from = row < n_kept ? sets[head * kept_stride + row] : row;
+            if (!expect_bytes(at, j->layer.bias + head * stride + row, job_bias(j, head) + from,
+                              sizeof(float)))
+                return 0;
+        }
+    return 1;
+}
+
+int job_state_gathered(const char *at, const job *j, const float *before, const int32_t *sets,
+                       int budget, int n_kept)
+{
+    const float *made = (const float *)(const void *)block_before(&j->state);
+    const int stride = job_row_stride(j), kept_stride = j->sets == 1 ? 0 : budget;
+    int plane, row;
+    for (plane = 0; plane < j->shape.kv_heads * j->state_floats; plane++) {
+        const int32_t *kept = sets + plane / j->state_floats * kept_stride;
+        const float *now = j->layer.state + plane * stride, *was = before + plane * stride;
+        for (row = 0; row < n_kept; row++)
+            if (!expect_bytes(at, now + row, was + kept[row], sizeof *now)) return 0;
+        row = j->shape.n_tokens;
+        if (!expect_bytes(at, now + row, made + plane * stride + row,
+                          (size_t)(stride - row) * sizeof *now))
+            return 0;
+    }
+    return 1;
+}
+
 int job_compacted(const char *at, const job *j, const int32_t *sets, int budget, int n_kept)
 {
     int kept_stride = j->sets == 1 ? 0 : budget; /* one set serves all heads */
@@ -1130,6 +1296,8 @@ int job_compacted(const char *at, const job *j, const int32_t *sets, int budget,
                 ? view_unchanged(at, &j->values)
                 : view_gathered(at, &j->values, sets, kept_stride, n_kept)) &
            positions_gathered(at, j, sets, budget, n_kept) & view_unchanged(at, &j->queries) &
+           bias_gathered("bias", j, sets, kept_stride, n_kept) & block_unchanged(at, &j->means) &
+           block_unchanged(at, &j->frequencies) &
            expect_int("n_tokens after compaction", 0, j->layer.n_tokens, n_kept);
 }
 
@@ -1138,10 +1306,31 @@ const int32_t *job_kept(const job *j)
     return (const int32_t *)(const void *)j->kept.data;
 }
 
+int job_row_stride(const job *j)
+{
+    return j->shape.row_stride ? j->shape.row_stride : j->shape.capacity;
+}
+
 const uint8_t *job_pins(const job *j, int set)
 {
-    int stride = j->shape.row_stride ? j->shape.row_stride : j->shape.capacity;
-    return j->layer.pins ? block_before(&j->pins) + (ptrdiff_t)set * stride : NULL;
+    return j->layer.pins ? block_before(&j->pins) + (ptrdiff_t)set * job_row_stride(j) : NULL;
+}
+
+float *job_state(const job *j, int head, int plane)
+{
+    if (plane >= j->state_floats) return NULL;
+    return (float *)(void *)j->state.data + (head * j->state_floats + plane) * job_row_stride(j);
+}
+
+const float *job_bias(const job *j, int head)
+{
+    const float *before = (const float *)(const void *)block_before(&j->bias);
+    return j->layer.bias ? before + head * job_row_stride(j) : NULL;
+}
+
+const int32_t *job_positions(const job *j, int set)
+{
+    return (const int32_t *)(const void *)block_before(&j->positions) + set * job_row_stride(j);
 }
 
 const float *job_scores(const job *j)

@@ -129,6 +129,8 @@ void view_make(view *v, rng *r, layout l, rkv_dtype dtype, int element_bytes, in
 void view_free(view *v);
 unsigned char *view_at(const view *v, int head, int token, int i);
 void view_store(view *v, const float *values, int n_tokens); /* [heads][n_tokens][dim] */
+void view_store_row(view *v, int head, int token, const float *row);
+void view_load_row(const view *v, int head, int token, float *row);
 void view_store_one(view *v, int head, int token, int i, float value);
 void view_restore(view *v);
 int view_unchanged(const char *at, const view *v);
@@ -154,21 +156,34 @@ typedef struct shape {
     int pins;       /* 0: none; else so many rows in a hundred */
     int sequence;
     int follower; /* RKV_PER_SEQUENCE: not the first layer of its sequence */
+    /* For other policies than R-KV */
+    int n_new;          /* with state; 0 means all rows */
+    int first_query;    /* slot of the oldest query */
+    int first_position; /* of row 0, more or less */
+    int bias;           /* a score of the caller's own for every row */
+    int tied;           /* state and bias in steps of an eighth, so that many are equal */
+    rkv_pairing pairing;
+    int rope_dims;
+    float rope_base;
+    int table; /* a table of frequencies instead of a base */
 } shape;
 
 /* One layer and all that it points to. keys_f32 [kv_heads][n][dim] and queries_f32
- * [kv_heads * group][window][dim] hold the very numbers that the views encode. */
+ * [kv_heads * group][votes][dim] hold the very numbers that the views encode. State of new rows,
+ * and whatever lies beyond the rows in use, is NaN. */
 typedef struct job {
     shape shape;
-    int window, sets;
+    int window, votes, sets, state_floats;
     float *keys_f32, *queries_f32;
     view keys, values, queries;
-    block kept, positions, pins, scores, shared;
+    block kept, positions, pins, scores, shared, bias, state, means, frequencies;
     rkv_layer layer, remembered;
 } job;
 rkv_dtype shape_key_dtype(const shape *s);
 int config_window(const rkv_config *config);
-int config_protect(const rkv_config *config); /* newest tokens that are always kept */
+int config_votes(const rkv_config *config);        /* rows of the queries */
+int config_state_floats(const rkv_config *config); /* planes of the state */
+int config_protect(const rkv_config *config);      /* newest tokens that are always kept */
 void job_make(job *j, rng *r, const rkv_config *config, const shape *s);
 /* The same from given numbers instead of generated ones. */
 void job_make_from(job *j, rng *r, const rkv_config *config, const shape *s, const float *keys,
@@ -176,14 +191,22 @@ void job_make_from(job *j, rng *r, const rkv_config *config, const shape *s, con
 void job_free(job *j);
 void job_restore(job *j);                               /* every buffer and the layer as made */
 int job_unchanged(const char *at, const job *j);        /* nothing at all was written */
-int job_inputs_unchanged(const char *at, const job *j); /* keys, values, queries, positions, pins */
+int job_inputs_unchanged(const char *at, const job *j); /* all but state and results */
 int job_guards(const char *at, const job *j);
-/* After compaction: rows, positions and layer are what gathering by hand gives. `sets` lists
- * [sets][budget] as kept was. */
+/* After compaction: rows, positions, pins, bias and layer are what gathering by hand gives. `sets`
+ * lists [sets][budget] as kept was. */
 int job_compacted(const char *at, const job *j, const int32_t *sets, int budget, int n_kept);
+/* The same of the state, from what it was before compaction, the bytes of j->state. Rows that are
+ * in use no more may hold anything; those that never were are as made. */
+int job_state_gathered(const char *at, const job *j, const float *before, const int32_t *sets,
+                       int budget, int n_kept);
+int job_row_stride(const job *j);
 const int32_t *job_kept(const job *j);
 const uint8_t *job_pins(const job *j, int set); /* as made; NULL without pins */
 const float *job_scores(const job *j);
+float *job_state(const job *j, int head, int plane); /* [row_stride]; NULL: no such plane */
+const float *job_bias(const job *j, int head);       /* as made; NULL without bias */
+const int32_t *job_positions(const job *j, int set); /* as made */
 const float *job_shared(const job *j);
 
 /* ---- floating-point modes -------------------------------------------------------------------

@@ -21,14 +21,14 @@ static double dot(const float *a, const float *b, int dim)
     return sum;
 }
 
-/* The logit of one observation query a for token j: its group's, folded. */
+/* The logit of one voting query a for token j: its group's, folded. */
 static double group_logit(oracle_head *out, const float *key, const float *queries, int dim,
                           int group, double scale, double softcap)
 {
     double best = -INFINITY;
     int g, i;
     for (g = 0; g < group; g++) {
-        const float *query = queries + (size_t)g * (size_t)out->window * (size_t)dim;
+        const float *query = queries + (size_t)g * (size_t)out->votes * (size_t)dim;
         double logit = dot(query, key, dim) * scale, size = 0;
         for (i = 0; i < dim; i++) size += fabs((double)query[i] * (double)key[i]) * scale;
         if (size > out->logit_size) out->logit_size = size;
@@ -59,30 +59,48 @@ static void max_pool(const double *x, double *out, int n, int pool)
     }
 }
 
+/* out[j] = mean of x over the same; what lies outside counts as 0. */
+static void mean_pool(const double *x, double *out, int n, int pool)
+{
+    int left = pool / 2, right = (pool - 1) / 2, j, k;
+    for (j = 0; j < n; j++) {
+        out[j] = 0;
+        for (k = j - left; k <= j + right; k++)
+            if (k >= 0 && k < n) out[j] += x[k] / pool;
+    }
+}
+
+static void pool_over(const rkv_config *config, double *x, int n)
+{
+    double *pooled = doubles((size_t)n);
+    if (config->mean_pool)
+        mean_pool(x, pooled, n, config->pool ? config->pool : 7);
+    else
+        max_pool(x, pooled, n, config->pool ? config->pool : 7);
+    memcpy(x, pooled, (size_t)n * sizeof *x);
+    free(pooled);
+}
+
+/* The query of row n_tokens - votes + a sees the candidates up to that row. */
 static void importance(oracle_head *out, const rkv_config *config, const float *keys,
                        const float *queries, int dim, int group, float scale, float softcap)
 {
-    int candidates = out->n_tokens - out->window, pool = config->pool ? config->pool : 7, a, j;
+    int candidates = out->n_tokens - out->window, a, j;
     double factor = scale != 0 ? (double)scale : 1 / sqrt((double)dim);
-    double *p = doubles((size_t)candidates), *pooled = doubles((size_t)candidates);
-    for (a = 0; a < out->window; a++) {
+    double *p = doubles((size_t)candidates);
+    for (a = 0; a < out->votes; a++) {
+        int row = out->n_tokens - out->votes + a;
         for (j = 0; j < candidates; j++)
-            p[j] =
-                group_logit(out, keys + (size_t)j * (size_t)dim, queries + (size_t)a * (size_t)dim,
-                            dim, group, factor, (double)softcap);
+            p[j] = j > row ? -INFINITY
+                           : group_logit(out, keys + (size_t)j * (size_t)dim,
+                                         queries + (size_t)a * (size_t)dim, dim, group, factor,
+                                         (double)softcap);
         softmax(p, candidates);
-        if (config->variant == RKV_PAPER) {
-            max_pool(p, pooled, candidates, pool);
-            memcpy(p, pooled, (size_t)candidates * sizeof *p);
-        }
-        for (j = 0; j < candidates; j++) out->importance[j] += p[j] / out->window;
+        if (config->variant == RKV_PAPER) pool_over(config, p, candidates);
+        for (j = 0; j < candidates; j++) out->importance[j] += p[j] / out->votes;
     }
-    if (config->variant == RKV_PUBLISHED) {
-        max_pool(out->importance, pooled, candidates, pool);
-        memcpy(out->importance, pooled, (size_t)candidates * sizeof *pooled);
-    }
+    if (config->variant == RKV_PUBLISHED) pool_over(config, out->importance, candidates);
     free(p);
-    free(pooled);
 }
 
 static double *cosines(const float *keys, int n, int dim, double *norms)
@@ -153,6 +171,7 @@ void oracle_score(oracle_head *out, const rkv_config *config, const float *keys,
     int candidates, j;
     out->n_tokens = n_tokens;
     out->window = config_window(config);
+    out->votes = config_votes(config);
     out->margin = INFINITY;
     out->logit_size = 0;
     candidates = n_tokens - out->window;

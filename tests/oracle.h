@@ -7,7 +7,7 @@
 
 /* One kv head. Arrays of n_tokens entries; those that do not apply are 0. */
 typedef struct oracle_head {
-    int n_tokens, window;
+    int n_tokens, window, votes;
     double *importance; /* [n_tokens - window], after pooling */
     double *redundancy; /* [span] */
     double *score;      /* [n_tokens - window] */
@@ -17,7 +17,8 @@ typedef struct oracle_head {
     double importance_max, redundancy_max;
 } oracle_head;
 
-/* keys [n_tokens][dim], queries [group][window][dim]; scale 0 means 1 / sqrt(dim). */
+/* keys [n_tokens][dim], queries [group][votes][dim], the oldest first; scale 0 means
+ * 1 / sqrt(dim). */
 void oracle_score(oracle_head *out, const rkv_config *config, const float *keys,
                   const float *queries, int n_tokens, int dim, int group, float scale,
                   float softcap);

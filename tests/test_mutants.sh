@@ -11,7 +11,8 @@ dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 trap 'exit 130' HUP INT TERM
 passed=0 failed=0 skipped=0 known=
-programs='test_random test_types test_properties test_errors test_golden test_api test_cache'
+programs='test_random test_types test_properties test_errors test_golden test_api test_cache
+    test_policies'
 export RKV_TEST_CASES="${RKV_TEST_CASES:-400}"
 
 # Builds the test programs around the header in $1; returns whether that worked.
@@ -21,7 +22,7 @@ link_tests() {
     for program in $programs; do
         # shellcheck disable=SC2086
         $cc $flags "$dir/$program.o" "$dir/harness.o" "$dir/oracle.o" \
-            "$dir/golden_file.o" "$dir/impl.o" \
+            "$dir/oracle_policies.o" "$dir/golden_file.o" "$dir/golden_policy.o" "$dir/impl.o" \
             -o "$dir/$program" -lm -pthread || return 1
     done
 }
@@ -73,7 +74,7 @@ fault() { # name, code path, sed expression...
 wanted=$*
 mkdir "$dir/mutant" "$dir/original"
 cp rkv.h "$dir/original/rkv.h"
-for source in harness oracle golden_file $programs; do
+for source in harness oracle oracle_policies golden_file golden_policy $programs; do
     # shellcheck disable=SC2086
     $cc $flags -c "tests/$source.c" -o "$dir/$source.o" || exit 1
 done
@@ -216,6 +217,45 @@ fault neighbours any 's/^#define RKVI_NEIGHBOURS 64/#define RKVI_NEIGHBOURS 63/'
 fault workspace-short any 's/\*bytes = arena.used + RKVI_ALIGN;/*bytes = arena.used - 2 * RKVI_ALIGN;/' \
     's/if (call->bytes < needed)/if (0)/'
 fault workspace-unchecked any 's/if (call->bytes < needed)/if (0)/'
+
+# ---- policies: one program looks at them all -------------------------------------------------------
+programs=test_policies
+fault memory-decay any '/^static rkv_status rkvi_score_memory/,/^}/s/rkvi_power(h->config->decay, h->layer->n_new)/h->config->decay/'
+fault memory-own-vote any '/^static rkv_status rkvi_remember/,/^}/s/row\[seen - 1\] = 0;//'
+fault memory-future any '/^static int rkvi_seen/,/^}/s/h->n_tokens - h->votes + v + 1/h->n_tokens/'
+fault memory-own-copy any '/^static void rkvi_block_best/,/^}/s/column + v <= first + r/column + v < first + r/'
+fault memory-earlier-copy any '/^static void rkvi_block_best/,/^}/s/width \&\& column + v <= first + r/width \&\& column + v == first + r/'
+fault memory-old-pairs any '/^static rkv_status rkvi_pack_new_keys/,/^}/s/first + r < rkvi_first_new(h) ? 0 :/0 ? 0 :/'
+fault memory-stale-state any '/^static rkv_status rkvi_carry/,/^}/s/i, n = rkvi_first_new(h)/i, n = h->n_tokens/'
+fault memory-turned any '/^static rkvi_rows rkvi_unrotated/,/^}/s/r < n \&\& h->plan->turns.n_pairs/0/'
+fault memory-rank-ties any '/^static void rkvi_rank_candidates/,/^}/s/signal\[order\[rank\]\] = (float)rank;/signal[order[rank]] = (float)(rank \&\& x[order[rank]] == x[order[rank - 1]] ? (int)signal[order[rank - 1]] : rank);/'
+fault memory-mix-ties any '/^static rkv_status rkvi_score_memory/,/^}/s/ranked ? lambda : lambda \* share/lambda * share/' \
+    '/^static rkv_status rkvi_score_memory/,/^}/s/-(1.0f - lambda);/-(1.0f - lambda) * (ranked ? share : 1.0f);/' \
+    '/^static rkv_status rkvi_score_memory/,/^}/s/h->scores\[i\] \*= share;/(void)0;/'
+fault rotation-sign any '/^static void rkvi_unrotate_from/,/^}/s/rkvi_fma(x, cosine, y \* sine)/rkvi_fma(x, cosine, -(y * sine))/' \
+    '/^static void rkvi_unrotate_from/,/^}/s/rkvi_fma(y, cosine, -(x \* sine))/rkvi_fma(y, cosine, x * sine)/'
+fault rotation-pairs any '/^static size_t rkvi_pair_at/,/^}/s/turns->adjacent ? 2 : 1/1 ? 1 : 2/' \
+    '/^static size_t rkvi_pair_at/,/^}/s/turns->adjacent ? 1 : /0 ? 1 : /'
+fault rotation-table any '/^static int rkvi_fill_turns/,/^}/s/if (rope->frequencies) frequency = /if (0) frequency = /'
+fault rotation-low-bits any '/^static uint32_t rkvi_angle/,/^}/s/ + (uint32_t)((uint64_t)position \* turns->low\[f\] >> 32)//'
+fault avx2-rotation avx2 '/^RKVI_TARGET_AVX2 static void rkvi_unrotate_avx2/,/^}/s/_mm256_fmsub_ps(b_x8/_mm256_fmadd_ps(b_x8/'
+fault avx512-rotation avx512 '/^RKVI_TARGET_AVX512 static void rkvi_unrotate_avx512/,/^}/s/_mm512_set1_epi32(8)/_mm512_set1_epi32(7)/'
+fault sine-series any 's/^#define RKVI_SIN_C0 .*/#define RKVI_SIN_C0 0.0f/'
+fault ring-offset any '/^static int rkvi_query_slot/,/^}/s/(int64_t)h->layer->first_query + /(int64_t)0 + /'
+fault ring-newest any 's/rkvi_has_state(config) ? rkvi_min(config->votes, h.layer->n_new) : config->votes/config->votes/'
+fault h2o-largest any '/^static rkv_status rkvi_remember/,/^}/s/h->config->policy == RKV_POLICY_H2O/0/'
+fault z-score any '/^static void rkvi_max_z_score/,/^}/s/x, n, 1) \/ n;/x, n, 1) \/ (n - 1);/'
+fault offsets any 's/^#define RKVI_OFFSETS 10/#define RKVI_OFFSETS 9/'
+fault expected-length any '/^static void rkvi_expected_query/,/^}/s/weights\[f\] = lengths\[f\] - weights\[f\]/weights[f] = lengths[f]/'
+fault means-sinks any 's/^#define RKVI_SKIPPED 4/#define RKVI_SKIPPED 3/'
+fault random-layer any '/^static float rkvi_hash/,/^}/s/layer << 40/layer << 32/'
+fault mean-pool-clipped any '/^static void rkvi_mean_pool/,/^}/s/(float)h->config->pool/(float)width/'
+fault bias-unmoved any '/^static void rkvi_compact_item/,/^}/s/if (layer->bias)/if (0)/'
+fault state-plane any '/^static void rkvi_compact_item/,/^}/s/plane < plan->n_floats/plane < 1/'
+fault state-early any '/^static rkv_status rkvi_run_score/,/^}/s/rkvi_run(job, rkvi_score_item, RKVI_HEADS);/rkvi_run(job, rkvi_score_item, RKVI_HEADS); rkvi_commit_state(job, 1);/'
+fault state-unchecked any '/^static rkv_status rkvi_carry/,/^}/s/if (!(carried\[i\] >= 0 /if (0 \&\& !(carried[i] >= 0 /'
+fault bias-unchecked any '/^static rkv_status rkvi_add_bias/,/^}/s/if (h->scores\[i\] != h->scores\[i\])/if (0)/'
+fault means-unchecked any '/^static rkv_status rkvi_pack_expected/,/^}/s/if (!(square\[r\] <= RKVI_MAX_SQUARE))/if (0)/'
 
 for name in $wanted; do
     case "$known " in *" $name "*) continue ;; esac

@@ -1199,6 +1199,13 @@ static const char *spoil_cache(int which, rkv_cache_config *c, rkv_status *want,
         return which == 18   ? "cache: no memory for its rows"
                : which == 19 ? "cache: no memory for the workspace"
                              : "cache: the device refused a copy";
+    case 24:
+        broken = *rkv_backend_find(NULL);
+        broken.update_means = NULL;
+        c->backend = &broken;
+        c->compress.policy = RKV_POLICY_TRIATTENTION;
+        *want = RKV_ERROR_UNSUPPORTED;
+        return "cache.backend: has no update_means, which TRIATTENTION needs";
     default: return NULL;
     }
 }
@@ -1390,7 +1397,7 @@ static void test_rounds(void)
     still_watch(&s);
     n_evicted = 4711;
     still_argument(&s, rkv_cache_compress(s.cache, &n_evicted),
-                   "cache: queries of the window are missing since a truncation", -1);
+                   "cache: queries that vote are missing, append more tokens", -1);
     expect_int("evicted", 2, n_evicted, 0);
     still_argument(&s, rkv_cache_truncate(s.cache, -1),
                    "position: further back than truncation reaches", -1);
@@ -1478,6 +1485,10 @@ static const char *spoil_shape(int which, rkv_cache_config *c)
              return "memory: a snapshot of a cache with another number of protected tokens";
     case 11: c->compress.lambda = 0;
              return "memory: a snapshot of a cache that keeps queries, or does not";
+    case 12: c->compress.policy = RKV_POLICY_H2O;
+             return "memory: a snapshot of a cache with another policy";
+    case 13: c->compress.votes = CACHE_WINDOW + 1;
+             return "memory: a snapshot of a cache with another number of votes";
     default: return NULL;
     }
 }
@@ -1511,8 +1522,8 @@ static void test_foreign_snapshots(void)
 }
 
 /* After a round: 13 tokens, 8 kept, 5 more. Where its numbers lie in the image. */
-enum { AT_VERSION = 8, AT_ROUNDS = 60, AT_EVICTED = 68, AT_ROWS = 76, AT_QUERIES = 80 };
-enum { AT_POSITIONS = 76 + 8 * CACHE_LAYERS };
+enum { AT_VERSION = 8, AT_ROUNDS = 68, AT_EVICTED = 76, AT_SETTLED = 84 };
+enum { AT_ROWS = 92, AT_QUERIES = 96, AT_POSITIONS = 92 + 8 * CACHE_LAYERS };
 
 static uint64_t checksum_step(uint64_t sum, uint64_t word)
 {
@@ -1539,6 +1550,8 @@ static uint64_t checksum(const unsigned char *image, size_t bytes)
 static void test_damaged_snapshots(void)
 {
     static const char counters[] = "memory: a damaged snapshot, its counters are impossible";
+    static const char rounds[] = "memory: a damaged snapshot, its rounds are impossible";
+    static const char settled[] = "memory: a damaged snapshot, its settled rows are impossible";
     static const char positions[] = "memory: a damaged snapshot, its positions are impossible";
     static const struct {
         int at, n_bytes;
@@ -1547,16 +1560,16 @@ static void test_damaged_snapshots(void)
     } list[] = {
         { 0, 1, 'X', "memory: no snapshot of rkv_cache_save" },
         { AT_VERSION, 4, 1, "memory: a snapshot of another version of rkv.h" },
-        { AT_ROUNDS, 8, 0, counters },
-        { AT_ROUNDS, 8, 6, counters },
-        { AT_EVICTED, 8, (uint64_t)1 << 31, counters },
+        { AT_ROUNDS, 8, 0, rounds },
+        { AT_ROUNDS, 8, 6, rounds },
+        { AT_EVICTED, 8, (uint64_t)1 << 31, rounds },
+        { AT_SETTLED, 8, CACHE_BUDGET, settled },
         { AT_ROWS, 4, 0xffffffffu, counters },
         { AT_ROWS, 4, CACHE_BUDGET - CACHE_WINDOW - 1, counters },
         { AT_QUERIES, 4, CACHE_WINDOW + 1, counters },
         { AT_ROWS, 4, CACHE_BUDGET + CACHE_BUFFER + 1,
           "memory: a snapshot of more rows than the cache's capacity" },
-        { AT_QUERIES, 4, 0,
-          "memory: no room for the queries that the snapshot's window still lacks" },
+        { AT_QUERIES, 4, 0, "memory: no room for the queries that the snapshot still lacks" },
         { AT_ROWS, 4, 9, "bytes: not the size of this snapshot" },
         { AT_POSITIONS + 16, 4, 0, positions },
         { AT_POSITIONS, 4, 1, positions },
@@ -1603,6 +1616,47 @@ static void test_damaged_snapshots(void)
     expect_status("load", rkv_cache_load(s.cache, s.image, bytes), RKV_OK);
     free(forged);
     still_free(&s);
+}
+
+/* What a policy carries, in snapshots that no cache can have written. Its numbers come after the
+ * positions. */
+static void test_damaged_carried(void)
+{
+    static const struct {
+        rkv_policy policy;
+        uint32_t bits; /* of its first number */
+        const char *rule;
+    } list[] = {
+        { RKV_POLICY_MEMORY_PROSE, 0x7fc00000u,
+          "memory: a damaged snapshot, its state is impossible" },
+        { RKV_POLICY_H2O, 0xbf800000u, "memory: a damaged snapshot, its state is impossible" },
+        { RKV_POLICY_TRIATTENTION, 0x7f800000u,
+          "memory: a damaged snapshot, its means are impossible" },
+    };
+    const size_t at = AT_POSITIONS + 4 * CACHE_LAYERS * (CACHE_BUDGET - CACHE_WINDOW);
+    size_t i;
+    for (i = 0; i < sizeof list / sizeof *list; i++) {
+        rkv_cache_config config;
+        unsigned char *forged;
+        still s;
+        memset(&s, 0, sizeof s);
+        config = cache_config(&s.error);
+        config.compress.policy = list[i].policy;
+        config.rope.pairing = RKV_ROPE_HALVES;
+        case_begin("carried numbers that are damaged, policy %d", (int)list[i].policy);
+        expect_status("create", rkv_cache_create(&s.cache, &config), RKV_OK);
+        cache_feed(s.cache, 12);
+        expect_status("step", rkv_cache_step(s.cache, NULL), RKV_OK);
+        cache_feed(s.cache, 3);
+        still_watch(&s);
+        forged = (unsigned char *)alloc_checked(s.bytes);
+        memcpy(forged, s.image, s.bytes);
+        put_number(forged + at, list[i].bits, 4);
+        put_number(forged + s.bytes - 8, checksum(forged, s.bytes - 8), 8);
+        still_argument(&s, rkv_cache_load(s.cache, forged, s.bytes), list[i].rule, -1);
+        free(forged);
+        still_free(&s);
+    }
 }
 
 /* ---- no place for a sentence ---- */
@@ -1860,6 +1914,7 @@ int main(int argc, char **argv)
     test_refused_copies();
     test_foreign_snapshots();
     test_damaged_snapshots();
+    test_damaged_carried();
     test_null_results();
     case_begin("backends");
     scene_make(&sc, NULL, RKV_PER_HEAD);

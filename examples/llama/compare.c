@@ -26,8 +26,7 @@ enum { BLOCK = 16 }; /* tokens in a turn */
 static const char default_prompt[] =
     "Tell me a long story about a lighthouse keeper who finds a map. Do not stop.";
 
-static const policy hook_alone = { "hook", "the callback, nothing evicted", rkv_config_default,
-                                   NULL };
+static const policy hook_alone = { "hook", "the callback, nothing evicted", rkv_config_default };
 
 /* One turn of both. */
 typedef struct turn {
@@ -270,7 +269,7 @@ int command_compare(const settings *s)
     token_list prompt = { NULL, 0, 0 };
     memset(&p, 0, sizeof p);
     int budget = s->budgets[0];
-    p.policy = policy_find(s->policy);
+    p.policy = policy_find(s->policy, strlen(s->policy));
     if (!p.policy->config) {
         p.policy = &hook_alone;
         budget = -1;

@@ -58,7 +58,7 @@ typedef struct study {
     const settings *settings;
     struct llama_model *model;
     run runs[MAX_RUNS]; /* the first is the full cache */
-    int n_runs, n_documents, n_vocab;
+    int n_runs, n_runs_per_budget, n_documents, n_vocab;
     int start;         /* first position that is scored */
     reading *readings; /* [n_documents] */
 } study;
@@ -289,7 +289,7 @@ static int rkv_of(const study *st, int run_index)
 {
     const run *r = &st->runs[run_index];
     for (int i = 1; i < st->n_runs; i++)
-        if (st->runs[i].policy == policy_find("rkv") && st->runs[i].budget == r->budget &&
+        if (strcmp(st->runs[i].policy->name, "rkv") == 0 && st->runs[i].budget == r->budget &&
             st->runs[i].is_pinned == r->is_pinned)
             return i;
     return 0;
@@ -386,7 +386,7 @@ static void draw(const study *st, const char *name, const char *what, const char
 {
     static plot_line lines[2 * N_POLICIES];
     char path[1024];
-    const int n = 2 * (N_POLICIES - 1);
+    const int n = st->n_runs_per_budget;
     for (int i = 0; i < n; i++) make_line(st, &st->runs[1 + i], m, unit, &lines[i]);
     snprintf(path, sizeof path, "%s-%s.svg", name, what);
     FILE *f = fopen(path, "w");
@@ -403,20 +403,38 @@ static int ascending(const void *a, const void *b)
     return *(const int *)a - *(const int *)b;
 }
 
+/* Is a policy asked for? R-KV always is: the others are compared with it. */
+static int is_wanted(const policy *p, const char *names)
+{
+    const char *end;
+    if (!p->config) return 0;
+    if (!*names || strcmp(p->name, "rkv") == 0) return 1;
+    for (;; names = end + 1) {
+        end = names + strcspn(names, ",");
+        if (policy_find(names, (size_t)(end - names)) == p) return 1;
+        if (!*end) return 0;
+    }
+}
+
 static void plan(study *st, const settings *s)
 {
+    const int has_pins = strcmp(s->pins, "off") != 0, has_none = strcmp(s->pins, "on") != 0;
     int budgets[MAX_BUDGETS];
+    if (has_pins && has_none && strcmp(s->pins, "both") != 0)
+        die("--pins: on, off or both, not %s", s->pins);
     memcpy(budgets, s->budgets, sizeof budgets);
     qsort(budgets, (size_t)s->n_budgets, sizeof *budgets, ascending);
     st->runs[st->n_runs++].policy = &policies[0];
     for (int b = 0; b < s->n_budgets; b++)
         for (int i = 1; i < N_POLICIES; i++)
-            for (int is_pinned = 1; is_pinned >= 0; is_pinned--) {
+            for (int is_pinned = has_pins; is_pinned >= !has_none; is_pinned--) {
+                if (!is_wanted(&policies[i], s->policy)) continue;
                 run *r = &st->runs[st->n_runs++];
                 r->policy = &policies[i];
                 r->is_pinned = is_pinned;
                 r->budget = budgets[b];
             }
+    st->n_runs_per_budget = (st->n_runs - 1) / s->n_budgets;
     st->start = budgets[s->n_budgets - 1] + s->buffer;
     if (st->start >= s->n_tokens)
         die("--tokens: %d are not more than the largest budget and the buffer, %d", s->n_tokens,
@@ -449,7 +467,7 @@ int command_eval(const settings *s)
     read_texts(texts, s, llama_model_get_vocab(st.model));
     read_all(&st, texts);
     print_head(&st);
-    for (int k = 1; k < st.n_runs; k += 2 * (N_POLICIES - 1)) print_budget(&st, st.runs[k].budget);
+    for (int k = 1; k < st.n_runs; k += st.n_runs_per_budget) print_budget(&st, st.runs[k].budget);
     if (s->csv || s->svg) printf("\n");
     if (s->csv) write_csv(&st, s->csv);
     if (s->svg) {

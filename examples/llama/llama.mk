@@ -97,15 +97,15 @@ $(BUILD)/rkv-llama: $(patsubst %,$(BUILD)/obj/examples/llama/%.o, rkv-llama run 
 llama:
 	$(call with_llama,$(LLAMA_PROGRAMS),ls $(LLAMA_PROGRAMS))
 
-LLAMA_TESTS = $(patsubst %,$(BUILD)/tests/llama_%,adapter refusals real ponder)
+LLAMA_TESTS = $(patsubst %,$(BUILD)/tests/llama_%,adapter policies refusals real ponder)
 $(BUILD)/obj/tests/llama/%.o: C_FLAGS += -DMODELS='"$(BUILD)/tests"' -DPONDER='"$(MODEL)"' \
     -DREAL_MODELS='"$(LLAMA_MODELS)"'
 $(LLAMA_TESTS): LIBS += $(LLAMA_LIBS)
 $(BUILD)/tests/llama_real: $(patsubst %,$(BUILD)/obj/examples/%.o,llama/tokens llama/stats \
         ponder/options)
-$(patsubst %,$(BUILD)/tests/llama_%,adapter refusals real): $(BUILD)/tests/llama_%: \
+$(patsubst %,$(BUILD)/tests/llama_%,adapter policies refusals real): $(BUILD)/tests/llama_%: \
         $(BUILD)/obj/tests/llama/%.o $(patsubst %,$(BUILD)/obj/%.o,tests/llama/bed \
-        tests/llama/tiny examples/ponder/gguf) $(TEST_SHARED)
+        tests/llama/tiny tests/llama/snapshot examples/ponder/gguf) $(TEST_SHARED)
 	$(link)
 $(BUILD)/tests/llama_ponder: $(patsubst %,$(BUILD)/obj/tests/llama/%.o,ponder mind) \
         $(patsubst %,$(BUILD)/obj/examples/ponder/%.o,model gguf task kernels own_cache \

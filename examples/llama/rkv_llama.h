@@ -1,4 +1,4 @@
-/* rkv_llama.h - R-KV key/value cache eviction inside an unpatched llama.cpp, in one C header.
+/* rkv_llama.h - KV cache eviction (R-KV and others) inside an unpatched llama.cpp, in one C header.
  * SPDX-License-Identifier: MIT OR Unlicense      (both texts are at the end of rkv.h)
  *
  * A context with n_ctx cells then generates without end: whenever a sequence holds budget + buffer
@@ -30,6 +30,12 @@
  *
  * Kept set   One per sequence, for all layers and heads: a cell of llama.cpp is shared by all of
  *            them. Scores are those of rkv.h with RKV_PER_SEQUENCE.
+ * Policies   Every one of rkv.h: options.config is any preset. What a policy carries from round to
+ *            round (memory, H2O: a few floats per token; TriAttention: running means of queries) is
+ *            the adapter's. Policies that turn keys back (memory, TriAttention) learn the rotary
+ *            embedding from the graph of the first decode: any base, linear scaling, tables of
+ *            factors. YaRN, keys that are changed behind it, and the rotated basis of quantised
+ *            caches (where head_dim is a multiple of 64) are refused.
  * Keys       Read in place in host memory, in every type that ggml can convert to f32, flash
  *            attention on or off. Copied to f32, layer by layer, where they lie elsewhere or a
  *            head is not a whole number of blocks. Values are not read.
@@ -43,8 +49,9 @@
  *            as many threads as the context has if RKV_PTHREADS is defined, else on one.
  * Versions   The tests pass with llama-cpp-python 0.3.20 (llama.cpp f49e91787, April 2026) and
  *            0.3.36 (0c1e57098, October 2026). Older ones were not tried.
- * Memory     The adapter allocates: lists of cells, the newest queries of every sequence
- *            ([layers][query heads][2 * window][head_dim] floats), the workspace of rkv.h.
+ * Memory     The adapter allocates: lists of cells; the newest queries of every sequence, in floats
+ *            [layers][query heads][votes + window, 16 more at most][head_dim], 32 of each head for
+ *            TriAttention; what the policy carries; the workspace of rkv.h.
  */
 #ifndef RKV_LLAMA_H
 #define RKV_LLAMA_H
@@ -106,13 +113,15 @@ typedef struct rkv_llama_options {
                       the context has at attach. More than one need RKV_PTHREADS, or
                       config->parallel_for; without them 0 means 1                               */
     const rkv_config *config; /* method: lambda, window, pool, ...; copied. NULL means
-                      rkv_config_default. Its budget, scope and error are the adapter's. pinned
+                      rkv_config_default. Its budget, scope and error are the adapter's; not
+                      RKV_POLICY_OWN_SCORE, whose place `score` takes. pinned
                       counts as pins on a sequence's first tokens, besides the prompt. A protect
                       that does not fit beside the pinned tokens shrinks, so that
-                      rkv_config_streaming goes with a pinned prompt                             */
+                      rkv_config_streaming goes with a pinned prompt; so does H2O's window,
+                      to 8 at least                             */
 
     /* Advanced */
-    rkv_llama_score score; /* NULL: R-KV, as config says. rkv_llama_score_random, or your own    */
+    rkv_llama_score score; /* NULL: as config says. rkv_llama_score_random, or your own          */
     void *score_user;
     void (*observe)(void *user, const rkv_llama_round *round); /* may be NULL                    */
     void *observe_user;
@@ -196,9 +205,12 @@ int rkv_llama_unpin(rkv_llama *r, llama_seq_id seq, llama_pos p0, llama_pos p1);
  *   rm     takes back tokens. The end of a sequence can be taken back up to the tokens that the
  *          last round could not evict (window, protect), or all of it; further back the tokens
  *          before p0 are no longer all there, and the call is refused: clear and decode again.
- *          Until `window` new tokens have come, fewer queries vote in a round than usual.
+ *          Then fewer queries may vote in the next round than usual. What rounds have remembered of
+ *          other tokens because of those that are taken back stays. Rejected drafts leave no trace;
+ *          with TriAttention those of up to 32 tokens, the means keep the queries of larger ones.
  *   cp     both sequences then share cells; a shared cell counts in the budget of each and is
- *          never evicted while two hold it. dst must be empty.
+ *          never evicted while two hold it. dst must be empty; it gets a copy of what the policy
+ *          carries.
  *   keep   forgets all sequences but one.        clear: forgets everything.
  * 0, or RKV_LLAMA_REFUSED and nothing changed. */
 int rkv_llama_seq_rm(rkv_llama *r, llama_seq_id seq, llama_pos p0, llama_pos p1);
@@ -206,16 +218,17 @@ int rkv_llama_seq_cp(rkv_llama *r, llama_seq_id src, llama_seq_id dst, llama_pos
 int rkv_llama_seq_keep(rkv_llama *r, llama_seq_id seq);
 int rkv_llama_clear(rkv_llama *r);
 
-/* A sequence as bytes: llama_state_seq_get_data's, and behind them what the adapter knows
- * (positions, pins, queries): later rounds go on as if nothing had happened.
+/* A sequence as bytes: llama_state_seq_get_data's, and before them what the adapter knows
+ * (positions, pins, queries, what the policy carries): later rounds go on as if nothing had
+ * happened.
  *   save_size   bytes that save writes
  *   save        0, or RKV_LLAMA_REFUSED when bytes are fewer
  *   load        into a context in which no other sequence holds tokens; what `seq` held is
- *               forgotten. The model, the types of the cache, and window must be the same; budget
- *               and buffer may differ as long as the tokens fit. With sliding windows, and caches
- *               of one size, only after a sequence has been longer than the window.
- *               RKV_LLAMA_REFUSED: damaged bytes, another model, other sequences there; the
- *               sequence is then empty. */
+ *               forgotten. The model, the types of the cache, the policy and its window and votes
+ *               must be the same; budget and buffer may differ as long as the tokens fit. With
+ *               sliding windows, and caches of one size, only after a sequence has been longer than
+ *               the window. RKV_LLAMA_REFUSED: damaged bytes, another model, other sequences there;
+ *               the sequence is then empty. */
 size_t rkv_llama_save_size(rkv_llama *r, llama_seq_id seq);
 int rkv_llama_save(rkv_llama *r, llama_seq_id seq, void *memory, size_t bytes);
 int rkv_llama_load(rkv_llama *r, llama_seq_id seq, const void *memory, size_t bytes);
@@ -244,6 +257,7 @@ void rkv_llama_score_random(void *user, llama_seq_id seq, int n_scores, const in
 #undef RKV_LLAMA_IMPLEMENTATION
 
 #include <limits.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -252,8 +266,9 @@ void rkv_llama_score_random(void *user, llama_seq_id seq, int n_scores, const in
 /* ==== 3. Records ============================================================================ */
 
 enum {
-    RKVLI_GROUPS = 2, /* caches of a context: one, or with sliding windows two              */
-    RKVLI_CHAIN = 8,  /* steps from an operand back to the tensor of the cache               */
+    RKVLI_GROUPS = 2,   /* caches of a context: one, or with sliding windows two              */
+    RKVLI_CHAIN = 8,    /* steps from an operand back to the tensor of the cache               */
+    RKVLI_PENDING = 32, /* newest queries that have not entered the running means yet         */
     RKVLI_MAX_TOKENS = 1 << 28
 };
 
@@ -266,6 +281,12 @@ typedef struct rkvli_layer {
     float scale, softcap, max_bias;
     int has_sinks, n_attended; /* attention nodes in the ubatch                                 */
     float *queries;            /* [sequences][heads][ring][dim]                                 */
+    rkv_rope rope;
+    float *frequencies;     /* of rope */
+    int rope_row;           /* numbers in a row that the graph turns; 0: it turns none           */
+    const char *rope_fault; /* why keys cannot be turned back; NULL: they can                    */
+    float *state;           /* [sequences][kv_heads][floats][stride], as rkv_layer.state         */
+    float *means; /* [2][sequences][mean floats]; the second as they were before the batch       */
 } rkvli_layer;
 
 typedef enum rkvli_pinning { RKVLI_PIN_NOT_YET, RKVLI_PIN_PROMPT, RKVLI_PIN_CALLER } rkvli_pinning;
@@ -281,7 +302,10 @@ typedef struct rkvli_sequence {
     rkvli_pinning pinning;
     llama_pos pin_begin, pin_end; /* of tokens still to come                                    */
     int64_t n_evicted;
+    int n_new; /* newest tokens, which were no part of a round yet                              */
     int32_t *query_positions; /* [ring]: whose query is in that slot; -1: nobody's              */
+    llama_pos averaged; /* the means of queries hold those of tokens before this position       */
+    llama_pos averaged_before; /* as it was before the batch                                    */
     /* While a batch is decoded: its tokens that are still to come, those of the part under way,
      * and the position of the first of the batch. */
     int is_in_batch, n_wanted, n_part;
@@ -311,6 +335,8 @@ struct rkv_llama {
     rkv_error why; /* of the last call of rkv.h */
     rkvli_method method;
     int budget, buffer, pin_limit, ring, keeps_all;
+    int n_floats, stride; /* of state: floats a row, rows of a plane; 0: there is none           */
+    int has_means, needs_rope;
     char error[512];
 
     struct llama_context *ctx;
@@ -346,6 +372,7 @@ struct rkv_llama {
     rkv_layer *views; /* [n_layers]                                                           */
     float *votes;     /* queries of the window, [layers][heads][window][dim]                  */
     float *scores, *sum, *rows;
+    float *state_before; /* of the sequence, all layers, before the round                       */
     int32_t *kept;
     uint8_t *round_pins;
     rkv_run *runs;
@@ -451,11 +478,46 @@ static void rkvli_release(rkv_llama *r, rkvli_sequence *s, int i)
     if (--r->owners[cell] == 0) r->n_used--;
 }
 
+/* Numbers of one sequence in a layer's state. */
+static size_t rkvli_state_size(const rkv_llama *r, const rkvli_layer *layer)
+{
+    return (size_t)layer->kv_heads * (size_t)r->n_floats * (size_t)r->stride;
+}
+
+static size_t rkvli_means_size(const rkv_llama *r, const rkvli_layer *layer)
+{
+    return r->has_means ? rkv_query_means_floats(layer->heads, layer->dim) : 0;
+}
+
+static float *rkvli_state(const rkv_llama *r, const rkvli_layer *layer, llama_seq_id seq)
+{
+    return layer->state ? layer->state + (size_t)seq * rkvli_state_size(r, layer) : NULL;
+}
+
+static float *rkvli_means(const rkv_llama *r, const rkvli_layer *layer, llama_seq_id seq)
+{
+    return layer->means ? layer->means + (size_t)seq * rkvli_means_size(r, layer) : NULL;
+}
+
 static void rkvli_forget_queries(rkv_llama *r, rkvli_sequence *s, llama_pos from)
 {
     int i;
     for (i = 0; s->query_positions && i < r->ring; i++)
         if (s->query_positions[i] >= from) s->query_positions[i] = -1;
+}
+
+/* An empty sequence: no new tokens, no means of queries. State needs no first value. */
+static void rkvli_forget_carried(rkv_llama *r, rkvli_sequence *s)
+{
+    int i;
+    s->n_new = 0;
+    s->averaged = 0;
+    for (i = 0; i < r->n_layers; i++) {
+        const rkvli_layer *layer = &r->layers[i];
+        if (layer->means)
+            memset(rkvli_means(r, layer, (llama_seq_id)(s - r->sequences)), 0,
+                   rkvli_means_size(r, layer) * sizeof(float));
+    }
 }
 
 static void rkvli_reset_sequence(rkv_llama *r, rkvli_sequence *s)
@@ -467,16 +529,20 @@ static void rkvli_reset_sequence(rkv_llama *r, rkvli_sequence *s)
     s->pinning = RKVLI_PIN_NOT_YET;
     s->pin_begin = s->pin_end = 0;
     s->n_evicted = 0;
+    rkvli_forget_carried(r, s);
     rkvli_forget_queries(r, s, INT_MIN);
 }
 
 /* Forgets the tokens from position p0 on. */
 static void rkvli_truncate(rkv_llama *r, rkvli_sequence *s, llama_pos p0)
 {
-    while (s->n > 0 && s->positions[s->n - 1] >= p0) rkvli_release(r, s, --s->n);
+    for (; s->n > 0 && s->positions[s->n - 1] >= p0; s->n_new -= s->n_new > 0)
+        rkvli_release(r, s, --s->n);
     s->next = s->n > 0 ? s->positions[s->n - 1] + 1 : 0;
+    if (s->averaged > s->next) s->averaged = s->next;
     rkvli_forget_queries(r, s, p0);
     if (s->n > 0) return;
+    rkvli_forget_carried(r, s);
     s->reach = 0;
     s->n_evicted = 0;
     if (s->pinning != RKVLI_PIN_PROMPT) return;
@@ -507,6 +573,83 @@ static rkvli_sequence *rkvli_sequence_of(const rkv_llama *r, llama_seq_id seq)
 /* ==== 5. The callback =======================================================================
  * Sees every node of the graph before it is computed (ask), and those that it asked for again
  * afterwards. Stores of keys tell the cells, attention nodes the queries. */
+
+/* Behind nodes that leave the numbers of a head as they are. */
+static const struct ggml_tensor *rkvli_behind(const struct ggml_tensor *t)
+{
+    int i;
+    for (i = 0; t && i < RKVLI_CHAIN; i++, t = t->src[0]) switch ((int)t->op) {
+        case GGML_OP_RESHAPE:
+        case GGML_OP_VIEW:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE:
+        case GGML_OP_CONT:
+        case GGML_OP_CPY:
+        case GGML_OP_DUP: break;
+        default: return t;
+        }
+    return t;
+}
+
+/* Is there a rotary embedding behind this node? The projection of keys ends the search. */
+static int rkvli_has_rope(const struct ggml_tensor *t, int depth)
+{
+    t = rkvli_behind(t);
+    if (!t || depth == 0) return 0;
+    if (t->op == GGML_OP_ROPE) return 1;
+    if (t->op == GGML_OP_MUL_MAT) {
+        t = rkvli_behind(t->src[1]);
+        return t && t->op == GGML_OP_ROPE;
+    }
+    return rkvli_has_rope(t->src[0], depth - 1) || rkvli_has_rope(t->src[1], depth - 1);
+}
+
+/* The frequencies of a rotary embedding, NULL: they cannot be read. factors divide them, or NULL. */
+static float *rkvli_frequencies(int n, float base, float scale, const struct ggml_tensor *factors)
+{
+    float *all, factor = 1;
+    int f;
+    if (factors && (factors->type != GGML_TYPE_F32 || factors->ne[0] < n || !factors->buffer))
+        return NULL;
+    all = (float *)calloc((size_t)n, sizeof *all);
+    for (f = 0; all && f < n; f++) {
+        if (factors)
+            ggml_backend_tensor_get(factors, &factor, (size_t)f * sizeof factor, sizeof factor);
+        all[f] = (float)(pow((double)base, -(double)f / n) * (double)scale / (double)factor);
+    }
+    return all;
+}
+
+/* What is done to keys before they are stored: `stored` is the operand of the store. */
+static void rkvli_see_rope(rkvli_layer *layer, const struct ggml_tensor *stored)
+{
+    const struct ggml_tensor *t = rkvli_behind(stored);
+    int32_t whole[5]; /* nothing, dims, mode, nothing, context of the training */
+    float real[3];    /* base, scale, share of YaRN */
+    layer->rope.pairing = RKV_ROPE_NONE;
+    if (!t || t->op != GGML_OP_ROPE) {
+        if (rkvli_has_rope(t, RKVLI_CHAIN))
+            layer->rope_fault = "this policy needs keys as the rotary embedding leaves them: here "
+                                "they are changed before they are stored (llama.cpp does so in "
+                                "quantised caches)";
+        return;
+    }
+    memcpy(whole, t->op_params, sizeof whole);
+    memcpy(real, (const char *)t->op_params + sizeof whole, sizeof real);
+    layer->rope_row = (int)t->ne[0];
+    layer->rope.pairing = whole[2] == GGML_ROPE_TYPE_NEOX ? RKV_ROPE_HALVES : RKV_ROPE_ADJACENT;
+    layer->rope.dims = whole[1];
+    if ((whole[2] != GGML_ROPE_TYPE_NEOX && whole[2] != GGML_ROPE_TYPE_NORMAL) || whole[1] < 2 ||
+        whole[1] % 2 || !(real[0] > 0) || !(real[1] > 0))
+        layer->rope_fault = "this policy does not know the rotary embedding of this model";
+    else if (real[2] > 0 || real[2] < 0)
+        layer->rope_fault = "this policy does not know YaRN, which scales the rotary embedding";
+    if (layer->rope_fault) return;
+    layer->frequencies = rkvli_frequencies(whole[1] / 2, real[0], real[1], t->src[2]);
+    layer->rope.frequencies = layer->frequencies;
+    if (!layer->frequencies)
+        layer->rope_fault = "the factors of the rotary embedding cannot be read";
+}
 
 static rkvli_layer *rkvli_add_layer(rkv_llama *r, const struct ggml_tensor *keys)
 {
@@ -579,6 +722,7 @@ static void rkvli_see_store(rkv_llama *r, const struct ggml_tensor *t)
             return;
         }
         layer->group = g;
+        rkvli_see_rope(layer, t->src[0]);
     }
     g = layer->group;
     /* A group's first layer opens the ubatch for it. */
@@ -695,6 +839,17 @@ static int rkvli_attention(const struct ggml_tensor *t, const struct ggml_tensor
     return *keys != NULL;
 }
 
+/* What the policy carries from round to round. 0: out of memory. */
+static int rkvli_make_carried(const rkv_llama *r, rkvli_layer *layer)
+{
+    const size_t n = (size_t)r->n_sequences;
+    if (layer->kv_heads < 1) return 1; /* the self-test will tell */
+    if (r->n_floats) layer->state = (float *)calloc(n, rkvli_state_size(r, layer) * sizeof(float));
+    if (r->has_means)
+        layer->means = (float *)calloc(2 * n, rkvli_means_size(r, layer) * sizeof(float));
+    return (layer->state || !r->n_floats) && (layer->means || !r->has_means);
+}
+
 /* What the first decode learns about a layer. */
 static void rkvli_describe(rkv_llama *r, rkvli_layer *layer, const struct ggml_tensor *t,
                            const struct ggml_tensor *queries)
@@ -705,7 +860,7 @@ static void rkvli_describe(rkv_llama *r, rkvli_layer *layer, const struct ggml_t
     layer->kv_heads = layer->dim > 0 ? (int)(layer->keys->ne[0] / layer->dim) : 0;
     layer->queries = (float *)calloc((size_t)r->n_sequences * (size_t)layer->heads,
                                      (size_t)r->ring * (size_t)layer->dim * sizeof(float));
-    if (!layer->queries) r->is_short = 1;
+    if (!layer->queries || !rkvli_make_carried(r, layer)) r->is_short = 1;
     if (t->op != GGML_OP_FLASH_ATTN_EXT) return;
     memcpy(params, t->op_params, sizeof params);
     layer->scale = params[0];
@@ -738,6 +893,75 @@ static void rkvli_store_query(rkv_llama *r, const rkvli_layer *layer, int i, con
     }
 }
 
+/* ---- Running means of queries. Those of the newest tokens wait in the ring until tokens behind
+ * them come: until then a draft can be taken back without a trace. Only where a part of a batch has
+ * more tokens than the ring are queries added at once. ---- */
+
+/* Adds n rows of queries, from row `slot` of the view on. Queries that are not finite are left out:
+ * the round will find the keys of such a token. */
+static void rkvli_average(rkv_llama *r, const rkvli_layer *layer, llama_seq_id seq,
+                          const rkv_tensor *queries, int slot, int n, llama_pos position)
+{
+    (void)rkv_query_means_update(NULL, &r->config, &layer->rope, queries, slot, n, position,
+                                 rkvli_means(r, layer, seq));
+}
+
+/* Does a sequence have more tokens in this part than its ring can hold? */
+static int rkvli_exceeds_ring(const rkv_llama *r, const rkvli_sequence *s)
+{
+    return r->has_means && s->n_part > r->ring;
+}
+
+/* The tokens of a ubatch that are added at once; runs of one sequence in one call. */
+static void rkvli_average_ubatch(rkv_llama *r, const rkvli_layer *layer, const char *data,
+                                 const struct ggml_tensor *queries)
+{
+    const int begin = r->part.begin + r->part.begin_ubatch[layer->group];
+    const int end = begin + (int)queries->ne[1];
+    const double start = rkvli_seconds();
+    rkv_tensor rows =
+        rkv_tensor_make((void *)(uintptr_t)data, RKV_F32, layer->heads, end - begin, layer->dim);
+    int i, n, k;
+    rows.token_stride = (int64_t)(queries->nb[1] / sizeof(float));
+    rows.head_stride = (int64_t)(queries->nb[2] / sizeof(float));
+    for (i = begin; i < end; i += n) {
+        for (n = 1; r->n_seq_ids[i] == 1 && i + n < end && r->n_seq_ids[i + n] == 1 &&
+                    r->seq_ids[i + n][0] == r->seq_ids[i][0];)
+            n++;
+        for (k = 0; k < r->n_seq_ids[i]; k++) {
+            const llama_seq_id seq = r->seq_ids[i][k];
+            if (rkvli_exceeds_ring(r, &r->sequences[seq]))
+                rkvli_average(r, layer, seq, &rows, i - begin, n, r->positions[i]);
+        }
+    }
+    r->counters.seconds_rkv += rkvli_seconds() - start;
+}
+
+/* Adds the queries that wait in the ring. */
+static void rkvli_average_ring(rkv_llama *r, llama_seq_id seq)
+{
+    rkvli_sequence *s = &r->sequences[seq];
+    const double start = rkvli_seconds();
+    llama_pos p = s->next - r->ring > s->averaged ? s->next - r->ring : s->averaged;
+    int i, n;
+    for (; p < s->next; p += n) {
+        const int slot = p % r->ring;
+        for (n = 0; p + n < s->next && slot + n < r->ring && s->query_positions[slot + n] == p + n;)
+            n++;
+        for (i = 0; n > 0 && i < r->n_layers; i++) {
+            const rkvli_layer *layer = &r->layers[i];
+            rkv_tensor ring;
+            if (!layer->means || (!r->is_undecided && layer->group != r->full)) continue;
+            ring = rkv_tensor_make(rkvli_ring(r, layer, seq, 0), RKV_F32, layer->heads, r->ring,
+                                   layer->dim);
+            rkvli_average(r, layer, seq, &ring, slot, n, p);
+        }
+        if (n == 0) n = 1; /* a query that was never seen */
+    }
+    s->averaged = s->next;
+    r->counters.seconds_rkv += rkvli_seconds() - start;
+}
+
 static void rkvli_see_queries(rkv_llama *r, rkvli_layer *layer, const struct ggml_tensor *queries)
 {
     const rkvli_part *part = &r->part;
@@ -766,6 +990,7 @@ static void rkvli_see_queries(rkv_llama *r, rkvli_layer *layer, const struct ggm
         rkvli_store_query(r, layer, part->begin + at + i, data + (size_t)i * queries->nb[1],
                           queries);
     r->counters.seconds_copies += rkvli_seconds() - start;
+    if (layer->means) rkvli_average_ubatch(r, layer, data, queries);
 }
 
 /* Returns whether it wants to see the node again, computed. */
@@ -836,6 +1061,21 @@ static int rkvli_keeps_newest(const rkv_config *c)
     return c->pinned + (c->protect > window ? c->protect : window) == c->budget;
 }
 
+/* What the policy needs. The ring holds the queries that vote, and some more: that many tokens can
+ * be taken back, and as many still vote. */
+static void rkvli_configure_policy(rkv_llama *r)
+{
+    const rkv_policy policy = r->config.policy;
+    const int spare = r->config.window < 16 ? r->config.window : 16;
+    r->has_means = policy == RKV_POLICY_TRIATTENTION && !r->keeps_all;
+    r->needs_rope =
+        r->has_means || policy == RKV_POLICY_MEMORY_TRACES || policy == RKV_POLICY_MEMORY_PROSE;
+    r->ring = r->has_means ? RKVLI_PENDING : r->config.votes + spare;
+    if (r->keeps_all) return; /* no rounds */
+    r->n_floats = rkv_state_floats(&r->config);
+    r->stride = r->n_floats ? r->budget + r->buffer : 0;
+}
+
 static const char *rkvli_configure(rkv_llama *r)
 {
     const rkv_llama_options *o = &r->options;
@@ -851,11 +1091,18 @@ static const char *rkvli_configure(rkv_llama *r)
         r->config.window = r->budget > 16 ? 8 : 1;
         r->config.protect = 0;
     }
+    if (r->method != RKVLI_SCORED) {
+        r->config.policy = RKV_POLICY_RKV;
+        r->config.votes = 0;
+    }
+    if (r->config.policy == RKV_POLICY_OWN_SCORE)
+        return "options.config: RKV_POLICY_OWN_SCORE needs scores: give options.score";
+    if (r->config.votes == 0) r->config.votes = r->config.window;
     r->config.budget = r->budget;
     r->config.scope = RKV_PER_SEQUENCE;
     r->config.error = &r->why;
     r->config.device_error = NULL;
-    r->ring = 2 * r->config.window;
+    rkvli_configure_policy(r);
     return rkvli_check_config(r);
 }
 
@@ -886,7 +1133,12 @@ void rkv_llama_destroy(rkv_llama *r)
 {
     int i, g;
     if (!r) return;
-    for (i = 0; i < r->n_layers; i++) free(r->layers[i].queries);
+    for (i = 0; i < r->n_layers; i++) {
+        free(r->layers[i].queries);
+        free(r->layers[i].frequencies);
+        free(r->layers[i].state);
+        free(r->layers[i].means);
+    }
     for (i = 0; r->sequences && i < r->n_sequences; i++) {
         rkvli_sequence *s = &r->sequences[i];
         for (g = 0; g < RKVLI_GROUPS; g++) free(s->cells[g]);
@@ -909,6 +1161,7 @@ void rkv_llama_destroy(rkv_llama *r)
     free(r->scores);
     free(r->sum);
     free(r->rows);
+    free(r->state_before);
     free(r->kept);
     free(r->round_pins);
     free(r->runs);
@@ -1041,6 +1294,11 @@ int rkv_llama_attach(rkv_llama *r, struct llama_context *ctx)
     return RKV_LLAMA_OK;
 }
 
+static int rkvli_reads_keys(const rkv_llama *r)
+{
+    return r->method == RKVLI_SCORED && r->config.policy != RKV_POLICY_RANDOM;
+}
+
 /* After the first decode: was everything where it is looked for? Also what only the graph shows. */
 static const char *rkvli_check_layer(const rkv_llama *r, const rkvli_layer *layer)
 {
@@ -1054,8 +1312,11 @@ static const char *rkvli_check_layer(const rkv_llama *r, const rkvli_layer *laye
         layer->heads % layer->kv_heads != 0)
         return "the shapes of keys and queries do not match";
     if (layer->max_bias > 0 || layer->max_bias < 0) return "models with ALiBi are not supported";
-    if (layer->has_sinks && r->method == RKVLI_SCORED)
+    if (layer->has_sinks && rkvli_reads_keys(r))
         return "models with attention sinks are not supported";
+    if (r->needs_rope && layer->rope_fault) return layer->rope_fault;
+    if (r->needs_rope && layer->rope_row && layer->rope_row != layer->dim)
+        return "this policy needs a rotary embedding of whole heads";
     if (!(layer->scale > 0)) return "the scale of the logits was not found";
     if (!layer->values) return "the values of a layer were not found";
     return NULL;
@@ -1158,26 +1419,31 @@ static int rkvli_round_fails(rkv_llama *r, llama_seq_id seq, int layer)
                      rkv_explain(&r->why, text, sizeof text));
 }
 
-/* The queries that vote, gathered from the ring: [heads][window][dim]. */
+/* The queries that vote, gathered from the ring, the oldest first: [heads][votes][dim]. A slot that
+ * does not hold its token's query any more: nobody votes there, zeros like all tokens alike. */
 static void rkvli_gather_votes(const rkv_llama *r, const rkvli_layer *layer, llama_seq_id seq,
-                               int window, float *out)
+                               int votes, float *out)
 {
     const rkvli_sequence *s = &r->sequences[seq];
     const size_t dim = (size_t)layer->dim;
     int head, i;
     for (head = 0; head < layer->heads; head++)
-        for (i = 0; i < window; i++, out += dim)
-            memcpy(out,
-                   rkvli_ring(r, layer, seq, head) +
-                       (size_t)(s->positions[s->n - window + i] % r->ring) * dim,
-                   dim * sizeof(float));
+        for (i = 0; i < votes; i++, out += dim) {
+            const int32_t position = s->positions[s->n - votes + i];
+            const int slot = position % r->ring;
+            if (s->query_positions[slot] == position)
+                memcpy(out, rkvli_ring(r, layer, seq, head) + (size_t)slot * dim,
+                       dim * sizeof(float));
+            else
+                memset(out, 0, dim * sizeof(float));
+        }
 }
 
-/* How many of the newest tokens have their queries in the ring, the window at most. */
+/* How many of the newest tokens have their queries in the ring, those that vote at most. */
 static int rkvli_count_votes(const rkv_llama *r, const rkvli_sequence *s)
 {
     int n = 0;
-    while (n < r->config.window && n < s->n) {
+    while (n < r->config.votes && n < s->n) {
         const int32_t position = s->positions[s->n - 1 - n];
         if (s->query_positions[position % r->ring] != position) break;
         n++;
@@ -1186,9 +1452,10 @@ static int rkvli_count_votes(const rkv_llama *r, const rkvli_sequence *s)
 }
 
 /* A layer's keys where they are, by the list of cells. */
-static void rkvli_view_layer(const rkv_llama *r, const rkvli_layer *layer, const rkvli_sequence *s,
+static void rkvli_view_layer(const rkv_llama *r, const rkvli_layer *layer, llama_seq_id seq,
                              const rkv_config *config, float *votes, rkv_layer *shown)
 {
+    const rkvli_sequence *s = &r->sequences[seq];
     const rkv_layer empty = RKV_INIT;
     const rkv_dtype dtype = rkvli_dtype(layer->keys->type);
     *shown = empty;
@@ -1205,10 +1472,15 @@ static void rkvli_view_layer(const rkv_llama *r, const rkvli_layer *layer, const
         shown->keys.load = rkvli_load_rows;
         shown->keys.load_user = (void *)ggml_get_type_traits(layer->keys->type);
     }
-    shown->queries = rkv_tensor_make(votes, RKV_F32, layer->heads, config->window, layer->dim);
+    shown->queries = rkv_tensor_make(votes, RKV_F32, layer->heads, config->votes, layer->dim);
     shown->n_tokens = s->n;
     shown->scale = layer->scale;
     shown->softcap = layer->softcap;
+    shown->row_stride = r->stride;
+    shown->state = rkvli_state(r, layer, seq);
+    shown->n_new = s->n_new;
+    shown->rope = layer->rope;
+    shown->query_means = rkvli_means(r, layer, seq);
 }
 
 /* A cell's keys as they are stored. */
@@ -1271,12 +1543,18 @@ static int rkvli_score_in_place(rkv_llama *r, const rkv_config *config, llama_se
     for (i = 0; i < r->n_layers; i++) {
         const rkvli_layer *layer = &r->layers[i];
         if (layer->group != r->full) continue;
-        rkvli_gather_votes(r, layer, seq, config->window, votes);
-        rkvli_view_layer(r, layer, s, config, votes, &r->views[n++]);
-        votes += (size_t)layer->heads * (size_t)config->window * (size_t)layer->dim;
+        rkvli_gather_votes(r, layer, seq, config->votes, votes);
+        rkvli_view_layer(r, layer, seq, config, votes, &r->views[n]);
+        /* Random scores read no keys: their type and place do not matter. */
+        if (config->policy == RKV_POLICY_RANDOM)
+            r->views[n].keys =
+                rkv_tensor_make(layer->keys->data, RKV_F32, layer->kv_heads, s->n, 1);
+        votes += (size_t)layer->heads * (size_t)config->votes * (size_t)layer->dim;
+        n++;
     }
     r->views[0].shared_scores = r->sum;
     r->views[0].kept = r->kept;
+    r->views[0].positions = s->positions;
     if (!rkvli_make_workspace(r, config, n) ||
         rkv_score(NULL, config, r->views, n, r->workspace, r->workspace_bytes) != RKV_OK)
         return rkvli_round_fails(r, seq, -1);
@@ -1294,11 +1572,12 @@ static int rkvli_score_copies(rkv_llama *r, const rkv_config *config, llama_seq_
         if (layer->group != r->full) continue;
         status = rkvli_copy_keys(r, layer, s);
         if (status) return status;
-        rkvli_gather_votes(r, layer, seq, config->window, r->votes);
-        rkvli_view_layer(r, layer, s, config, r->votes, shown);
+        rkvli_gather_votes(r, layer, seq, config->votes, r->votes);
+        rkvli_view_layer(r, layer, seq, config, r->votes, shown);
         shown->keys = rkv_tensor_make(r->rows, RKV_F32, layer->kv_heads, s->n, layer->dim);
         shown->keys.token_stride = layer->keys->ne[0];
         shown->keys.head_stride = layer->dim;
+        shown->positions = s->positions;
         shown->shared_scores = r->scores;
         if (!rkvli_make_workspace(r, config, 1) ||
             rkv_score(NULL, config, shown, 1, r->workspace, r->workspace_bytes) != RKV_OK)
@@ -1318,7 +1597,9 @@ static int rkvli_select(rkv_llama *r, const rkv_config *config, llama_seq_id seq
     rkv_config by_scores = *config;
     rkv_layer *shown = &r->views[0];
     float dummy = 0; /* keys are not read */
+    by_scores.policy = RKV_POLICY_RKV;
     by_scores.lambda = 0;
+    by_scores.votes = 0;
     *shown = empty;
     shown->keys = rkv_tensor_make(&dummy, RKV_F32, 1, s->n, 1);
     shown->n_tokens = s->n;
@@ -1333,15 +1614,18 @@ static int rkvli_select(rkv_llama *r, const rkv_config *config, llama_seq_id seq
 
 static int rkvli_reserve_round(rkv_llama *r, int n)
 {
-    size_t room[6], views = (size_t)r->n_layers, votes = 0;
+    size_t room[6], views = (size_t)r->n_layers, votes = 0, state = 0;
     int i;
     if (!r->views) {
-        for (i = 0; i < r->n_layers; i++)
-            votes +=
-                (size_t)r->layers[i].heads * (size_t)r->config.window * (size_t)r->layers[i].dim;
+        for (i = 0; i < r->n_layers; i++) {
+            const rkvli_layer *layer = &r->layers[i];
+            votes += (size_t)layer->heads * (size_t)r->config.votes * (size_t)layer->dim;
+            state += rkvli_state_size(r, layer);
+        }
         r->views = (rkv_layer *)calloc(views, sizeof *r->views);
         r->votes = (float *)calloc(votes, sizeof *r->votes);
-        if (!r->views || !r->votes) return 0;
+        r->state_before = (float *)calloc(state + 1, sizeof *r->state_before);
+        if (!r->views || !r->votes || !r->state_before) return 0;
     }
     if (n <= r->max_round) return 1;
     for (i = 0; i < 5; i++) room[i] = (size_t)r->max_round;
@@ -1355,15 +1639,25 @@ static int rkvli_reserve_round(rkv_llama *r, int n)
     return 1;
 }
 
+/* The newest tokens that must stay: those inside a sliding window, and the window, but of H2O's only
+ * 8: it is a share of the budget, more than is asked of others. */
+static int rkvli_least_tail(const rkv_llama *r)
+{
+    const int is_share = r->config.policy == RKV_POLICY_H2O && r->config.window > 8;
+    const int window = is_share ? 8 : r->config.window;
+    return window > r->n_swa ? window : r->n_swa;
+}
+
 /* The config of one round: pins take the place of config.pinned; a tail that does not fit beside
  * them shrinks, down to what must stay. */
 static int rkvli_round_config(rkv_llama *r, llama_seq_id seq, rkv_config *config, int *tail)
 {
     const rkvli_sequence *s = &r->sequences[seq];
     int i, n_pins = 0, n_before, votes = rkvli_count_votes(r, s);
-    int least = r->config.window > r->n_swa ? r->config.window : r->n_swa;
+    int least = rkvli_least_tail(r);
     *config = r->config;
-    *tail = config->protect > least ? config->protect : least;
+    *tail = config->protect > config->window ? config->protect : config->window;
+    if (*tail < least) *tail = least;
     for (i = 0; i < s->n; i++) {
         r->round_pins[i] =
             s->pins[i] || i < r->config.pinned || r->owners[s->cells[r->full][i]] > 1;
@@ -1380,11 +1674,58 @@ static int rkvli_round_config(rkv_llama *r, llama_seq_id seq, rkv_config *config
     }
     config->pinned = 0;
     config->protect = *tail;
-    if (r->method == RKVLI_SCORED && votes < config->window) {
-        if (votes == 0) config->lambda = 0; /* nobody votes: redundancy alone */
-        config->window = votes ? votes : 1;
-    }
+    if (config->window > *tail) config->window = *tail;
+    if (r->method == RKVLI_SCORED && votes == 0 && config->policy == RKV_POLICY_RKV)
+        config->lambda = 0; /* nobody votes: redundancy alone */
+    config->votes = votes ? votes : 1;
     return RKV_LLAMA_OK;
+}
+
+/* ---- State that is carried from round to round: one array per layer, in the order of the
+ * sequence's tokens ---- */
+
+/* All layers' state of the sequence, into r->state_before or back from it. */
+static void rkvli_copy_state(const rkv_llama *r, llama_seq_id seq, int is_back)
+{
+    float *saved = r->state_before;
+    int i;
+    for (i = 0; i < r->n_layers; i++) {
+        const size_t n = rkvli_state_size(r, &r->layers[i]);
+        float *state = rkvli_state(r, &r->layers[i], seq);
+        if (!state) continue;
+        memcpy(is_back ? state : saved, is_back ? saved : state, n * sizeof *state);
+        saved += n;
+    }
+}
+
+/* Tokens that nothing has scored begin with zeros. */
+static void rkvli_clear_new_state(const rkv_llama *r, llama_seq_id seq)
+{
+    const rkvli_sequence *s = &r->sequences[seq];
+    int i, plane;
+    for (i = 0; i < r->n_layers; i++) {
+        float *state = rkvli_state(r, &r->layers[i], seq);
+        for (plane = 0; state && plane < r->layers[i].kv_heads * r->n_floats; plane++)
+            memset(state + (size_t)plane * (size_t)r->stride + (s->n - s->n_new), 0,
+                   (size_t)s->n_new * sizeof *state);
+    }
+}
+
+/* The state of tokens kept[0 .. n) of one sequence becomes that of tokens 0 .. n of another, or of
+ * the same. */
+static void rkvli_move_state(const rkv_llama *r, llama_seq_id from, llama_seq_id to,
+                             const int32_t *kept, int n)
+{
+    int i, k, plane;
+    for (i = 0; i < r->n_layers; i++) {
+        const float *src = rkvli_state(r, &r->layers[i], from);
+        float *dst = rkvli_state(r, &r->layers[i], to);
+        for (plane = 0; src && plane < r->layers[i].kv_heads * r->n_floats; plane++) {
+            for (k = 0; k < n; k++) dst[k] = src[kept[k]];
+            src += r->stride;
+            dst += r->stride;
+        }
+    }
 }
 
 static int rkvli_score(rkv_llama *r, const rkv_config *config, llama_seq_id seq)
@@ -1397,10 +1738,13 @@ static int rkvli_score(rkv_llama *r, const rkv_config *config, llama_seq_id seq)
     }
     if (r->method == RKVLI_NEWEST || config->protect == r->budget) {
         memset(r->sum, 0, (size_t)n * sizeof *r->sum); /* of equals the newest stay */
+        rkvli_clear_new_state(r, seq);
         return RKV_LLAMA_OK;
     }
-    return rkvli_reads_in_place(r) ? rkvli_score_in_place(r, config, seq)
-                                   : rkvli_score_copies(r, config, seq);
+    if (r->has_means) rkvli_average_ring(r, seq);
+    return rkvli_reads_in_place(r) || config->policy == RKV_POLICY_RANDOM
+               ? rkvli_score_in_place(r, config, seq)
+               : rkvli_score_copies(r, config, seq);
 }
 
 static void rkvli_show(const rkv_llama *r, const rkv_config *config, llama_seq_id seq, int n_kept)
@@ -1445,7 +1789,9 @@ static int rkvli_evict(rkv_llama *r, llama_seq_id seq, int n_kept)
     rkv_apply_kept(s->positions, sizeof *s->positions, r->kept, n_kept);
     rkv_apply_kept(s->pins, sizeof *s->pins, r->kept, n_kept);
     for (g = 0; g < r->n_groups; g++) rkv_apply_kept(s->cells[g], sizeof(int32_t), r->kept, n_kept);
+    rkvli_move_state(r, seq, seq, r->kept, n_kept);
     s->n = n_kept;
+    s->n_new = 0;
     s->n_evicted += n - n_kept;
     r->counters.n_evicted += n - n_kept;
     r->counters.n_rounds++;
@@ -1468,10 +1814,14 @@ static int rkvli_round(rkv_llama *r, llama_seq_id seq)
     start = rkvli_seconds();
     status = rkvli_round_config(r, seq, &config, &tail);
     if (status) return status;
+    if (s->n_new == 0) s->n_new = 1; /* loaded from a larger budget, and nothing decoded since */
+    rkvli_copy_state(r, seq, 0);
     status = rkvli_score(r, &config, seq);
-    if (status) return status;
-    n_kept = rkvli_select(r, &config, seq);
-    if (n_kept < 0) return n_kept;
+    n_kept = status ? status : rkvli_select(r, &config, seq);
+    if (n_kept < 0) {
+        rkvli_copy_state(r, seq, 1);
+        return n_kept;
+    }
     r->counters.seconds_rkv += rkvli_seconds() - start - (r->counters.seconds_copies - copies);
     rkvli_show(r, &config, seq, n_kept);
     status = rkvli_evict(r, seq, n_kept);
@@ -1631,7 +1981,8 @@ static int rkvli_wants_queries(const rkv_llama *r)
 {
     int i;
     if (!r->is_checked || r->is_undecided) return 1;
-    if (r->keeps_all || r->method != RKVLI_SCORED) return 0;
+    if (r->keeps_all || !rkvli_reads_keys(r)) return 0;
+    if (r->has_means) return 1;
     for (i = 0; i < r->n_sequences; i++) {
         const rkvli_sequence *s = &r->sequences[i];
         if (!s->n_part) continue;
@@ -1640,6 +1991,39 @@ static int rkvli_wants_queries(const rkv_llama *r)
             return 1;
     }
     return 0;
+}
+
+/* Queries that wait in the ring enter the means before tokens of this part take their slots. */
+static void rkvli_make_ring_room(rkv_llama *r)
+{
+    int i;
+    for (i = 0; i < r->n_sequences; i++) {
+        const rkvli_sequence *s = &r->sequences[i];
+        if (s->n_part > 0 && s->next - s->averaged + s->n_part > r->ring) rkvli_average_ring(r, i);
+    }
+}
+
+/* The means as they are before a batch of several tokens, and back to them. One token alone waits
+ * in the ring. */
+static void rkvli_copy_means(rkv_llama *r, int is_back)
+{
+    int i, k;
+    if (!r->has_means || r->n_tokens < 2) return;
+    for (i = 0; i < r->n_sequences; i++) {
+        rkvli_sequence *s = &r->sequences[i];
+        if (!s->is_in_batch) continue;
+        if (!is_back) rkvli_average_ring(r, i);
+        if (is_back)
+            s->averaged = s->averaged_before;
+        else
+            s->averaged_before = s->averaged;
+        for (k = 0; k < r->n_layers; k++) {
+            const size_t n = rkvli_means_size(r, &r->layers[k]);
+            float *means = rkvli_means(r, &r->layers[k], i);
+            float *saved = means ? means + (size_t)r->n_sequences * n : NULL;
+            if (means) memcpy(is_back ? means : saved, is_back ? saved : means, n * sizeof *means);
+        }
+    }
 }
 
 /* Whose queries the rings will hold after this part. */
@@ -1687,12 +2071,15 @@ static int rkvli_commit(rkv_llama *r, int begin, int n)
         for (k = 0; k < r->n_seq_ids[begin + i]; k++) {
             rkvli_sequence *s = &r->sequences[r->seq_ids[begin + i][k]];
             const llama_pos position = r->positions[begin + i];
-            if (!rkvli_reserve(s, s->n + 1)) return rkvli_no_memory(r);
+            /* Positions have room for a plane of state: rkv.h takes them to be of one length. */
+            if (!rkvli_reserve(s, s->n < r->stride ? r->stride : s->n + 1))
+                return rkvli_no_memory(r);
             s->positions[s->n] = position;
             s->pins[s->n] = position >= s->pin_begin && position < s->pin_end;
             for (g = 0; g < RKVLI_GROUPS; g++)
                 s->cells[g][s->n] = g < r->n_groups ? r->part.cells[g][i] : 0;
             s->n++;
+            s->n_new++;
             s->n_wanted--;
             s->next = position + 1;
             if (r->owners[cell]++ == 0) r->n_used++;
@@ -1731,6 +2118,7 @@ static int rkvli_decode_part(rkv_llama *r, const struct llama_batch *batch, int 
     if (!r->is_checked) r->n_groups = 0;
     for (g = 0; g < RKVLI_GROUPS; g++) part->cells[g] = r->cells + (size_t)g * (size_t)n;
     for (i = 0; i < r->n_layers; i++) r->layers[i].n_attended = 0;
+    if (r->has_means) rkvli_make_ring_room(r);
     if (part->wants_queries) rkvli_open_rings(r, begin, n);
     part->batch = batch;
     status = llama_decode(r->ctx, slice);
@@ -1750,6 +2138,9 @@ static int rkvli_decode_part(rkv_llama *r, const struct llama_batch *batch, int 
     }
     status = rkvli_commit(r, begin, n);
     if (status) return status;
+    for (i = 0; i < r->n_sequences; i++)
+        if (rkvli_exceeds_ring(r, &r->sequences[i]))
+            r->sequences[i].averaged = r->sequences[i].next;
     r->last_begin = begin;
     return begin + n < r->n_tokens ? rkvli_save_logits(r, begin, n) : RKV_LLAMA_OK;
 }
@@ -1778,6 +2169,7 @@ static void rkvli_take_back(rkv_llama *r)
         llama_memory_seq_rm(r->memory, i, s->first, -1);
         rkvli_truncate(r, s, s->first);
     }
+    rkvli_copy_means(r, 1);
     r->n_tokens = 0;
 }
 
@@ -1795,6 +2187,7 @@ int rkv_llama_decode(rkv_llama *r, struct llama_batch batch)
         return status;
     }
     rkvli_pin_prompts(r);
+    rkvli_copy_means(r, 0);
     for (begin = 0; begin < r->n_tokens; begin += n) {
         status = rkvli_plan_part(r, begin, &n);
         if (!status) status = rkvli_decode_part(r, &batch, begin, n);
@@ -1867,9 +2260,10 @@ int rkv_llama_unpin(rkv_llama *r, llama_seq_id seq, llama_pos p0, llama_pos p1)
 int rkv_llama_seq_rm(rkv_llama *r, llama_seq_id seq, llama_pos p0, llama_pos p1)
 {
     rkvli_sequence *s = r->ctx ? rkvli_sequence_of(r, seq) : NULL;
-    int i, g, n = 0, is_tail;
+    int i, g, n = 0, n_new_gone = 0, is_tail;
     r->error[0] = 0;
     if (!s) return rkvli_refuse(r, r->ctx ? "no such sequence" : "rkv_llama_attach comes first");
+    if (s->n > 0 && !rkvli_reserve_round(r, s->n)) return rkvli_no_memory(r);
     if (p0 < 0) p0 = 0;
     if (p1 < 0) p1 = INT_MAX;
     is_tail = s->n > 0 && p1 > s->positions[s->n - 1];
@@ -1887,14 +2281,18 @@ int rkv_llama_seq_rm(rkv_llama *r, llama_seq_id seq, llama_pos p0, llama_pos p1)
     for (i = 0; i < s->n; i++) {
         if (s->positions[i] >= p0 && s->positions[i] < p1) {
             rkvli_release(r, s, i);
+            n_new_gone += i >= s->n - s->n_new;
             continue;
         }
+        r->kept[n] = i;
         s->positions[n] = s->positions[i];
         s->pins[n] = s->pins[i];
         for (g = 0; g < RKVLI_GROUPS; g++) s->cells[g][n] = s->cells[g][i];
         n++;
     }
+    rkvli_move_state(r, seq, seq, r->kept, n);
     s->n = n;
+    s->n_new -= n_new_gone;
     return RKV_LLAMA_OK;
 }
 
@@ -1906,7 +2304,9 @@ int rkv_llama_seq_cp(rkv_llama *r, llama_seq_id src, llama_seq_id dst, llama_pos
     r->error[0] = 0;
     if (!from || !to) return rkvli_refuse(r, "no such sequence");
     if (to->n || from == to) return rkvli_refuse(r, "the sequence that is copied to is not empty");
-    if (!rkvli_reserve(to, from->n)) return rkvli_no_memory(r);
+    if (!rkvli_reserve(to, from->n < r->stride ? r->stride : from->n) ||
+        (from->n > 0 && !rkvli_reserve_round(r, from->n)))
+        return rkvli_no_memory(r);
     if (p0 < 0) p0 = 0;
     if (p1 < 0) p1 = INT_MAX;
     rkvli_reset_sequence(r, to);
@@ -1917,20 +2317,29 @@ int rkv_llama_seq_cp(rkv_llama *r, llama_seq_id src, llama_seq_id dst, llama_pos
         to->pins[to->n] = from->pins[i];
         for (g = 0; g < RKVLI_GROUPS; g++) to->cells[g][to->n] = from->cells[g][i];
         r->owners[from->cells[r->full][i]]++;
+        r->kept[to->n] = i;
         to->next = from->positions[i] + 1;
+        to->n_new += i >= from->n - from->n_new;
         to->n++;
     }
     if (to->n == 0) return RKV_LLAMA_OK;
+    rkvli_move_state(r, src, dst, r->kept, to->n);
+    to->averaged = from->averaged < to->next ? from->averaged : to->next;
     to->reach = from->reach;
     to->pinning = from->pinning;
     to->pin_begin = from->pin_begin;
     to->pin_end = from->pin_end;
     memcpy(to->query_positions, from->query_positions, (size_t)r->ring * sizeof(int32_t));
     rkvli_forget_queries(r, to, to->next);
-    for (l = 0; l < r->n_layers; l++)
-        for (head = 0; head < r->layers[l].heads && r->layers[l].queries; head++)
-            memcpy(rkvli_ring(r, &r->layers[l], dst, head), rkvli_ring(r, &r->layers[l], src, head),
-                   (size_t)r->ring * (size_t)r->layers[l].dim * sizeof(float));
+    for (l = 0; l < r->n_layers; l++) {
+        const rkvli_layer *layer = &r->layers[l];
+        for (head = 0; head < layer->heads && layer->queries; head++)
+            memcpy(rkvli_ring(r, layer, dst, head), rkvli_ring(r, layer, src, head),
+                   (size_t)r->ring * (size_t)layer->dim * sizeof(float));
+        if (layer->means)
+            memcpy(rkvli_means(r, layer, dst), rkvli_means(r, layer, src),
+                   rkvli_means_size(r, layer) * sizeof(float));
+    }
     return RKV_LLAMA_OK;
 }
 
@@ -2001,11 +2410,13 @@ void rkv_llama_score_random(void *user, llama_seq_id seq, int n_scores, const in
 
 /* ==== 10. Save, load ======================================================================== */
 
-#define RKVLI_MAGIC 0x31564b52u /* "RKV1" */
+#define RKVLI_MAGIC 0x32564b52u /* "RKV2" */
 
 typedef struct rkvli_header {
     uint32_t magic, n, ring, n_layers;
     int32_t next, reach, pin_begin, pin_end, pinning;
+    int32_t n_new, averaged;
+    uint32_t token_floats, mean_floats; /* of state, a token; of running means */
     uint32_t unused;
     uint64_t n_evicted, query_floats, state_bytes, checksum; /* of all that follows */
 } rkvli_header;
@@ -2028,12 +2439,35 @@ static size_t rkvli_query_floats(const rkv_llama *r)
     return n;
 }
 
+/* Floats of state that a token has in all layers that are scored. */
+static size_t rkvli_token_floats(const rkv_llama *r)
+{
+    size_t n = 0;
+    int i;
+    for (i = 0; i < r->n_layers; i++)
+        if (r->layers[i].group == r->full && r->layers[i].state)
+            n += (size_t)r->layers[i].kv_heads * (size_t)r->n_floats;
+    return n;
+}
+
+static size_t rkvli_mean_floats(const rkv_llama *r)
+{
+    size_t n = 0;
+    int i;
+    for (i = 0; i < r->n_layers; i++)
+        if (r->layers[i].group == r->full && r->layers[i].means)
+            n += rkvli_means_size(r, &r->layers[i]);
+    return n;
+}
+
 /* Header; per token its position, its place among the cells, its pin; the ring's positions; a hash
- * of each token's keys; the queries; llama.cpp's own bytes. */
+ * of each token's keys; the queries; state, means; llama.cpp's own bytes. */
 static size_t rkvli_fixed_bytes(const rkv_llama *r, size_t n)
 {
     return sizeof(rkvli_header) + n * (2 * sizeof(int32_t) + 1 + sizeof(uint64_t)) +
-           (size_t)r->ring * sizeof(int32_t) + rkvli_query_floats(r) * sizeof(float);
+           (size_t)r->ring * sizeof(int32_t) +
+           (rkvli_query_floats(r) + n * rkvli_token_floats(r) + rkvli_mean_floats(r)) *
+               sizeof(float);
 }
 
 size_t rkv_llama_save_size(rkv_llama *r, llama_seq_id seq)
@@ -2053,6 +2487,40 @@ static const unsigned char *rkvli_get(const unsigned char *at, void *data, size_
 {
     memcpy(data, at, bytes);
     return at + bytes;
+}
+
+/* What the policy carries, behind the queries. */
+static unsigned char *rkvli_put_carried(const rkv_llama *r, llama_seq_id seq, unsigned char *at)
+{
+    const size_t bytes = (size_t)r->sequences[seq].n * sizeof(float);
+    int i, plane;
+    for (i = 0; i < r->n_layers; i++) {
+        const rkvli_layer *layer = &r->layers[i];
+        const float *state = rkvli_state(r, layer, seq);
+        if (layer->group != r->full) continue;
+        for (plane = 0; state && plane < layer->kv_heads * r->n_floats; plane++)
+            at = rkvli_put(at, state + (size_t)plane * (size_t)r->stride, bytes);
+        if (layer->means)
+            at = rkvli_put(at, rkvli_means(r, layer, seq),
+                           rkvli_means_size(r, layer) * sizeof(float));
+    }
+    return at;
+}
+
+static void rkvli_get_carried(const rkv_llama *r, llama_seq_id seq, int n, const unsigned char *at)
+{
+    int i, plane;
+    for (i = 0; i < r->n_layers; i++) {
+        const rkvli_layer *layer = &r->layers[i];
+        float *state = rkvli_state(r, layer, seq);
+        if (layer->group != r->full) continue;
+        for (plane = 0; state && plane < layer->kv_heads * r->n_floats; plane++)
+            at =
+                rkvli_get(at, state + (size_t)plane * (size_t)r->stride, (size_t)n * sizeof(float));
+        if (layer->means)
+            at = rkvli_get(at, rkvli_means(r, layer, seq),
+                           rkvli_means_size(r, layer) * sizeof(float));
+    }
 }
 
 /* A cell's keys in every layer that is scored. */
@@ -2101,6 +2569,10 @@ int rkv_llama_save(rkv_llama *r, llama_seq_id seq, void *memory, size_t bytes)
     header.pinning = (int32_t)s->pinning;
     header.n_evicted = (uint64_t)s->n_evicted;
     header.query_floats = rkvli_query_floats(r);
+    header.n_new = s->n_new;
+    header.averaged = s->averaged;
+    header.token_floats = (uint32_t)rkvli_token_floats(r);
+    header.mean_floats = (uint32_t)rkvli_mean_floats(r);
     at = rkvli_put(at, s->positions, (size_t)s->n * sizeof(int32_t));
     for (i = 0; i < s->n; i++) { /* llama.cpp saves the cells in ascending order */
         int32_t rank = 0;
@@ -2117,6 +2589,7 @@ int rkv_llama_save(rkv_llama *r, llama_seq_id seq, void *memory, size_t bytes)
         for (head = 0; r->layers[i].group == r->full && head < r->layers[i].heads; head++)
             at = rkvli_put(at, rkvli_ring(r, &r->layers[i], seq, head),
                            (size_t)r->ring * (size_t)r->layers[i].dim * sizeof(float));
+    at = rkvli_put_carried(r, seq, at);
     header.state_bytes = llama_state_seq_get_size(r->ctx, seq);
     if (llama_state_seq_get_data(r->ctx, at, (size_t)header.state_bytes, seq) != header.state_bytes)
         return rkvli_refuse(r, "llama_state_seq_get_data failed");
@@ -2133,15 +2606,20 @@ static const char *rkvli_check_saved(const rkv_llama *r, const void *memory, siz
     if (bytes < sizeof *header) return "the saved state is cut off";
     memcpy(header, memory, sizeof *header);
     if (header->magic != RKVLI_MAGIC) return "not a state that rkv_llama_save wrote";
-    if (header->ring != (uint32_t)r->ring || header->n_layers != (uint32_t)r->n_layers ||
-        header->query_floats != rkvli_query_floats(r))
-        return "the saved state is of another model, or of another window";
+    if (header->token_floats != rkvli_token_floats(r) ||
+        header->mean_floats != rkvli_mean_floats(r) || header->ring != (uint32_t)r->ring)
+        return "the saved state is of another policy, or of another model";
+    if (header->n_layers != (uint32_t)r->n_layers || header->query_floats != rkvli_query_floats(r))
+        return "the saved state is of another model";
     if (header->n > (uint32_t)r->n_cells ||
         (!r->keeps_all && header->n > (uint32_t)(r->budget + r->buffer)))
         return "the saved state has more tokens than there are cells for";
     if (header->state_bytes > bytes ||
         bytes - header->state_bytes != rkvli_fixed_bytes(r, header->n))
         return "the saved state is cut off";
+    if (header->n_new < 0 || (uint32_t)header->n_new > header->n || header->averaged < 0 ||
+        header->averaged > header->next)
+        return "the saved state is damaged";
     if (header->checksum != rkvli_hash(0xcbf29ce484222325u,
                                        (const unsigned char *)memory + sizeof *header,
                                        bytes - sizeof *header))
@@ -2158,7 +2636,7 @@ static int rkvli_take_saved(rkv_llama *r, llama_seq_id seq, const unsigned char 
     const int n = (int)header->n;
     uint64_t hash;
     int i, head;
-    if (!rkvli_reserve(s, n)) return rkvli_no_memory(r);
+    if (!rkvli_reserve(s, n < r->stride ? r->stride : n)) return rkvli_no_memory(r);
     at = rkvli_get(at, s->positions, (size_t)n * sizeof(int32_t));
     at = rkvli_get(at, s->cells[r->full], (size_t)n * sizeof(int32_t));
     at = rkvli_get(at, s->pins, (size_t)n);
@@ -2173,7 +2651,10 @@ static int rkvli_take_saved(rkv_llama *r, llama_seq_id seq, const unsigned char 
         for (head = 0; r->layers[i].group == r->full && head < r->layers[i].heads; head++)
             at = rkvli_get(at, rkvli_ring(r, &r->layers[i], seq, head),
                            (size_t)r->ring * (size_t)r->layers[i].dim * sizeof(float));
+    rkvli_get_carried(r, seq, n, at);
     s->n = n;
+    s->n_new = header->n_new;
+    s->averaged = header->averaged;
     s->next = header->next;
     s->reach = header->reach;
     s->pin_begin = header->pin_begin;

@@ -75,7 +75,7 @@ static void generate(session *s, const struct llama_vocab *vocab, const settings
 
 int command_run(const settings *set)
 {
-    const policy *p = policy_find(set->policy);
+    const policy *p = policy_find(set->policy, strlen(set->policy));
     struct llama_model *model = model_open(set->model);
     token_list prompt = { NULL, 0, 0 };
     session s;

@@ -15,20 +15,32 @@ static rkv_config unpooled(int budget)
     return c;
 }
 
+static rkv_config by_chance(int budget)
+{
+    return rkv_config_random(budget, 0); /* make_adapter sets the seed */
+}
+
 const policy policies[N_POLICIES] = {
-    { "full", "every token is kept", NULL, NULL },
-    { "rkv", "R-KV", rkv_config_default, NULL },
-    { "rkv-pool1", "R-KV without pooling", unpooled, NULL },
-    { "snapkv", "SnapKV", rkv_config_snapkv, NULL },
-    { "streaming", "StreamingLLM", rkv_config_streaming, NULL },
-    { "random", "random", rkv_config_default, rkv_llama_score_random },
+    { "full", "every token is kept", NULL },
+    { "rkv", "R-KV", rkv_config_default },
+    { "rkv-pool1", "R-KV without pooling", unpooled },
+    { "paper", "R-KV by the paper", rkv_config_paper },
+    { "wide", "R-KV, wide", rkv_config_wide },
+    { "snapkv", "SnapKV", rkv_config_snapkv },
+    { "memory_traces", "memory, traces", rkv_config_memory_traces },
+    { "memory_prose", "memory, prose", rkv_config_memory_prose },
+    { "h2o", "H2O", rkv_config_h2o },
+    { "triattention", "TriAttention", rkv_config_triattention },
+    { "streaming", "StreamingLLM", rkv_config_streaming },
+    { "random", "random", by_chance },
 };
 
-const policy *policy_find(const char *name)
+const policy *policy_find(const char *name, size_t n)
 {
     for (int i = 0; i < N_POLICIES; i++)
-        if (strcmp(policies[i].name, name) == 0) return &policies[i];
-    die("no policy %s; --help lists them", name);
+        if (strlen(policies[i].name) == n && strncmp(policies[i].name, name, n) == 0)
+            return &policies[i];
+    die("no policy %.*s; --help lists them", (int)n, name);
 }
 
 /* ---- models -------------------------------------------------------------------------------- */
@@ -77,15 +89,14 @@ static enum llama_flash_attn_type flash_of(const char *name)
 
 static void make_adapter(session *s, const settings *set, const policy *p, int budget, int n_pinned)
 {
-    const rkv_config config = p->config(budget);
+    rkv_config config = p->config(budget);
     rkv_llama_options options;
+    config.seed = (uint32_t)set->seed;
     memset(&options, 0, sizeof options);
     options.budget = budget;
     options.buffer = set->buffer;
     options.pin_limit = n_pinned == PIN_PROMPT ? 0 : -1;
     options.config = &config;
-    options.score = p->score;
-    options.score_user = &s->chance;
     const char *wrong = rkv_llama_create(&s->adapter, &options);
     if (wrong) die("%s", wrong);
 }
@@ -95,7 +106,6 @@ void session_open(session *out, struct llama_model *model, const settings *set, 
 {
     struct llama_context_params params = llama_context_default_params();
     memset(out, 0, sizeof *out);
-    out->chance = (uint64_t)set->seed;
     out->n_batch = 512;
     if (p->config && budget >= 0) n_cells = budget + set->buffer;
     params.n_ctx = (uint32_t)n_cells;

@@ -9,13 +9,12 @@
 typedef struct policy {
     const char *name, *about;
     rkv_config (*config)(int budget); /* NULL: every token is kept, by llama.cpp alone */
-    rkv_llama_score score;            /* NULL: as config says */
 } policy;
 
-/* The first keeps every token. find dies where there is none of that name. */
-enum { N_POLICIES = 6 };
+/* The first keeps every token. find dies where there is none of that name, of n characters. */
+enum { N_POLICIES = 12 };
 extern const policy policies[N_POLICIES];
-const policy *policy_find(const char *name);
+const policy *policy_find(const char *name, size_t n);
 
 /* Loads a model. From then on llama.cpp's log is silent. */
 struct llama_model *model_open(const char *path);
@@ -24,7 +23,6 @@ typedef struct session {
     struct llama_context *context;
     rkv_llama *adapter; /* NULL: every token is kept */
     llama_batch batch;
-    uint64_t chance;     /* of random eviction */
     int position;        /* of the next token */
     int n_batch, n_room; /* tokens: of a call of llama_decode; of batch */
 } session;

@@ -13,8 +13,8 @@ static const char usage[] =
     "rkv-llama run -m MODEL.gguf -p TEXT     answers, in bounded memory\n"
     "  -n N               stop after N tokens; 0, the default: at the answer's end only\n"
     "  --ignore-end       go on behind the answer's end; without -n, until interrupted\n"
-    "  --policy NAME      rkv (default), rkv-pool1 (without pooling), snapkv, streaming, random,\n"
-    "                     full\n"
+    "  --policy NAME      rkv (default), rkv-pool1 (without pooling), paper, wide, snapkv,\n"
+    "                     memory_traces, memory_prose, h2o, triattention, streaming, random, full\n"
     "  --temp X --top-p X --seed N   sampling: 0.8, 0.95, 1; --temp 0 is greedy\n"
     "  --raw              the prompt as it is, without the model's chat template\n"
     "  --no-pin           the prompt may be evicted too\n"
@@ -26,6 +26,8 @@ static const char usage[] =
     "  -p, --policy, --temp, --top-p, --seed, --raw, --no-pin   as above\n"
     "  --csv FILE --svg NAME         also writes FILE, NAME-speed.svg and NAME-memory.svg\n"
     "rkv-llama eval -m MODEL.gguf --text FILE [--text FILE ..]     what eviction costs\n"
+    "  --policy NAME[,NAME..]        these and rkv; all of them where it is not given\n"
+    "  --pins on|off|both            the prompt pinned, not, or each in turn (default)\n"
     "  --budget N[,N..]   128,256\n"
     "  --documents N      8; of --tokens N tokens of text each, 1024\n"
     "  --facts N          questions of each kind in a document, 4 (8 at most)\n"
@@ -58,7 +60,8 @@ static const struct option {
     { "-n",           RUN,           WHOLE,   0, 1 << 30,   offsetof(settings, n_tokens)    },
     { "--budget",     ALL,           WHOLES,  2, 1 << 20,   offsetof(settings, budgets)     },
     { "--buffer",     ALL,           WHOLE,   1, 1 << 16,   offsetof(settings, buffer)      },
-    { "--policy",     RUN | COMPARE, TEXT,    0, 0,         offsetof(settings, policy)      },
+    { "--policy",     ALL,           TEXT,    0, 0,         offsetof(settings, policy)      },
+    { "--pins",       EVAL,          TEXT,    0, 0,         offsetof(settings, pins)        },
     { "--kv",         ALL,           TEXT,    0, 0,         offsetof(settings, kv)          },
     { "--flash",      ALL,           TEXT,    0, 0,         offsetof(settings, flash)       },
     { "--temp",       RUN | COMPARE, NUMBER,  0, 100,       offsetof(settings, temperature) },
@@ -127,7 +130,8 @@ static void set(settings *s, const struct option *o, const char *text, command c
 static void fill(settings *s, command c)
 {
     memset(s, 0, sizeof *s);
-    s->policy = "rkv";
+    s->policy = c == COMMAND_EVAL ? "" : "rkv";
+    s->pins = "both";
     s->kv = "f16";
     s->flash = "on";
     s->budgets[0] = c == COMMAND_EVAL ? 128 : 1024;

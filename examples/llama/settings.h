@@ -9,7 +9,7 @@ typedef enum command { COMMAND_RUN = 1, COMMAND_COMPARE = 2, COMMAND_EVAL = 4 } 
 enum { MAX_TEXTS = 16, MAX_BUDGETS = 8 };
 
 typedef struct settings {
-    const char *model, *prompt, *policy, *kv, *flash, *csv, *svg;
+    const char *model, *prompt, *policy, *pins, *kv, *flash, *csv, *svg;
     const char *texts[MAX_TEXTS];
     int budgets[MAX_BUDGETS];
     int n_texts, n_budgets; /* run and compare take one budget */

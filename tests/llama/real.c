@@ -137,6 +137,67 @@ static void test_rounds(const real_model *m)
     case_end();
 }
 
+/* Turns a key back by a description and returns its largest distance to `first`, in parts of the
+ * key's length; writes `first` where is_first is set. */
+static double turned_back(const rkv_rope *rope, int dim, int position, const float *x,
+                          double *first, int is_first)
+{
+    double worst = 0, square = 0;
+    int f, i;
+    for (f = 0; f < dim / 2; f++) {
+        const int halves = rope->pairing == RKV_ROPE_HALVES, turned = f < rope->dims / 2;
+        const int a = halves ? f : 2 * f, b = halves ? f + dim / 2 : 2 * f + 1;
+        const double angle = turned ? -position * (double)rope->frequencies[f] : 0;
+        const double now[2] = { (double)x[a] * cos(angle) - (double)x[b] * sin(angle),
+                                (double)x[a] * sin(angle) + (double)x[b] * cos(angle) };
+        for (i = 0; i < 2; i++) {
+            double *at = &first[i ? b : a];
+            if (is_first) *at = now[i];
+            worst = fmax(worst, fabs(now[i] - *at));
+            square += now[i] * now[i];
+        }
+    }
+    return worst / sqrt(square);
+}
+
+/* One token over and over: its keys in a layer differ by their positions alone, but for small
+ * differences of what attention makes of equal values. Also: quantised keys are in another basis. */
+static void test_rope(const real_model *m)
+{
+    enum { N = 150, MOST = 512 }; /* fewer than any budget */
+    const rkv_config config = rkv_config_memory_traces(m->budget);
+    setup s = setup_of(TINY_LLAMA, m->budget, m->buffer);
+    llama_token tokens[N];
+    bed b;
+    int l, i;
+    case_begin("%s: keys of one token, turned back, are equal", m->path);
+    s.path = m->path;
+    s.n_ctx = m->budget + m->buffer;
+    s.keys = GGML_TYPE_F32;
+    s.options.config = &config;
+    for (i = 0; i < N; i++) tokens[i] = 1000;
+    bed_open(&b, &s);
+    expect_int("decode", 0, decode_tokens(&b, 0, 0, tokens, N), 0);
+    for (l = 0; l < b.r->n_layers; l++) {
+        const rkvli_layer *layer = &b.r->layers[l];
+        const float *keys = (const float *)layer->keys->data;
+        double first[MOST], worst = 0;
+        expect_true("whole heads", layer->rope.dims == layer->dim && layer->dim <= MOST);
+        for (i = 0; i < N; i++)
+            worst = fmax(worst, turned_back(&layer->rope, layer->dim, i,
+                                            keys + b.r->sequences[0].cells[layer->group][i] *
+                                                       layer->keys->ne[0],
+                                            first, i == 0));
+        expect_near("turned back", l, worst, 0, l ? 0.1 : 1e-4);
+    }
+    bed_close(&b);
+    s.keys = GGML_TYPE_Q8_0;
+    bed_open(&b, &s);
+    expect_refusal("quantised keys", &b, decode_tokens(&b, 0, 0, tokens, 10), "quantised caches");
+    bed_close(&b);
+    case_end();
+}
+
 int main(void)
 {
     size_t i, n_there = 0;
@@ -150,6 +211,7 @@ int main(void)
         n_there++;
         test_hook(&models[i]);
         test_rounds(&models[i]);
+        test_rope(&models[i]);
     }
     status = beds_end();
     return n_there ? status : 0; /* where there is no model, nothing has failed */

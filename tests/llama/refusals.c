@@ -124,6 +124,9 @@ static void test_options(void)
     config.lambda = 2;
     options.config = &config;
     expect_said(rkv_llama_create(&r, &options), "config.lambda");
+    config = rkv_config_default(64);
+    config.policy = RKV_POLICY_OWN_SCORE;
+    expect_said(rkv_llama_create(&r, &options), "give options.score");
     expect_said(rkv_llama_create(NULL, &options), "out is NULL");
     expect_said(rkv_llama_create(&r, NULL), "options is NULL");
     rkv_llama_destroy(NULL);
@@ -344,6 +347,74 @@ static void test_doctored(void)
     case_end();
 }
 
+/* ---- rotary embeddings that cannot be turned back --------------------------------------------- */
+
+/* A node that turns rows of 32 numbers, as llama.cpp writes it. */
+static struct ggml_tensor rope_node(int dims, int mode, float base, float share_of_yarn)
+{
+    struct ggml_tensor t;
+    const int32_t whole[5] = { 0, dims, mode, 0, 0 };
+    const float real[3] = { base, 1, share_of_yarn };
+    memset(&t, 0, sizeof t);
+    t.op = GGML_OP_ROPE;
+    t.ne[0] = 32;
+    memcpy(t.op_params, whole, sizeof whole);
+    memcpy((char *)t.op_params + sizeof whole, real, sizeof real);
+    return t;
+}
+
+/* The first layer's keys are stored as this node leaves them. */
+static void refuses_node(bed *b, const struct ggml_tensor *node, const char *words)
+{
+    rkvli_layer *layer = &b->r->layers[0], old = *layer;
+    layer->frequencies = NULL;
+    layer->rope_fault = NULL;
+    rkvli_see_rope(layer, node);
+    doctored(b, words);
+    free(layer->frequencies);
+    *layer = old;
+}
+
+static void test_ropes(void)
+{
+    const rkv_config memory = rkv_config_memory_traces(96);
+    setup s = setup_of(TINY_LLAMA, 96, 32);
+    struct ggml_tensor node, scaled, factors;
+    rkvli_layer layer;
+    bed b;
+    s.options.config = &memory;
+    case_begin("refused: rotary embeddings that cannot be turned back");
+    bed_open(&b, &s);
+    expect_decode(&b, 0, 0, 10);
+    node = rope_node(32, GGML_ROPE_TYPE_MROPE, 10000, 0);
+    refuses_node(&b, &node, "does not know the rotary embedding");
+    node = rope_node(32, GGML_ROPE_TYPE_NEOX, 10000, 1);
+    refuses_node(&b, &node, "YaRN");
+    node = rope_node(32, GGML_ROPE_TYPE_NEOX, 10000, 0);
+    memset(&factors, 0, sizeof factors);
+    factors.type = GGML_TYPE_F16;
+    node.src[2] = &factors;
+    refuses_node(&b, &node, "cannot be read");
+    node.src[2] = NULL;
+    node.ne[0] = 64;
+    refuses_node(&b, &node, "whole heads");
+    node.ne[0] = 32;
+    memset(&scaled, 0, sizeof scaled);
+    scaled.op = GGML_OP_RMS_NORM;
+    scaled.src[0] = &node;
+    refuses_node(&b, &scaled, "changed before they are stored");
+    memset(&layer, 0, sizeof layer);
+    scaled.op =
+        GGML_OP_MUL_MAT; /* into another basis, as quantised caches of real models have it */
+    scaled.src[1] = &node;
+    refuses_node(&b, &scaled, "quantised caches");
+    scaled.src[1] = NULL; /* a projection alone: these keys are not turned */
+    rkvli_see_rope(&layer, &scaled);
+    expect_true("no rotary embedding", layer.rope.pairing == RKV_ROPE_NONE && !layer.rope_fault);
+    bed_close(&b);
+    case_end();
+}
+
 /* ---- rounds ---------------------------------------------------------------------------------- */
 
 static void bad_score(void *user, llama_seq_id seq, int n, const int32_t *positions, float *scores)
@@ -511,6 +582,7 @@ static void test_states(void)
 {
     setup s = setup_of(TINY_LLAMA, 96, 32), small = setup_of(TINY_LLAMA, 64, 16);
     setup qwen = setup_of(TINY_QWEN3, 96, 32);
+    const rkv_config memory = rkv_config_memory_prose(96);
     unsigned char *bytes;
     size_t n, hashes;
     bed b, other;
@@ -555,6 +627,10 @@ static void test_states(void)
     bed_open(&other, &qwen);
     refuses_state(&other, bytes, n, "another model");
     bed_close(&other);
+    s.options.config = &memory;
+    bed_open(&other, &s);
+    refuses_state(&other, bytes, n, "another policy");
+    bed_close(&other);
     small = setup_of(TINY_GEMMA3, 96, 32);
     small.n_ctx = 256;
     bed_open(&other, &small);
@@ -575,6 +651,7 @@ static int run_short(struct llama_model *model, int n)
 {
     struct llama_context_params params = llama_context_default_params();
     const setup s = setup_of(TINY_LLAMA, 64, 32);
+    const rkv_config configs[2] = { rkv_config_memory_traces(64), rkv_config_triattention(64) };
     llama_token tokens[150];
     unsigned char *bytes = NULL;
     const char *said;
@@ -584,6 +661,7 @@ static int run_short(struct llama_model *model, int n)
     rkv_llama_options options = s.options;
     for (i = 0; i < 150; i++) tokens[i] = token_at(i);
     options.copy_keys = n & 1;
+    if (n % 3) options.config = &configs[n % 3 - 1];
     fault.allocation = n;
     said = rkv_llama_create(&r, &options);
     if (said) {
@@ -732,6 +810,7 @@ int main(int argc, char **argv)
     test_contexts();
     test_graphs();
     test_doctored();
+    test_ropes();
     test_rounds();
     test_batches();
     test_misuse();

@@ -56,6 +56,8 @@ refuses 'out of range' run -m "$model" -p x --budget 0
 refuses 'at most 1 number' run -m "$model" -p x --budget 64,128
 refuses 'not a number' run -m "$model" -p x --temp warm
 refuses 'no policy best' run -m "$model" -p x --policy best
+refuses 'no policy best' eval -m "$model" --text README.md --policy h2o,best
+refuses 'on, off or both' eval -m "$model" --text README.md --pins maybe
 refuses 'no type f17' run -m "$model" -p x --kv f17
 refuses 'on or off' run -m "$model" -p x --flash maybe
 refuses 'cannot read' run -m "$dir/none.gguf" -p x
@@ -85,7 +87,8 @@ cp "$dir/out" "$dir/first"
 works 'run, again' run -m "$model" -p hello -n 500 --ignore-end --budget 64 --buffer 32
 cmp -s "$dir/out" "$dir/first"
 check 'run: the same seed, the same text' $?
-for policy in rkv-pool1 snapkv streaming random full; do
+for policy in rkv-pool1 paper wide snapkv memory_traces memory_prose h2o triattention streaming \
+    random full; do
     works "run, $policy" run -m "$model" -p hello -n 200 --ignore-end --temp 0 --budget 64 \
         --buffer 32 --policy $policy --no-pin
 done
@@ -118,8 +121,12 @@ works 'eval' eval -m "$model" --text "$dir/text.txt" --documents 2 --tokens 300 
     --budget 96,64 --buffer 32 -j 2 --csv "$dir/e.csv" --svg "$dir/e"
 says "$dir/out" '^| StreamingLLM | pinned |'
 says "$dir/out" 'Budget 96'
-[ "$(wc -l <"$dir/e.csv")" -eq 141 ]
-check 'eval: 2 budgets, 10 runs, 7 measures' $?
+[ "$(wc -l <"$dir/e.csv")" -eq 309 ]
+check 'eval: 2 budgets, 22 runs, 7 measures' $?
+works 'eval, one policy' eval -m "$model" --text "$dir/text.txt" --documents 2 --tokens 300 \
+    --facts 1 --budget 64 --buffer 32 --policy h2o,random --pins on --csv "$dir/e1.csv"
+[ "$(wc -l <"$dir/e1.csv")" -eq 22 ]
+check 'eval: 3 runs, 7 measures' $?
 says "$dir/e-loss.svg" '</svg>'
 says "$dir/e-recall.svg" '</svg>'
 

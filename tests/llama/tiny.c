@@ -25,7 +25,8 @@ static const struct {
                     { "tiny-mpt", "mpt", 2 },          { "tiny-mamba", "mamba", 2 },
                     { "tiny-falcon", "falcon-h1", 2 }, { "tiny-qwen2vl", "qwen2vl", 2 },
                     { "tiny-llada", "llada", 2 },      { "tiny-bert", "bert", 2 },
-                    { "tiny-t5", "t5encoder", 2 },     { "tiny-sinks", "gpt-oss", 2 } };
+                    { "tiny-t5", "t5encoder", 2 },     { "tiny-sinks", "gpt-oss", 2 },
+                    { "tiny-llama3", "llama", 3 } };
 
 const char *tiny_name(tiny_kind kind)
 {
@@ -228,6 +229,11 @@ static void put_shape(put *p, tiny_kind kind)
     number(p, "attention.key_length", TINY_DIM);
     number(p, "attention.value_length", TINY_DIM);
     number(p, "rope.dimension_count", TINY_DIM);
+    if (kind == TINY_GEMMA3) { /* of its layers without a window */
+        real(p, "rope.freq_base", TINY_GEMMA3_BASE);
+        gguf_put_string(p->w, "gemma3.rope.scaling.type", "linear");
+        real(p, "rope.scaling.factor", TINY_GEMMA3_FACTOR);
+    }
     if (kind == TINY_GEMMA3 || kind == TINY_SINKS)
         number(p, "attention.sliding_window", TINY_WINDOW);
     if (kind == TINY_QWEN2VL) number(p, "rope.dimension_sections", TINY_DIM / 8);
@@ -260,11 +266,24 @@ static void put_layer(put *p, tiny_kind kind)
     }
 }
 
+float tiny_rope_factor(int pair)
+{
+    return 1 + 0.25f * (float)(pair % 7);
+}
+
+static void put_rope_factors(put *p)
+{
+    float factors[TINY_DIM / 2];
+    for (int f = 0; f < TINY_DIM / 2; f++) factors[f] = tiny_rope_factor(f);
+    gguf_put_tensor(p->w, "rope_freqs.weight", GGUF_F32, 0, TINY_DIM / 2, factors);
+}
+
 /* What belongs to no layer. */
 static void put_ends(put *p, tiny_kind kind)
 {
     tensor(p, "token_embd.weight", TINY_VOCABULARY, EMBEDDING, 0, 0.3);
     if (kind == TINY_SINKS) matrix(p, "output.weight", TINY_VOCABULARY, EMBEDDING);
+    if (kind == TINY_LLAMA3) put_rope_factors(p);
     if (kind == TINY_BERT) {
         matrix(p, "position_embd.weight", TINY_VOCABULARY, EMBEDDING);
         norm(p, "token_embd_norm.weight", EMBEDDING);
