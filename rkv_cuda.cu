@@ -2862,58 +2862,93 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_prepare(const r
 
 /* ---- Expected queries: an item is every args.items-th tile of 64 keys of one head ------------ */
 
-/* Raw scores of a key for the query heads g to g + 3, by a warp; also checks the key. */
-template <typename T>
-static __device__ void rkvi_expect_key(const rkvi_args &args, const rkvi_job &job, int job_index,
-                                       int token, int g)
+enum {
+    RKVI_EXPECT_HEADS = 4, /* query heads that a warp takes at a time            */
+    RKVI_EXPECT_PAIRS = 2  /* pairs per lane whose vectors are held in registers */
+};
+/* What a lane multiplies its pair by, for each of the query heads. */
+struct rkvi_expected {
+    float x[RKVI_EXPECT_HEADS], y[RKVI_EXPECT_HEADS], length[RKVI_EXPECT_HEADS];
+};
+static __device__ __forceinline__ void rkvi_load_expected(rkvi_expected *out, const rkvi_job &job,
+                                                          int g, int pair)
 {
-    enum { HEADS = 4 };
+    const int n_pairs = rkvi_n_pairs(job.head_dim);
+#pragma unroll
+    for (int h = 0; h < RKVI_EXPECT_HEADS; h++) {
+        const float *of_head = job.more.vectors + static_cast<int64_t>(g + h) * 3 * n_pairs + pair;
+        const bool is_there = g + h < job.group && pair < n_pairs;
+        out->x[h] = is_there ? of_head[0] : 0.0f;
+        out->y[h] = is_there ? of_head[n_pairs] : 0.0f;
+        out->length[h] = is_there ? of_head[2 * n_pairs] : 0.0f;
+    }
+}
+/* sum[HEADS] += products of one pair; square += its squared length. */
+static __device__ __forceinline__ void rkvi_add_expected(float *sum, float *square, rkvi_pair pair,
+                                                         const rkvi_expected &expected)
+{
+    const float of_pair = fmaf(pair.x, pair.x, pair.y * pair.y), length = sqrtf(of_pair);
+    *square += of_pair;
+#pragma unroll
+    for (int h = 0; h < RKVI_EXPECT_HEADS; h++) {
+        sum[h] = fmaf(expected.x[h], pair.x, sum[h]);
+        sum[h] = fmaf(expected.y[h], pair.y, sum[h]);
+        sum[h] = fmaf(expected.length[h], length, sum[h]);
+    }
+}
+
+/* Raw scores of a warp's keys of a tile for the query heads g to g + 3; also checks the keys. Most
+ * rows have no more pairs than fit into registers. */
+template <typename T>
+static __device__ void rkvi_expect_tile(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                        int tile, int g)
+{
     const int lane = static_cast<int>(threadIdx.x % 32), n_pairs = rkvi_n_pairs(job.head_dim);
-    const char *row = rkvi_row(job.moved[RKVI_KEYS].rows, token);
-    const float *vectors = job.more.vectors + static_cast<int64_t>(g) * 3 * n_pairs;
-    const int n_heads = job.group - g < HEADS ? job.group - g : +HEADS;
-    float sum[HEADS] = { 0 }, square = 0;
-    for (int p = lane; p < n_pairs; p += 32) {
-        const rkvi_pair pair = rkvi_load_pair<T>(job, row, p);
-        const float length = sqrtf(fmaf(pair.x, pair.x, pair.y * pair.y));
-        square = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, square));
+    rkvi_expected held[RKVI_EXPECT_PAIRS], next;
 #pragma unroll
-        for (int h = 0; h < HEADS; h++) {
-            const float *of_head = vectors + 3 * static_cast<int64_t>(h) * n_pairs + p;
-            if (h >= n_heads) continue;
-            sum[h] = fmaf(of_head[0], pair.x, sum[h]);
-            sum[h] = fmaf(of_head[n_pairs], pair.y, sum[h]);
-            sum[h] = fmaf(of_head[2 * n_pairs], length, sum[h]);
+    for (int u = 0; u < RKVI_EXPECT_PAIRS; u++) rkvi_load_expected(&held[u], job, g, lane + 32 * u);
+    for (int r = static_cast<int>(threadIdx.x / 32); r < RKVI_TILE; r += RKVI_TILE_THREADS / 32) {
+        const int token = tile * RKVI_TILE + r;
+        if (token >= job.n_tokens) break;
+        const char *row = rkvi_row(job.moved[RKVI_KEYS].rows, token);
+        float sum[RKVI_EXPECT_HEADS] = { 0 }, square = 0;
+#pragma unroll
+        for (int u = 0; u < RKVI_EXPECT_PAIRS; u++)
+            if (lane + 32 * u < n_pairs)
+                rkvi_add_expected(sum, &square, rkvi_load_pair<T>(job, row, lane + 32 * u),
+                                  held[u]);
+        for (int p = lane + 32 * RKVI_EXPECT_PAIRS; p < n_pairs; p += 32) {
+            rkvi_load_expected(&next, job, g, p);
+            rkvi_add_expected(sum, &square, rkvi_load_pair<T>(job, row, p), next);
         }
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2) {
+            square += __shfl_xor_sync(0xffffffffu, square, distance);
+#pragma unroll
+            for (int h = 0; h < RKVI_EXPECT_HEADS; h++)
+                sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], distance);
+        }
+        if (lane == 0 && rkvi_square_is_bad(square))
+            rkvi_fault_at(args.control, RKVI_BAD_KEY, job_index, token);
+#pragma unroll
+        for (int h = 0; h < RKVI_EXPECT_HEADS; h++)
+            if (lane == h && g + h < job.group)
+                job.logits[static_cast<int64_t>(g + h) * job.n_tokens + token] = sum[h] * job.scale;
     }
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-        square += __shfl_xor_sync(0xffffffffu, square, distance);
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], distance);
-    }
-    if (lane != 0) return;
-    if (rkvi_square_is_bad(square)) rkvi_fault_at(args.control, RKVI_BAD_KEY, job_index, token);
-#pragma unroll
-    for (int h = 0; h < HEADS; h++)
-        if (h < n_heads)
-            job.logits[static_cast<int64_t>(g + h) * job.n_tokens + token] = sum[h] * job.scale;
 }
 
 template <typename T>
 static __global__ void __launch_bounds__(RKVI_TILE_THREADS) rkvi_expect(const rkvi_args args)
 {
     const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
-    const int warp = static_cast<int>(threadIdx.x / 32), n_warps = RKVI_TILE_THREADS / 32;
     if (rkvi_is_unusable(args)) return;
     for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
         const rkvi_item at = rkvi_item_at(args, item);
         const rkvi_job &job = args.jobs[at.job];
         if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
         for (int tile = at.part; tile * RKVI_TILE < job.n_tokens; tile += args.items)
-            for (int r = warp; r < RKVI_TILE && tile * RKVI_TILE + r < job.n_tokens; r += n_warps)
-                for (int g = 0; g < job.group; g += 4)
-                    rkvi_expect_key<T>(args, job, at.job, tile * RKVI_TILE + r, g);
+            for (int g = 0; g < job.group; g += RKVI_EXPECT_HEADS)
+                rkvi_expect_tile<T>(args, job, at.job, tile, g);
     }
 }
 
