@@ -606,7 +606,7 @@ static int rkvli_has_rope(const struct ggml_tensor *t, int depth)
     return rkvli_has_rope(t->src[0], depth - 1) || rkvli_has_rope(t->src[1], depth - 1);
 }
 
-/* The frequencies of a rotary embedding, NULL: they cannot be read. factors divide them, or NULL. */
+/* The frequencies of a rotary embedding; NULL: unreadable. factors divide them, if any. */
 static float *rkvli_frequencies(int n, float base, float scale, const struct ggml_tensor *factors)
 {
     float *all, factor = 1;
@@ -1642,8 +1642,8 @@ static int rkvli_reserve_round(rkv_llama *r, int n)
     return 1;
 }
 
-/* The newest tokens that must stay: those inside a sliding window, and the window, but of H2O's only
- * 8: it is a share of the budget, more than is asked of others. */
+/* The newest tokens that must stay: those inside a sliding window, and the window, but of H2O's
+ * only 8: it is a share of the budget, more than is asked of others. */
 static int rkvli_least_tail(const rkv_llama *r)
 {
     const int is_share = r->config.policy == RKV_POLICY_H2O && r->config.window > 8;
