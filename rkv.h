@@ -4499,9 +4499,9 @@ static int rkvi_fill_turns(const rkv_rope *rope, int dim, uint32_t *words, rkvi_
     turns->n_pairs = pairs;
     turns->adjacent = rope->pairing == RKV_ROPE_ADJACENT;
     for (f = 0; f < pairs; f++) {
-        float frequency = (float)pow(base, -2.0 * f / dims);
+        float frequency =
+            rope->frequencies ? rope->frequencies[f] : (float)pow(base, -2.0 * f / dims);
         uint64_t turn;
-        if (rope->frequencies) frequency = rope->frequencies[f];
         if (!(frequency >= 0 && frequency <= RKVI_MAX_FREQUENCY)) return f;
         turn = (uint64_t)((double)frequency * RKVI_TURNS_PER_RADIAN);
         words[f] = (uint32_t)(turn >> 32);
