@@ -1817,6 +1817,41 @@ RKVI_TARGET_AVX2 static void rkvi_max_into_avx2(float *dst, const float *src, fl
     }
 }
 
+/* The numbers of 8 pairs. Adjacent ones are taken apart by shuffles within halves of a register,
+ * whose quarters are then put in order. */
+RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_load_pairs_avx2(const float *row, const rkvi_turns *turns,
+                                                       int f, __m256 *a_x8, __m256 *b_x8)
+{
+    size_t b, a = rkvi_pair_at(turns, f, &b);
+    __m256 low_x8, high_x8;
+    if (!turns->adjacent) {
+        *a_x8 = _mm256_loadu_ps(row + a);
+        *b_x8 = _mm256_loadu_ps(row + b);
+        return;
+    }
+    low_x8 = _mm256_loadu_ps(row + a);
+    high_x8 = _mm256_loadu_ps(row + a + 8);
+    *a_x8 = _mm256_shuffle_ps(low_x8, high_x8, 0x88);
+    *b_x8 = _mm256_shuffle_ps(low_x8, high_x8, 0xdd);
+    *a_x8 = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(*a_x8), 0xd8));
+    *b_x8 = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(*b_x8), 0xd8));
+}
+
+RKVI_TARGET_AVX2 static void rkvi_pair_lengths_avx2(float *lengths, const float *row,
+                                                    const rkvi_turns *turns)
+{
+    int f;
+    for (f = 0; f + 8 <= turns->n_pairs; f += 8) {
+        __m256 a_x8, b_x8;
+        rkvi_load_pairs_avx2(row, turns, f, &a_x8, &b_x8);
+        _mm256_storeu_ps(lengths + f,
+                         _mm256_sqrt_ps(_mm256_fmadd_ps(a_x8, a_x8, _mm256_mul_ps(b_x8, b_x8))));
+    }
+    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
+    rkvi_pair_lengths_from(lengths, row, turns, f);
+}
+
+#ifndef RKV_NO_AVX2
 /* The angles of 8 pairs. The products of 32 by 32 bits come from even lanes and from odd ones. */
 RKVI_TARGET_AVX2 RKVI_INLINE __m256i rkvi_angle_avx2(const rkvi_turns *turns, int f,
                                                      __m256i position_x8)
@@ -1855,26 +1890,6 @@ RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_sincos_avx2(__m256i angle_x8, __m256 *sin
                                _mm256_castsi256_ps(_mm256_and_si256(shifted_x8, sign_x8)));
 }
 
-/* The numbers of 8 pairs. Adjacent ones are taken apart by shuffles within halves of a register,
- * whose quarters are then put in order. */
-RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_load_pairs_avx2(const float *row, const rkvi_turns *turns,
-                                                       int f, __m256 *a_x8, __m256 *b_x8)
-{
-    size_t b, a = rkvi_pair_at(turns, f, &b);
-    __m256 low_x8, high_x8;
-    if (!turns->adjacent) {
-        *a_x8 = _mm256_loadu_ps(row + a);
-        *b_x8 = _mm256_loadu_ps(row + b);
-        return;
-    }
-    low_x8 = _mm256_loadu_ps(row + a);
-    high_x8 = _mm256_loadu_ps(row + a + 8);
-    *a_x8 = _mm256_shuffle_ps(low_x8, high_x8, 0x88);
-    *b_x8 = _mm256_shuffle_ps(low_x8, high_x8, 0xdd);
-    *a_x8 = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(*a_x8), 0xd8));
-    *b_x8 = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(*b_x8), 0xd8));
-}
-
 RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_store_pairs_avx2(float *row, const rkvi_turns *turns, int f,
                                                         __m256 a_x8, __m256 b_x8)
 {
@@ -1908,21 +1923,6 @@ RKVI_TARGET_AVX2 static void rkvi_unrotate_avx2(float *dst, const float *src,
     rkvi_unrotate_from(dst, src, turns, position, f);
 }
 
-RKVI_TARGET_AVX2 static void rkvi_pair_lengths_avx2(float *lengths, const float *row,
-                                                    const rkvi_turns *turns)
-{
-    int f;
-    for (f = 0; f + 8 <= turns->n_pairs; f += 8) {
-        __m256 a_x8, b_x8;
-        rkvi_load_pairs_avx2(row, turns, f, &a_x8, &b_x8);
-        _mm256_storeu_ps(lengths + f,
-                         _mm256_sqrt_ps(_mm256_fmadd_ps(a_x8, a_x8, _mm256_mul_ps(b_x8, b_x8))));
-    }
-    _mm256_zeroupper(); /* gcc 12 omits it before a tail call, which slows down SSE code */
-    rkvi_pair_lengths_from(lengths, row, turns, f);
-}
-
-#ifndef RKV_NO_AVX2
 /* One row with n = 1 or 2 vectors, both halves of the lanes added up. */
 RKVI_TARGET_AVX2 RKVI_INLINE void rkvi_lanes_avx2(const float *row, const float *const with[2],
                                                   int n, size_t dim, __m256 sum_x8[2])

@@ -82,7 +82,8 @@ for name in fenv math stdlib string; do
           echo 'extern const fenv_t rkv_default_env;'
           echo '#define FE_DFL_ENV (&rkv_default_env)'
           echo 'int fegetenv(fenv_t *), fesetenv(const fenv_t *);' ;;
-      math) echo 'float sqrtf(float), fabsf(float), fmaf(float, float, float);' ;;
+      math) echo 'float sqrtf(float), fabsf(float), fmaf(float, float, float);'
+          echo 'double pow(double, double);' ;;
       stdlib) echo 'void *malloc(size_t), free(void *);' ;;
       string) echo 'void *memcpy(void *, const void *, size_t), *memset(void *, int, size_t),'
               echo '    *memmove(void *, const void *, size_t);'

@@ -31,7 +31,7 @@ symbols() {
 
 # Memory copies, fused multiply-add and square root, the floating-point environment where no
 # instruction is known for it, what compilers call by themselves.
-allowed='^(mem(cpy|move|set|cmp)|str(cmp|len)|fe[gs]etenv|fmaf|sqrtf|fabsf|_GLOBAL_OFFSET_TABLE_|__stack_chk_.*)$'
+allowed='^(mem(cpy|move|set|cmp)|str(cmp|len)|fe[gs]etenv|fmaf|sqrtf|fabsf|pow|_GLOBAL_OFFSET_TABLE_|__stack_chk_.*)$'
 cache='^(malloc|calloc|realloc|free)$'
 threads='^(pthread_(create|join|(mutex|cond)_[a-z]+)|getpid)$'
 
