@@ -4499,9 +4499,9 @@ static int rkvi_fill_turns(const rkv_rope *rope, int dim, uint32_t *words, rkvi_
     turns->n_pairs = pairs;
     turns->adjacent = rope->pairing == RKV_ROPE_ADJACENT;
     for (f = 0; f < pairs; f++) {
-        float frequency = (float)pow(base, -2.0 * f / dims);
+        float frequency =
+            rope->frequencies ? rope->frequencies[f] : (float)pow(base, -2.0 * f / dims);
         uint64_t turn;
-        if (rope->frequencies) frequency = rope->frequencies[f];
         if (!(frequency >= 0 && frequency <= RKVI_MAX_FREQUENCY)) return f;
         turn = (uint64_t)((double)frequency * RKVI_TURNS_PER_RADIAN);
         words[f] = (uint32_t)(turn >> 32);
@@ -4840,7 +4840,7 @@ static double rkvi_sum(const rkvi_head *h, rkvi_scratch *s, const float *x, int 
     int i;
     for (i = 0; i < n; i += RKVI_SUM_ROWS) {
         rkvi_dot_rows dots;
-        float part;
+        float part = 0;
         memset(&dots, 0, sizeof dots);
         dots.rows = x + i;
         dots.dim = rkvi_round_up((size_t)rkvi_min(n - i, RKVI_SUM_ROWS), RKVI_LANES);
@@ -5639,7 +5639,7 @@ static int rkvi_load_query(const rkvi_kernels *k, const rkv_means_call *call, in
     const size_t padded = rkvi_round_up((size_t)call->queries->dim, RKVI_LANES);
     rkvi_view view = rkvi_view_of(call->queries);
     rkvi_dot_rows dots;
-    float square;
+    float square = 0;
     memset(row, 0, padded * sizeof *row);
     if (view.dtype == RKV_OPAQUE) {
         rkv_rows rows;
@@ -7852,6 +7852,8 @@ RKV_API size_t rkv_cache_save_size(const rkv_cache *cache)
     rkvi_image_counts counts;
     int l;
     if (cache == NULL) return 0;
+    counts.rounds = cache->rounds;
+    counts.evicted = cache->evicted;
     counts.fixed_rows = rkvi_cache_fixed_rows(&cache->config, cache->evicted);
     counts.settled = cache->settled;
     counts.total_rows = 0;

@@ -2662,15 +2662,25 @@ static __device__ __forceinline__ int rkvi_second_of(int pair, int n_rotated, in
 struct rkvi_pair {
     float x, y;
 };
-template <typename T>
-static __device__ __forceinline__ rkvi_pair rkvi_load_pair(const rkvi_job &job, const char *row,
-                                                           int pair)
+/* The same for a job, to be found before a loop over rows; second is -1 where there is none. */
+struct rkvi_pair_place {
+    int first, second;
+};
+static __device__ __forceinline__ rkvi_pair_place rkvi_place_of(const rkvi_job &job, int pair)
 {
-    const int first = rkvi_first_of(pair, job.more.n_rotated, job.more.adjacent);
-    const int second = rkvi_second_of(pair, job.more.n_rotated, job.more.adjacent);
+    rkvi_pair_place at;
+    at.first = rkvi_first_of(pair, job.more.n_rotated, job.more.adjacent);
+    at.second = rkvi_second_of(pair, job.more.n_rotated, job.more.adjacent);
+    if (at.second >= job.head_dim) at.second = -1;
+    return at;
+}
+template <typename T>
+static __device__ __forceinline__ rkvi_pair rkvi_load_pair(const char *row, rkvi_pair_place at,
+                                                           int load)
+{
     rkvi_pair out;
-    out.x = rkvi_number<T>(row, first, job.key_load);
-    out.y = second < job.head_dim ? rkvi_number<T>(row, second, job.key_load) : 0.0f;
+    out.x = rkvi_number<T>(row, at.first, load);
+    out.y = at.second >= 0 ? rkvi_number<T>(row, at.second, load) : 0.0f;
     return out;
 }
 
@@ -2691,20 +2701,22 @@ static __device__ void rkvi_stage_unrotated(char *tile, const rkvi_job &job, int
     const int left = rkvi_n_pairs(job.head_dim) - chunk * RKVI_CHUNK_PAIRS;
     const int padded = left < RKVI_CHUNK_PAIRS ? (left + 1) & ~1 : +RKVI_CHUNK_PAIRS;
     const long long turns = lane < left ? job.unit_sum[pair] : 0;
+    const rkvi_pair_place at = rkvi_place_of(job, pair);
+    const rkvi_view keys = job.moved[RKVI_KEYS].rows; /* copies: a store may change the job */
+    const int32_t *positions = job.more.n_rotated ? job.more.positions : NULL;
+    const int last = job.n_tokens - 1, load = job.key_load;
+    float *to = reinterpret_cast<float *>(tile) + lane;
+    if (lane >= padded) return;
 #pragma unroll 2
     for (int r = static_cast<int>(threadIdx.x / 32); r < RKVI_TILE; r += RKVI_TILE_THREADS / 32) {
-        const int token = first + r < job.n_tokens ? first + r : job.n_tokens - 1;
-        const char *row = rkvi_row(job.moved[RKVI_KEYS].rows, token);
-        const uint32_t position =
-            job.more.n_rotated ? static_cast<uint32_t>(job.more.positions[token]) : 0;
-        float *to = reinterpret_cast<float *>(tile + r * RKVI_PITCH) + lane;
+        const int token = first + r < last ? first + r : last;
+        const uint32_t position = positions ? static_cast<uint32_t>(positions[token]) : 0;
         rkvi_pair p = { 0, 0 };
         float sine, cosine;
-        if (lane >= padded) continue;
-        if (lane < left) p = rkvi_load_pair<T>(job, row, pair);
+        if (lane < left) p = rkvi_load_pair<T>(rkvi_row(keys, token), at, load);
         rkvi_sincos(rkvi_phase(turns, position), &sine, &cosine);
-        to[0] = fmaf(p.x, cosine, p.y * sine);
-        to[padded] = fmaf(p.y, cosine, -(p.x * sine));
+        to[r * (RKVI_PITCH / 4)] = fmaf(p.x, cosine, p.y * sine);
+        to[r * (RKVI_PITCH / 4) + padded] = fmaf(p.y, cosine, -(p.x * sine));
     }
 }
 
@@ -2862,58 +2874,113 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS) rkvi_prepare(const r
 
 /* ---- Expected queries: an item is every args.items-th tile of 64 keys of one head ------------ */
 
-/* Raw scores of a key for the query heads g to g + 3, by a warp; also checks the key. */
-template <typename T>
-static __device__ void rkvi_expect_key(const rkvi_args &args, const rkvi_job &job, int job_index,
-                                       int token, int g)
+enum {
+    RKVI_EXPECT_HEADS = 4, /* query heads that a warp takes at a time            */
+    RKVI_EXPECT_PAIRS = 2  /* pairs per lane whose vectors are held in registers */
+};
+/* What a lane multiplies its pair by, for each of the query heads. */
+struct rkvi_expected {
+    float x[RKVI_EXPECT_HEADS], y[RKVI_EXPECT_HEADS], length[RKVI_EXPECT_HEADS];
+};
+static __device__ __forceinline__ void rkvi_load_expected(rkvi_expected *out, const rkvi_job &job,
+                                                          int g, int pair)
 {
-    enum { HEADS = 4 };
+    const int n_pairs = rkvi_n_pairs(job.head_dim);
+#pragma unroll
+    for (int h = 0; h < RKVI_EXPECT_HEADS; h++) {
+        const float *of_head = job.more.vectors + static_cast<int64_t>(g + h) * 3 * n_pairs + pair;
+        const bool is_there = g + h < job.group && pair < n_pairs;
+        out->x[h] = is_there ? of_head[0] : 0.0f;
+        out->y[h] = is_there ? of_head[n_pairs] : 0.0f;
+        out->length[h] = is_there ? of_head[2 * n_pairs] : 0.0f;
+    }
+}
+/* sum[HEADS] += products of one pair; square += its squared length. */
+static __device__ __forceinline__ void rkvi_add_expected(float *sum, float *square, rkvi_pair pair,
+                                                         const rkvi_expected &expected)
+{
+    const float of_pair = fmaf(pair.x, pair.x, pair.y * pair.y), length = sqrtf(of_pair);
+    *square += of_pair;
+#pragma unroll
+    for (int h = 0; h < RKVI_EXPECT_HEADS; h++) {
+        sum[h] = fmaf(expected.x[h], pair.x, sum[h]);
+        sum[h] = fmaf(expected.y[h], pair.y, sum[h]);
+        sum[h] = fmaf(expected.length[h], length, sum[h]);
+    }
+}
+
+/* Sums of four values over the warp, in 6 shuffles instead of 20: at each of the first two steps a
+ * lane keeps half of what it has. The result belongs to value lane / 8. */
+static __device__ __forceinline__ float rkvi_sum_four(const float *sum)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const bool upper = (lane & 16) != 0, odd = (lane & 8) != 0;
+    float a = upper ? sum[2] : sum[0], b = upper ? sum[3] : sum[1];
+    a += __shfl_xor_sync(0xffffffffu, upper ? sum[0] : sum[2], 16);
+    b += __shfl_xor_sync(0xffffffffu, upper ? sum[1] : sum[3], 16);
+    float mine = odd ? b : a;
+    mine += __shfl_xor_sync(0xffffffffu, odd ? a : b, 8);
+#pragma unroll
+    for (int distance = 4; distance > 0; distance /= 2)
+        mine += __shfl_xor_sync(0xffffffffu, mine, distance);
+    return mine;
+}
+
+/* Raw scores of a warp's keys of a tile for the query heads g to g + 3; also checks the keys. Most
+ * rows have no more pairs than fit into registers. */
+template <typename T>
+static __device__ void rkvi_expect_tile(const rkvi_args &args, const rkvi_job &job, int job_index,
+                                        int tile, int g)
+{
     const int lane = static_cast<int>(threadIdx.x % 32), n_pairs = rkvi_n_pairs(job.head_dim);
-    const char *row = rkvi_row(job.moved[RKVI_KEYS].rows, token);
-    const float *vectors = job.more.vectors + static_cast<int64_t>(g) * 3 * n_pairs;
-    const int n_heads = job.group - g < HEADS ? job.group - g : +HEADS;
-    float sum[HEADS] = { 0 }, square = 0;
-    for (int p = lane; p < n_pairs; p += 32) {
-        const rkvi_pair pair = rkvi_load_pair<T>(job, row, p);
-        const float length = sqrtf(fmaf(pair.x, pair.x, pair.y * pair.y));
-        square = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, square));
+    const rkvi_view keys = job.moved[RKVI_KEYS].rows; /* copies: a store may change the job */
+    const int load = job.key_load, n_tokens = job.n_tokens, head = g + lane / 8;
+    const int end = (tile + 1) * RKVI_TILE < n_tokens ? (tile + 1) * RKVI_TILE : n_tokens;
+    const bool writes = lane % 8 == 0 && head < job.group;
+    const float scale = job.scale;
+    float *logits = job.logits + (writes ? static_cast<int64_t>(head) * n_tokens : 0);
+    rkvi_expected held[RKVI_EXPECT_PAIRS], next;
+    rkvi_pair_place at[RKVI_EXPECT_PAIRS];
 #pragma unroll
-        for (int h = 0; h < HEADS; h++) {
-            const float *of_head = vectors + 3 * static_cast<int64_t>(h) * n_pairs + p;
-            if (h >= n_heads) continue;
-            sum[h] = fmaf(of_head[0], pair.x, sum[h]);
-            sum[h] = fmaf(of_head[n_pairs], pair.y, sum[h]);
-            sum[h] = fmaf(of_head[2 * n_pairs], length, sum[h]);
+    for (int u = 0; u < RKVI_EXPECT_PAIRS; u++) {
+        rkvi_load_expected(&held[u], job, g, lane + 32 * u);
+        at[u] = rkvi_place_of(job, lane + 32 * u);
+    }
+    for (int token = tile * RKVI_TILE + static_cast<int>(threadIdx.x / 32); token < end;
+         token += RKVI_TILE_THREADS / 32) {
+        const char *row = rkvi_row(keys, token);
+        float sum[RKVI_EXPECT_HEADS] = { 0 }, square = 0;
+#pragma unroll
+        for (int u = 0; u < RKVI_EXPECT_PAIRS; u++)
+            if (lane + 32 * u < n_pairs)
+                rkvi_add_expected(sum, &square, rkvi_load_pair<T>(row, at[u], load), held[u]);
+        for (int p = lane + 32 * RKVI_EXPECT_PAIRS; p < n_pairs; p += 32) {
+            rkvi_load_expected(&next, job, g, p);
+            rkvi_add_expected(sum, &square, rkvi_load_pair<T>(row, rkvi_place_of(job, p), load),
+                              next);
         }
+        const float mine = rkvi_sum_four(sum);
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2)
+            square += __shfl_xor_sync(0xffffffffu, square, distance);
+        if (lane == 0 && rkvi_square_is_bad(square))
+            rkvi_fault_at(args.control, RKVI_BAD_KEY, job_index, token);
+        if (writes) logits[token] = mine * scale;
     }
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-        square += __shfl_xor_sync(0xffffffffu, square, distance);
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], distance);
-    }
-    if (lane != 0) return;
-    if (rkvi_square_is_bad(square)) rkvi_fault_at(args.control, RKVI_BAD_KEY, job_index, token);
-#pragma unroll
-    for (int h = 0; h < HEADS; h++)
-        if (h < n_heads)
-            job.logits[static_cast<int64_t>(g + h) * job.n_tokens + token] = sum[h] * job.scale;
 }
 
 template <typename T>
 static __global__ void __launch_bounds__(RKVI_TILE_THREADS) rkvi_expect(const rkvi_args args)
 {
     const int64_t n_items = static_cast<int64_t>(args.n_jobs) * args.items;
-    const int warp = static_cast<int>(threadIdx.x / 32), n_warps = RKVI_TILE_THREADS / 32;
     if (rkvi_is_unusable(args)) return;
     for (int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
         const rkvi_item at = rkvi_item_at(args, item);
         const rkvi_job &job = args.jobs[at.job];
         if (job.dtype != rkvi_dtype_of<T>::value || !job.scored) continue;
         for (int tile = at.part; tile * RKVI_TILE < job.n_tokens; tile += args.items)
-            for (int r = warp; r < RKVI_TILE && tile * RKVI_TILE + r < job.n_tokens; r += n_warps)
-                for (int g = 0; g < job.group; g += 4)
-                    rkvi_expect_key<T>(args, job, at.job, tile * RKVI_TILE + r, g);
+            for (int g = 0; g < job.group; g += RKVI_EXPECT_HEADS)
+                rkvi_expect_tile<T>(args, job, at.job, tile, g);
     }
 }
 

@@ -28,21 +28,50 @@ struct bench_case {
     int layers, batch, kv_heads, group, head_dim, n_tokens, budget;
     rkv_dtype dtype;
     float cosine; /* mean cosine of the keys; 0: no two are similar */
+    rkv_config (*preset)(int budget);
 };
+static rkv_config seeded_random(int budget)
+{
+    return rkv_config_random(budget, 1);
+}
 static const bench_case cases[] = {
-    { "28 layers, batch 1", 28, 1, 2, 6, 128, 1152, 1024, RKV_BF16, 0.7f },
-    { "28 layers, batch 16", 28, 16, 2, 6, 128, 1152, 1024, RKV_BF16, 0.7f },
-    { "32 layers, batch 1", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.7f },
-    { "32 layers, batch 16", 32, 16, 8, 4, 128, 1152, 1024, RKV_BF16, 0.7f },
-    { "32 layers, batch 1, f16", 32, 1, 8, 4, 128, 1152, 1024, RKV_F16, 0.7f },
-    { "32 layers, batch 1, f32", 32, 1, 8, 4, 128, 1152, 1024, RKV_F32, 0.7f },
-    { "32 layers, batch 16, f32", 32, 16, 8, 4, 128, 1152, 1024, RKV_F32, 0.7f },
-    { "32 layers, batch 1, none similar", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.0f },
-    { "32 layers, batch 16, none similar", 32, 16, 8, 4, 128, 1152, 1024, RKV_BF16, 0.0f },
-    { "36 layers, long", 36, 1, 8, 4, 128, 16807, 8403, RKV_BF16, 0.7f },
-    { "36 layers, long, none similar", 36, 1, 8, 4, 128, 16807, 8403, RKV_BF16, 0.0f },
+    { "28 layers, batch 1", 28, 1, 2, 6, 128, 1152, 1024, RKV_BF16, 0.7f, rkv_config_default },
+    { "28 layers, batch 16", 28, 16, 2, 6, 128, 1152, 1024, RKV_BF16, 0.7f, rkv_config_default },
+    { "32 layers, batch 1", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.7f, rkv_config_default },
+    { "32 layers, batch 16", 32, 16, 8, 4, 128, 1152, 1024, RKV_BF16, 0.7f, rkv_config_default },
+    { "32 layers, batch 1, f16", 32, 1, 8, 4, 128, 1152, 1024, RKV_F16, 0.7f, rkv_config_default },
+    { "32 layers, batch 1, f32", 32, 1, 8, 4, 128, 1152, 1024, RKV_F32, 0.7f, rkv_config_default },
+    { "32 layers, batch 16, f32", 32, 16, 8, 4, 128, 1152, 1024, RKV_F32, 0.7f,
+      rkv_config_default },
+    { "32 layers, batch 1, none similar", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.0f,
+      rkv_config_default },
+    { "32 layers, batch 16, none similar", 32, 16, 8, 4, 128, 1152, 1024, RKV_BF16, 0.0f,
+      rkv_config_default },
+    { "36 layers, long", 36, 1, 8, 4, 128, 16807, 8403, RKV_BF16, 0.7f, rkv_config_default },
+    { "36 layers, long, none similar", 36, 1, 8, 4, 128, 16807, 8403, RKV_BF16, 0.0f,
+      rkv_config_default },
+    { "32 layers, n 1152, R-KV", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.7f, rkv_config_default },
+    { "32 layers, n 1152, wide", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.7f, rkv_config_wide },
+    { "32 layers, n 1152, memory_traces", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.7f,
+      rkv_config_memory_traces },
+    { "32 layers, n 1152, memory_prose", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.7f,
+      rkv_config_memory_prose },
+    { "32 layers, n 1152, h2o", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.7f, rkv_config_h2o },
+    { "32 layers, n 1152, triattention", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.7f,
+      rkv_config_triattention },
+    { "32 layers, n 1152, random", 32, 1, 8, 4, 128, 1152, 1024, RKV_BF16, 0.7f, seeded_random },
+    { "32 layers, n 4224, R-KV", 32, 1, 8, 4, 128, 4224, 4096, RKV_BF16, 0.7f, rkv_config_default },
+    { "32 layers, n 4224, wide", 32, 1, 8, 4, 128, 4224, 4096, RKV_BF16, 0.7f, rkv_config_wide },
+    { "32 layers, n 4224, memory_traces", 32, 1, 8, 4, 128, 4224, 4096, RKV_BF16, 0.7f,
+      rkv_config_memory_traces },
+    { "32 layers, n 4224, memory_prose", 32, 1, 8, 4, 128, 4224, 4096, RKV_BF16, 0.7f,
+      rkv_config_memory_prose },
+    { "32 layers, n 4224, h2o", 32, 1, 8, 4, 128, 4224, 4096, RKV_BF16, 0.7f, rkv_config_h2o },
+    { "32 layers, n 4224, triattention", 32, 1, 8, 4, 128, 4224, 4096, RKV_BF16, 0.7f,
+      rkv_config_triattention },
+    { "32 layers, n 4224, random", 32, 1, 8, 4, 128, 4224, 4096, RKV_BF16, 0.7f, seeded_random },
 };
-enum { N_CASES = sizeof cases / sizeof *cases, WINDOW = 8, PASSES = 10 };
+enum { N_CASES = sizeof cases / sizeof *cases, PASSES = 10 };
 
 static void must(cudaError_t error, const char *what)
 {
@@ -121,8 +150,11 @@ struct bench_job {
     bench_case c;
     rkv_config config;
     size_t element, row_bytes, tensor_bytes;
+    int votes; /* queries of a query head */
     char *fresh_keys, *fresh_values, *queries;
-    int32_t *kept;
+    int32_t *kept, *positions, *fresh_positions;
+    float *state, *means; /* of all layers; of one */
+    size_t rows;          /* of all KV heads of all layers */
     void *workspace;
     size_t workspace_bytes;
     rkv_backend backend;
@@ -146,7 +178,10 @@ static void make_set(bench_job *job, bench_set *set)
 {
     const bench_case &c = job->c;
     const size_t layer_bytes = job->tensor_bytes / static_cast<size_t>(n_jobs(c));
-    const size_t query_bytes = static_cast<size_t>(c.kv_heads * c.group) * WINDOW * job->row_bytes;
+    const size_t query_rows = static_cast<size_t>(c.kv_heads * c.group * job->votes);
+    const size_t query_bytes = query_rows * job->row_bytes;
+    const size_t layer_rows = static_cast<size_t>(c.kv_heads * c.n_tokens);
+    const size_t floats = static_cast<size_t>(rkv_state_floats(&job->config));
     set->keys = device_memory(job->tensor_bytes);
     set->values = device_memory(job->tensor_bytes);
     for (int l = 0; l < n_jobs(c); l++) {
@@ -157,8 +192,12 @@ static void make_set(bench_job *job, bench_set *set)
         layer.values = rkv_tensor_make(set->values + at * layer_bytes, c.dtype, c.kv_heads,
                                        c.n_tokens, c.head_dim);
         layer.queries = rkv_tensor_make(job->queries + at * query_bytes, c.dtype,
-                                        c.kv_heads * c.group, WINDOW, c.head_dim);
+                                        c.kv_heads * c.group, job->votes, c.head_dim);
         layer.n_tokens = c.n_tokens;
+        layer.positions = job->positions + at * layer_rows;
+        layer.state = job->state + at * layer_rows * floats;
+        layer.query_means = job->means;
+        layer.rope.pairing = RKV_ROPE_HALVES;
         layer.kept = job->kept + at * static_cast<size_t>(c.kv_heads * c.budget);
         set->layers.push_back(layer);
     }
@@ -166,7 +205,10 @@ static void make_set(bench_job *job, bench_set *set)
 
 static void compress(bench_job *job, bench_set *set)
 {
-    for (size_t l = 0; l < set->layers.size(); l++) set->layers[l].n_tokens = job->c.n_tokens;
+    for (size_t l = 0; l < set->layers.size(); l++) {
+        set->layers[l].n_tokens = job->c.n_tokens;
+        set->layers[l].n_new = job->c.n_tokens - job->c.budget;
+    }
     must(rkv_compress(&job->backend, &job->config, set->layers.data(),
                       static_cast<int>(set->layers.size()), job->workspace, job->workspace_bytes),
          "rkv_compress");
@@ -182,6 +224,11 @@ static void capture(bench_job *job, bench_set *set)
     must(cudaGraphDestroy(graph), "graph");
 }
 
+static size_t state_bytes(const bench_job &job)
+{
+    return job.rows * static_cast<size_t>(rkv_state_floats(&job.config)) * sizeof(float);
+}
+
 static void refill(const bench_job &job, const bench_set &set)
 {
     must(cudaMemcpyAsync(set.keys, job.fresh_keys, job.tensor_bytes, cudaMemcpyDeviceToDevice,
@@ -190,6 +237,29 @@ static void refill(const bench_job &job, const bench_set &set)
     must(cudaMemcpyAsync(set.values, job.fresh_values, job.tensor_bytes, cudaMemcpyDeviceToDevice,
                          job.stream),
          "copy");
+    must(cudaMemcpyAsync(job.positions, job.fresh_positions, job.rows * sizeof(int32_t),
+                         cudaMemcpyDeviceToDevice, job.stream),
+         "copy");
+    must(cudaMemsetAsync(job.state, 0, state_bytes(job), job.stream), "memory");
+}
+
+/* Positions are row numbers, the state is empty, the means say nothing. */
+static void add_policy_arrays(bench_job *job, size_t rows)
+{
+    const bench_case &c = job->c;
+    const size_t n_means = rkv_query_means_floats(c.kv_heads * c.group, c.head_dim);
+    std::vector<int32_t> positions(rows);
+    job->rows = rows;
+    for (size_t i = 0; i < rows; i++)
+        positions[i] = static_cast<int32_t>(i % static_cast<size_t>(c.n_tokens));
+    job->positions = reinterpret_cast<int32_t *>(device_memory(rows * sizeof(int32_t)));
+    job->fresh_positions = reinterpret_cast<int32_t *>(device_memory(rows * sizeof(int32_t)));
+    job->state = reinterpret_cast<float *>(device_memory(state_bytes(*job) + 1));
+    job->means = reinterpret_cast<float *>(device_memory(n_means * sizeof(float)));
+    must(cudaMemcpy(job->fresh_positions, positions.data(), rows * sizeof(int32_t),
+                    cudaMemcpyHostToDevice),
+         "copy");
+    fill(job->means, RKV_F32, n_means, 1, 1, 0.0f, 4);
 }
 
 static void make_job(bench_job *job, const bench_case &c, size_t l2_bytes)
@@ -197,10 +267,11 @@ static void make_job(bench_job *job, const bench_case &c, size_t l2_bytes)
     const uint64_t rows = static_cast<uint64_t>(n_jobs(c)) * static_cast<uint64_t>(c.kv_heads) *
                           static_cast<uint64_t>(c.n_tokens);
     const uint64_t dim = static_cast<uint64_t>(c.head_dim);
-    const uint64_t query_rows =
-        static_cast<uint64_t>(n_jobs(c)) * WINDOW * static_cast<uint64_t>(c.kv_heads * c.group);
     job->c = c;
-    job->config = rkv_config_default(c.budget);
+    job->config = c.preset(c.budget);
+    job->votes = job->config.votes > 0 ? job->config.votes : job->config.window;
+    const uint64_t query_rows =
+        static_cast<uint64_t>(n_jobs(c)) * static_cast<uint64_t>(c.kv_heads * c.group * job->votes);
     job->config.error = &error;
     job->element = c.dtype == RKV_F32 ? 4 : 2;
     job->row_bytes = dim * job->element;
@@ -214,7 +285,8 @@ static void make_job(bench_job *job, const bench_case &c, size_t l2_bytes)
         static_cast<size_t>(n_jobs(c)) * static_cast<size_t>(c.kv_heads * c.budget) * 4));
     fill(job->fresh_keys, c.dtype, rows * dim, c.head_dim, c.n_tokens, c.cosine, 1);
     fill(job->fresh_values, c.dtype, rows * dim, c.head_dim, c.n_tokens, 0.0f, 2);
-    fill(job->queries, c.dtype, query_rows * dim, c.head_dim, WINDOW, 0.0f, 3);
+    fill(job->queries, c.dtype, query_rows * dim, c.head_dim, job->votes, 0.0f, 3);
+    add_policy_arrays(job, static_cast<size_t>(rows));
     must(cudaDeviceSynchronize(), "filling the inputs");
     const size_t n_sets = 1 + 3 * l2_bytes / (2 * job->tensor_bytes);
     job->sets.resize(n_sets < 2 ? 2 : n_sets);
@@ -240,6 +312,10 @@ static void free_job(bench_job *job)
     (void)cudaFree(job->fresh_values);
     (void)cudaFree(job->queries);
     (void)cudaFree(job->kept);
+    (void)cudaFree(job->positions);
+    (void)cudaFree(job->fresh_positions);
+    (void)cudaFree(job->state);
+    (void)cudaFree(job->means);
     (void)cudaFree(job->workspace);
     (void)cudaStreamDestroy(job->stream);
 }
@@ -267,7 +343,11 @@ static int differing_tokens(const bench_job &job)
     const bench_case &c = job.c;
     const size_t keys =
         static_cast<size_t>(c.kv_heads) * static_cast<size_t>(c.n_tokens) * job.row_bytes;
-    const size_t queries = static_cast<size_t>(c.kv_heads * c.group) * WINDOW * job.row_bytes;
+    const size_t queries = static_cast<size_t>(c.kv_heads * c.group * job.votes) * job.row_bytes;
+    const size_t rows = static_cast<size_t>(c.kv_heads) * static_cast<size_t>(c.n_tokens);
+    const size_t n_means = rkv_query_means_floats(c.kv_heads * c.group, c.head_dim);
+    std::vector<int32_t> positions(rows);
+    std::vector<float> means(n_means), state(2 * rows, 0.0f);
     const size_t n_kept = static_cast<size_t>(c.kv_heads * c.budget);
     std::vector<char> k(keys), q(queries);
     std::vector<int32_t> kept(n_kept), want(n_kept);
@@ -278,7 +358,14 @@ static int differing_tokens(const bench_job &job)
     must(cudaMemcpy(k.data(), job.fresh_keys, keys, cudaMemcpyDeviceToHost), "copy");
     must(cudaMemcpy(q.data(), job.queries, queries, cudaMemcpyDeviceToHost), "copy");
     must(cudaMemcpy(kept.data(), job.kept, n_kept * 4, cudaMemcpyDeviceToHost), "copy");
+    must(cudaMemcpy(positions.data(), job.fresh_positions, rows * 4, cudaMemcpyDeviceToHost),
+         "copy");
+    must(cudaMemcpy(means.data(), job.means, n_means * 4, cudaMemcpyDeviceToHost), "copy");
     layer.n_tokens = c.n_tokens;
+    layer.n_new = c.n_tokens - c.budget;
+    layer.positions = positions.data();
+    layer.state = state.data();
+    layer.query_means = means.data();
     layer.keys.data = k.data();
     layer.values.data = NULL;
     layer.queries.data = q.data();
@@ -364,7 +451,7 @@ static void print_stages(bench_job *job)
     enum { STAGES = 3 };
     static const stage_function stages[STAGES] = { rkv_score, rkv_select, rkv_compact };
     const bench_case &c = job->c;
-    const size_t candidates = static_cast<size_t>(c.kv_heads * (c.n_tokens - WINDOW));
+    const size_t candidates = static_cast<size_t>(c.kv_heads * (c.n_tokens - job->config.window));
     const size_t n_layers = static_cast<size_t>(n_jobs(c));
     float *scores = reinterpret_cast<float *>(device_memory(n_layers * candidates * sizeof(float)));
     std::vector<double> us[STAGES];
@@ -377,6 +464,7 @@ static void print_stages(bench_job *job)
             std::vector<rkv_layer> layers = job->sets[i].layers;
             for (size_t l = 0; l < n_layers; l++) {
                 layers[l].n_tokens = c.n_tokens;
+                layers[l].n_new = c.n_tokens - c.budget;
                 layers[l].scores = scores + l * candidates;
             }
             for (size_t k = 0; k < job->sets.size(); k++) refill(*job, job->sets[k]);
@@ -493,7 +581,7 @@ static bool run_case(const bench_case &c, const bench_options &options, size_t l
     bench_job job;
     make_job(&job, c, l2_bytes);
     const double row = static_cast<double>(job.row_bytes), jobs = n_jobs(c);
-    const double rows = jobs * c.kv_heads * (c.n_tokens + c.group * WINDOW);
+    const double rows = jobs * c.kv_heads * (c.n_tokens + c.group * job.votes);
     const double bytes = rows * row + 3 * count_moved(&job) * row;
     const int differ = differing_tokens(job);
     const double floor_us = bytes / (bandwidth * 1e3);

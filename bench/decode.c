@@ -216,7 +216,7 @@ static void decode_round(lockstep *t, const policy *p, timing *least)
     const double decoding = seconds() - start - compressing;
     least->step = fmin(least->step, decoding / p->buffer / n_layers);
     least->round = fmin(least->round, compressing / t->n_lanes / n_layers);
-    for (int i = 0; i < t->n_lanes && p->kind == POLICY_FULL; i++) {
+    for (int i = 0; i < t->n_lanes && p->keeps_all; i++) {
         t->lanes[i]->n_rows -= p->buffer;
         t->lanes[i]->position -= p->buffer;
     }

@@ -1,6 +1,6 @@
-/* Policies that remember: what rkv_config_memory_traces needs beside R-KV, in an engine with its own
- * cache. A needle is looked up now and then, but never by the last queries before a round: SnapKV
- * forgets it, memory does not.
+/* Policies that remember: what rkv_config_memory_traces needs beside R-KV, in an engine with a
+ * cache of its own. A needle is looked up now and then, but never by the last queries before a
+ * round: SnapKV forgets it, memory does not.
  * cc -O2 -I. examples/memory.c -o memory -lm && ./memory */
 #define RKV_IMPLEMENTATION
 #include "rkv.h"

@@ -118,7 +118,7 @@ typedef struct rkv_llama_options {
                       counts as pins on a sequence's first tokens, besides the prompt. A protect
                       that does not fit beside the pinned tokens shrinks, so that
                       rkv_config_streaming goes with a pinned prompt; so does H2O's window,
-                      to 8 at least                             */
+                      to 8 at least                                                             */
 
     /* Advanced */
     rkv_llama_score score; /* NULL: as config says. rkv_llama_score_random, or your own          */
@@ -578,7 +578,8 @@ static rkvli_sequence *rkvli_sequence_of(const rkv_llama *r, llama_seq_id seq)
 static const struct ggml_tensor *rkvli_behind(const struct ggml_tensor *t)
 {
     int i;
-    for (i = 0; t && i < RKVLI_CHAIN; i++, t = t->src[0]) switch ((int)t->op) {
+    for (i = 0; t && i < RKVLI_CHAIN; i++, t = t->src[0]) {
+        switch ((int)t->op) {
         case GGML_OP_RESHAPE:
         case GGML_OP_VIEW:
         case GGML_OP_PERMUTE:
@@ -588,6 +589,7 @@ static const struct ggml_tensor *rkvli_behind(const struct ggml_tensor *t)
         case GGML_OP_DUP: break;
         default: return t;
         }
+    }
     return t;
 }
 
@@ -604,7 +606,7 @@ static int rkvli_has_rope(const struct ggml_tensor *t, int depth)
     return rkvli_has_rope(t->src[0], depth - 1) || rkvli_has_rope(t->src[1], depth - 1);
 }
 
-/* The frequencies of a rotary embedding, NULL: they cannot be read. factors divide them, or NULL. */
+/* The frequencies of a rotary embedding; NULL: unreadable. factors divide them, if any. */
 static float *rkvli_frequencies(int n, float base, float scale, const struct ggml_tensor *factors)
 {
     float *all, factor = 1;
@@ -1062,16 +1064,17 @@ static int rkvli_keeps_newest(const rkv_config *c)
 }
 
 /* What the policy needs. The ring holds the queries that vote, and some more: that many tokens can
- * be taken back, and as many still vote. */
+ * be taken back, and as many as before still vote. */
 static void rkvli_configure_policy(rkv_llama *r)
 {
     const rkv_policy policy = r->config.policy;
     const int spare = r->config.window < 16 ? r->config.window : 16;
-    r->has_means = policy == RKV_POLICY_TRIATTENTION && !r->keeps_all;
+    r->ring = r->config.votes + spare;
+    if (r->keeps_all) return; /* no rounds */
+    r->has_means = policy == RKV_POLICY_TRIATTENTION;
     r->needs_rope =
         r->has_means || policy == RKV_POLICY_MEMORY_TRACES || policy == RKV_POLICY_MEMORY_PROSE;
-    r->ring = r->has_means ? RKVLI_PENDING : r->config.votes + spare;
-    if (r->keeps_all) return; /* no rounds */
+    if (r->has_means) r->ring = RKVLI_PENDING;
     r->n_floats = rkv_state_floats(&r->config);
     r->stride = r->n_floats ? r->budget + r->buffer : 0;
 }
@@ -1639,8 +1642,8 @@ static int rkvli_reserve_round(rkv_llama *r, int n)
     return 1;
 }
 
-/* The newest tokens that must stay: those inside a sliding window, and the window, but of H2O's only
- * 8: it is a share of the budget, more than is asked of others. */
+/* The newest tokens that must stay: those inside a sliding window, and the window, but of H2O's
+ * only 8: it is a share of the budget, more than is asked of others. */
 static int rkvli_least_tail(const rkv_llama *r)
 {
     const int is_share = r->config.policy == RKV_POLICY_H2O && r->config.window > 8;

@@ -34,8 +34,8 @@ typedef struct own_cache {
     int n_rounds, peak_rows;
 } own_cache;
 
-/* max_tokens: longest sequence with POLICY_FULL, longest prompt otherwise. NULL when out of
- * memory or when the policy's config is not valid; *why then tells which. */
+/* max_tokens: the longest sequence where the policy keeps all, else the longest prompt. NULL when
+ * out of memory or when the policy's config is not valid; *why then tells which. */
 own_cache *own_cache_create(const model_shape *s, const policy *p, int max_tokens,
                             const char **why);
 void own_cache_destroy(own_cache *c);

@@ -115,6 +115,8 @@ count-cuda:
 	for type in bf16 f16 f32; do $(PTX_COUNT) 8 4 128 1152 1024 $$type 'cosine 0.7'; done; \
 	for keys in 'cosine 0.4' distinct; do $(PTX_COUNT) 8 4 128 1152 1024 bf16 "$$keys"; done; \
 	$(PTX_COUNT) 8 4 128 16807 8403 bf16 'cosine 0.7'; \
+	for policy in wide memory_traces h2o triattention random; do \
+	    $(PTX_COUNT) 8 4 128 1152 1024 bf16 'cosine 0.7' $$policy; done; \
 	for layer in prose_layer00 prose_layer02 prose_layer15 trace_layer22; do \
 	    $(PTX_COUNT) real_$${layer}_f16; done
 

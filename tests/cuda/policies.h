@@ -892,7 +892,7 @@ static void test_chosen_policies()
     test_policy_determinism();
     test_unscored_state();
     test_policy_graph();
-    for (uint64_t seed = 0; seed < 140; seed++) test_policy_fault(seed);
+    for (uint64_t seed = 0; seed < 70; seed++) test_policy_fault(seed);
     for (uint64_t seed = 1; seed <= 30; seed++) test_query_means(seed);
 }
 

@@ -1,6 +1,6 @@
-/* policies.c - the policies beside R-KV in examples/llama/rkv_llama.h: kept sets over several rounds
- * against a computation in double on keys read back from llama.cpp; what is carried from round to
- * round when drafts are taken back, a sequence is copied or saved; rotary embeddings.
+/* policies.c - the policies beside R-KV in examples/llama/rkv_llama.h: kept sets over several
+ * rounds against a computation in double on keys read back from llama.cpp; what is carried from
+ * round to round when drafts are taken back, a sequence is copied or saved; rotary embeddings.
  * make test-llama        (needs llama.cpp: make llama-cpp) */
 #include "bed.h"
 #include "snapshot.h"
@@ -77,7 +77,7 @@ static double dot(const double *x, const double *y)
     return sum;
 }
 
-/* ---- the witness: every query that llama.cpp makes, and what a policy remembers by position ---- */
+/* ---- the witness: every query of llama.cpp, and what a policy remembers by position ---- */
 
 typedef struct memory {
     double importance[LONGEST], similarity[LONGEST];
@@ -322,8 +322,8 @@ static void judge_layer(const snapshot *s, const rkv_llama_round *round, int lay
     free(row);
 }
 
-/* The pinned rows, the newest `tail`, and the best of the others: of equals the more recent. Returns
- * the lowest score that was chosen. */
+/* The pinned rows, the newest `tail`, and the best of the others: of equals the more recent.
+ * Returns the lowest score that was chosen. */
 static double choose(const rkv_llama_round *round, const double *sum, int tail, uint8_t *stays)
 {
     int i, n_kept = 0, best = 0;
@@ -705,7 +705,7 @@ static void test_rope(tiny_kind kind)
         const rkvli_layer *layer = &b.r->layers[l];
         const int32_t *cells = b.r->sequences[0].cells[layer->group];
         const int begin = layer->group == b.r->full ? 0 : N - TINY_WINDOW;
-        double first[DIM], other[DIM], worst = 0, moved = 0;
+        double first[DIM] = { 0 }, other[DIM] = { 0 }, worst = 0, moved = 0;
         expect_true("described", layer->rope.pairing > RKV_ROPE_NONE && !layer->rope_fault);
         expect_int("whole heads", l, layer->rope_row, DIM);
         for (i = begin; i < N; i++) {

@@ -161,7 +161,7 @@ static double turned_back(const rkv_rope *rope, int dim, int position, const flo
 }
 
 /* One token over and over: its keys in a layer differ by their positions alone, but for small
- * differences of what attention makes of equal values. Also: quantised keys are in another basis. */
+ * differences of what attention makes of equal values. Quantised keys are in another basis. */
 static void test_rope(const real_model *m)
 {
     enum { N = 150, MOST = 512 }; /* fewer than any budget */

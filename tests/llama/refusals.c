@@ -347,7 +347,7 @@ static void test_doctored(void)
     case_end();
 }
 
-/* ---- rotary embeddings that cannot be turned back --------------------------------------------- */
+/* ---- rotary embeddings that cannot be turned back -------------------------------------------- */
 
 /* A node that turns rows of 32 numbers, as llama.cpp writes it. */
 static struct ggml_tensor rope_node(int dims, int mode, float base, float share_of_yarn)

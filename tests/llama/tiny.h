@@ -23,8 +23,8 @@ typedef enum tiny_kind {
 
 enum { TINY_VOCABULARY = 96, TINY_WINDOW = 32, TINY_HEADS = 4, TINY_KV_HEADS = 2, TINY_DIM = 32 };
 
-/* The rotary embedding of TINY_LLAMA3: 10000^(-2 f / dim) / factor. That of TINY_GEMMA3's last layer:
- * base^(-2 f / dim) / TINY_GEMMA3_FACTOR. */
+/* The rotary embedding of TINY_LLAMA3: 10000^(-2 f / dim) / factor. That of TINY_GEMMA3's last
+ * layer: base^(-2 f / dim) / TINY_GEMMA3_FACTOR. */
 #define TINY_GEMMA3_BASE   500000.0f
 #define TINY_GEMMA3_FACTOR 4.0f
 float tiny_rope_factor(int pair);
