@@ -67,7 +67,7 @@ def show(values, sign=""):
 def best_other(losses, cell):
     """The policy with the least mean loss, of the others with the same pin."""
     others = [c for c in losses if c[1] == cell[1] and c[0] != cell[0]]
-    return min(others, key=lambda c: losses[c].mean())
+    return min(others, key=lambda c: losses[c].mean(), default=cell)
 
 
 def ordered(losses):
@@ -86,8 +86,8 @@ def table(results, size, kind):
            "|---|---|--:|--:|--:|--:|"]
     for cell in ordered(losses):
         other = best_other(losses, cell)
-        rkv = ("rkv", cell[1])
-        versus_rkv = "-" if cell == rkv else show(losses[cell] - losses[rkv], "+")
+        rkv = losses.get(("rkv", cell[1]), losses[cell])
+        versus_rkv = "-" if rkv is losses[cell] else show(losses[cell] - rkv, "+")
         out.append(f"| {NAMES[cell[0]]} | {PIN[cell[1]]} | {show(losses[cell])} | "
                    f"{show(kl[cell])} | {versus_rkv} | "
                    f"{show(losses[cell] - losses[other], '+')} {NAMES[other[0]]} |")
@@ -206,7 +206,7 @@ def picture(results, size):
 
 def panel(results, size, kind, policies, left):
     losses = results.losses(size, kind)
-    most = 2 * losses["streaming", 0].mean()
+    most = 2 * losses.get(("streaming", 0), max(losses.values(), key=np.mean)).mean()
     bottom = TOP + LINE * len(policies)
     x = lambda v: left + PANEL * min(max(v, 0), most) / most
     out = [f"<text x='{left}' y='{TOP - 8}' font-weight='600'>{kind}</text>"]

@@ -315,7 +315,7 @@ def main():
     documents = texts.documents(texts.Files(args.texts), model.tokenizer, args.set,
                                 args.kinds.split(","), args.documents)
     with torch.inference_mode():
-        if args.check or args.quick:
+        if (args.check or args.quick) and args.part == "0/1":
             import check
             check.run(lib, model, documents[0])
         if not args.check and args.jobs > 1 and args.part == "0/1":
