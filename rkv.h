@@ -394,8 +394,8 @@ RKV_API const char *rkv_status_string(rkv_status status);
  *   default        R-KV as published: window 8, pool 7, recent 1, lambda 0.1, threshold 0.5, a
  *                  kept set per head. 8 G; no state
  *   paper          R-KV by the paper's equations: RKV_PAPER, one kept set per layer (Algorithm 1)
- *   wide           R-KV with lambda 0.5, 64 votes, mean pooling over 5: better on prose, worse on
- *                  facts of the prompt. 64 G; no state
+ *   wide           R-KV with lambda 0.5, 64 votes, mean pooling over 5: another balance, in our
+ *                  study level with the published one. 64 G; no state
  *   snapkv         attention alone (lambda 1), window and pooling as default
  *   memory_traces  MEMORY_TRACES: lambda 0.5, 32 votes. 32 G + C; 2 floats per row and KV head.
  *                  For long chains of thought
@@ -403,7 +403,8 @@ RKV_API const char *rkv_status_string(rkv_status status);
  *   h2o            H2O: half of the budget for the newest, 128 votes (give the buffer). 128 G; 1
  *   triattention   TRIATTENTION: the first 4 tokens pinned, window 8. G and half a dot product;
  *                  running means of the queries
- *   streaming      StreamingLLM: the first 4 tokens and the newest budget - 4; reads no keys
+ *   streaming      StreamingLLM: the first 4 tokens and the newest budget - 4; reads no keys. With
+ *                  another `pinned`, window is budget - pinned
  *   random         RANDOM: window 8; the baseline. Reads no keys                                 */
 RKV_API rkv_config rkv_config_default(int budget);
 RKV_API rkv_config rkv_config_paper(int budget);
