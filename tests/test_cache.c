@@ -3003,10 +3003,11 @@ static void test_threads_arguments(void)
 /* ---- all ---- */
 
 /* The cache's own logic is the same over every table: one schedule shows that they fit. */
-/* Emulators, where all setups take minutes, do every third. */
+/* Emulators, where all setups take minutes, do every third, valgrind every sixth. */
 static int setup_step(void)
 {
-    return wanted_cases(1000) < 100 ? 3 : 1;
+    const uint64_t cases = wanted_cases(1000);
+    return cases < 50 ? 6 : cases < 100 ? 3 : 1;
 }
 
 static void run_on_backend(const rkv_backend *backend)
