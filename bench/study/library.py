@@ -110,7 +110,7 @@ class Stream:
     [layer][query head][chunk][dim]; rope: Rope. round() chooses and moves the rows in place."""
 
     def __init__(self, library, config, keys, values, positions, rope, allocate):
-        self.library, self.config, self.rope = library, config, rope
+        self.rkv, self.config, self.rope = library, config, rope
         self.keys, self.positions = keys, positions
         n_layers, kv_heads, capacity, dim = keys.shape
         self.layers = (Layer * n_layers)()
@@ -143,10 +143,10 @@ class Stream:
 
     def update_means(self, queries, position, means):
         of = view(queries)
-        status = self.library.c.rkv_query_means_update(
+        status = self.rkv.c.rkv_query_means_update(
             None, ctypes.byref(self.config), ctypes.byref(self.rope), ctypes.byref(of), c_int(0),
             c_int(queries.shape[1]), c_int(position), c_void_p(means.data_ptr()))
-        self.library.check(status, "rkv_query_means_update")
+        self.rkv.check(status, "rkv_query_means_update")
 
     def round(self, rows, allocate_bytes):
         """One round over all layers; returns the rows that stay."""
@@ -156,13 +156,13 @@ class Stream:
                 layer.queries = view(self.queries[l], self.queries.shape[2] - votes, votes)
             layer.n_tokens, layer.n_new, layer.first_query = rows, self.n_new, 0
         n, bytes_ = len(self.layers), c_size_t()
-        c, config = self.library.c, ctypes.byref(self.config)
+        c, config = self.rkv.c, ctypes.byref(self.config)
         if self.workspace is None:
             status = c.rkv_workspace_size(None, config, self.layers, n, ctypes.byref(bytes_))
-            self.library.check(status, "rkv_workspace_size")
+            self.rkv.check(status, "rkv_workspace_size")
             self.workspace = allocate_bytes(bytes_.value)
         status = c.rkv_compress(None, config, self.layers, n, c_void_p(self.workspace.data_ptr()),
                                 c_size_t(self.workspace.numel()))
-        self.library.check(status, "rkv_compress")
+        self.rkv.check(status, "rkv_compress")
         self.n_new = 0
         return self.layers[0].n_tokens
