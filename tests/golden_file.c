@@ -53,23 +53,32 @@ static float *take_numbers(golden *g, size_t n) /* of the file's dtype */
     return list;
 }
 
-static int read_file(golden *g, const char *directory, const char *name)
+unsigned char *golden_bytes(const char *directory, const char *name, size_t *size)
 {
     char path[512];
+    unsigned char *bytes;
     FILE *file;
-    long size;
-    memset(g, 0, sizeof *g);
-    snprintf(path, sizeof path, "%s/%s.rkvg", directory, name);
+    long end;
+    *size = 0;
+    snprintf(path, sizeof path, "%s/%s", directory, name);
     file = fopen(path, "rb");
-    if (!file) return 0;
+    if (!file) return NULL;
     fseek(file, 0, SEEK_END);
-    size = ftell(file);
+    end = ftell(file);
     rewind(file);
-    g->size = size > 0 ? (size_t)size : 0;
-    g->bytes = (unsigned char *)alloc_checked(g->size);
-    size = (long)fread(g->bytes, 1, g->size, file);
+    bytes = (unsigned char *)alloc_checked(end > 0 ? (size_t)end : 1);
+    *size = fread(bytes, 1, end > 0 ? (size_t)end : 0, file);
     fclose(file);
-    return g->size > 56 && (size_t)size == g->size;
+    return bytes;
+}
+
+static int read_file(golden *g, const char *directory, const char *name)
+{
+    char file[256];
+    memset(g, 0, sizeof *g);
+    snprintf(file, sizeof file, "%s.rkvg", name);
+    g->bytes = golden_bytes(directory, file, &g->size);
+    return g->bytes && g->size > 56;
 }
 
 static void take_header(golden *g)

@@ -35,6 +35,8 @@ typedef struct golden {
  * way. */
 int golden_read(golden *g, const char *directory, const char *name);
 void golden_free(golden *g);
+/* A whole file, to be freed; NULL: there is none. */
+unsigned char *golden_bytes(const char *directory, const char *name, size_t *size);
 int golden_round_rows(const golden *g, int r); /* rows of the cache before round r */
 
 #endif

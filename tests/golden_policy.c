@@ -1,6 +1,7 @@
 /* The reader of golden files of policies: see golden_policy.h. Built by
  *     make test */
 #include "golden_policy.h"
+#include "golden_file.h"
 #include "harness.h"
 
 #include <stdio.h>
@@ -85,21 +86,11 @@ static float *take_numbers(golden_policy *g, int n) /* of the file's dtype */
 
 static int read_file(golden_policy *g, const char *directory, const char *name)
 {
-    char path[512];
-    FILE *file;
-    long size;
+    char file[256];
     memset(g, 0, sizeof *g);
-    snprintf(path, sizeof path, "%s/%s.rkvp", directory, name);
-    file = fopen(path, "rb");
-    if (!file) return 0;
-    fseek(file, 0, SEEK_END);
-    size = ftell(file);
-    rewind(file);
-    g->size = size > 0 ? (size_t)size : 0;
-    g->bytes = (unsigned char *)alloc_checked(g->size);
-    size = (long)fread(g->bytes, 1, g->size, file);
-    fclose(file);
-    return g->size > 128 && (size_t)size == g->size && memcmp(g->bytes, "RKVGOLDP", 8) == 0;
+    snprintf(file, sizeof file, "%s.rkvp", name);
+    g->bytes = golden_bytes(directory, file, &g->size);
+    return g->bytes && g->size > 128 && memcmp(g->bytes, "RKVGOLDP", 8) == 0;
 }
 
 static void take_header(golden_policy *g)
