@@ -60,6 +60,7 @@ help:
 	@echo '                      (MUTANTS=all: each barrier taken out is noticed)'
 	@echo '  make test-cuda-ptx  the compiled kernels without a GPU, of every architecture (nvcc)'
 	@echo '                      (PTX_ARCHS=90: of one)'
+	@echo '  make cuda-archs     compiles rkv_cuda.cu for every architecture that nvcc knows; minutes'
 	@echo '  make count-cuda     what the compiled kernels execute, counted without a GPU (nvcc)'
 	@echo '  make bench-cuda     the timings on a GPU (make cuda: the object file alone)'
 	@echo '  make install        headers, CMake package, pkg-config file (PREFIX=$(PREFIX), DESTDIR=)'
@@ -146,7 +147,7 @@ endif
 
 .PHONY: test
 test: $(TESTS) $(EXAMPLE_TEST) $(PROGRAM_TEST) $(EXTRA_TESTS) $(EXTRA_CHECKS)
-	@sh tests/run.sh $(TESTS) $(EXAMPLE_TEST) $(PROGRAM_TEST) $(EXTRA_TESTS)
+	@sh tests/run.sh $(PROGRAM_TEST) $(EXTRA_TESTS) $(TESTS) $(EXAMPLE_TEST) # the longest first
 
 .PHONY: bench bench-decode bench-smoke
 bench: $(BUILD)/bench/bench $(BUILD)/bench/libpeer.so
@@ -179,9 +180,10 @@ study: $(BUILD)/study/librkv.so
 
 # ---- The same tests, built or run in other ways -------------------------------------------------
 
-# $(call suite,programs that must be there,directory,variables)
+# $(call suite,programs that must be there,directory,variables). The + keeps -j: make does not see
+# the $(MAKE) of a macro.
 define suite
-@for program in $(1); do \
++@for program in $(1); do \
     command -v $$program >/dev/null || { echo "skip  $@: no $$program"; exit 0; }; \
 done; $(MAKE) --no-print-directory test BUILD=$(BUILD)/$(2) EXTRA_TESTS= EXTRA_CHECKS= $(3)
 endef

@@ -13,13 +13,16 @@ trap 'exit 130' HUP INT TERM
 for program in "$@"; do
     n=$((n + 1))
     printf '%s\n%s\n' "$dir/$n" "$program"
-done | xargs -n 2 -P "$jobs" sh -c '"$1" >"$0.out"; echo $? >"$0.status"'
+done | xargs -n 2 -P "$jobs" sh -c '
+    start=$(date +%s)
+    "$1" >"$0.out"
+    echo $? $(($(date +%s) - start)) >"$0.status"'
 
 n=0
 for program in "$@"; do
     n=$((n + 1))
     out=$dir/$n.out
-    status=$(cat "$dir/$n.status")
+    read -r status seconds <"$dir/$n.status"
     closing=$(tail -n 1 "$out" | tr -d '\r' | grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$')
     if [ -z "$closing" ]; then
         cat "$out"
@@ -28,7 +31,7 @@ for program in "$@"; do
         continue
     fi
     sed '$d' "$out"
-    echo "      $(basename "$program"): $closing"
+    echo "      $(basename "$program"): $closing, $seconds s"
     # shellcheck disable=SC2086 # split into "P passed, F failed, S skipped"
     set -- $closing "$@"
     passed=$((passed + $1)) failed=$((failed + $3)) skipped=$((skipped + $5))

@@ -31,7 +31,7 @@ endif
 # $(call with_llama,targets,command): where llama.cpp is there, else one line that says what to do.
 LLAMA_PROBE = printf '\#include <llama.h>\n' | $(CC) $(LLAMA_CFLAGS) -E -x c - >/dev/null 2>&1
 define with_llama
-@if $(LLAMA_PROBE); then $(MAKE) --no-print-directory $(1) && $(2); else \
++@if $(LLAMA_PROBE); then $(MAKE) --no-print-directory $(1) && $(2); else \
     echo 'skip  $@: no llama.cpp; run make llama-cpp, or give LLAMA_CPP=prefix'; fi
 endef
 
