@@ -16,7 +16,8 @@
 #define BENCH_FLAGS ""
 #endif
 
-enum { KV_HEADS = 8, GROUP = 4, HEAD_DIM = 128 };
+enum { GROUP = 4, HEAD_DIM = 128 };
+static int n_kv_heads = 8; /* fewer with --smoke */
 
 typedef struct bench {
     const rkv_backend *best, *scalar;
@@ -154,7 +155,9 @@ static int check(bench *b, bench_job *job, const rkv_backend *backend)
 
 static bench_shape shape_of(bench_keys keys, rkv_dtype dtype, int n_tokens)
 {
-    const bench_shape shape = { keys, dtype, n_tokens, n_tokens - 128, KV_HEADS, GROUP, HEAD_DIM };
+    const bench_shape shape = {
+        keys, dtype, n_tokens, n_tokens - 128, n_kv_heads, GROUP, HEAD_DIM
+    };
     return shape;
 }
 
@@ -532,7 +535,7 @@ static void table_workspace(bench *b)
             continue;
         }
         printf("  %6d %12zu %12zu %16.2f\n", s.n_tokens, one, many,
-               (double)many / (32.0 * KV_HEADS * s.n_tokens));
+               (double)many / (32.0 * n_kv_heads * s.n_tokens));
     }
 }
 
@@ -548,7 +551,7 @@ static void table_threads(bench *b)
         printf("# threads: none to be had\n");
         return;
     }
-    printf("\n# threads, f32, one layer of %d kv heads\n# %-12s %6s %12s %12s %8s\n", KV_HEADS,
+    printf("\n# threads, f32, one layer of %d kv heads\n# %-12s %6s %12s %12s %8s\n", n_kv_heads,
            "keys", "n", "us, 1", "us, 2", "x");
     for (int k = 0; k < 3; k++)
         for (int i = 0; i < (b->smoke ? 1 : 2); i++) {
@@ -682,7 +685,7 @@ int main(int argc, char **argv)
         if (!strcmp(argv[i], "--full"))
             b.full = 1;
         else if (!strcmp(argv[i], "--smoke"))
-            b.smoke = 1, b.seconds = 0.01;
+            b.smoke = 1, b.seconds = 0.01, n_kv_heads = 1;
         else if (!strcmp(argv[i], "--stages"))
             stages = 1;
         else if (!strcmp(argv[i], "--real"))
@@ -718,7 +721,7 @@ int main(int argc, char **argv)
            "#   compact  rows that move, K and V, read and written\n"
            "# before it is timed each case is compared with scalar (the all-pairs case at large n\n"
            "# with another path): scores to the bit, kept sets, moved rows\n",
-           KV_HEADS, KV_HEADS * GROUP, HEAD_DIM, b.seconds);
+           n_kv_heads, n_kv_heads * GROUP, HEAD_DIM, b.seconds);
     if (b.csv)
         fprintf(b.csv, "keys,stage,backend,dtype,kv_heads,group,head_dim,n,budget,threads,us,"
                        "scalar_us,roof_us\n");

@@ -3002,8 +3002,8 @@ static void test_threads_arguments(void)
 
 /* ---- all ---- */
 
-/* The cache's own logic is the same over every table: one schedule shows that they fit. */
-/* Emulators, where all setups take minutes, do every third, valgrind every sixth. */
+/* The cache's own logic is the same over every table: one schedule shows that they fit. Emulators
+ * and valgrind, where all setups take minutes, do every third or sixth. */
 static int setup_step(void)
 {
     const uint64_t cases = wanted_cases(1000);
