@@ -85,8 +85,9 @@
  *    prefix), or the layer must not be compressed.
  *  - Pin the prompt where it holds facts that must last (rkv_config.pinned): evicted facts are
  *    gone. On real models that pays where the prompt is at most a quarter of the budget; a larger
- *    one leaves too few rows to choose. Pins of both kinds, prefix and rows, together with the
- *    newest `protect` rows may fill the budget, and no more: then nothing is chosen.
+ *    one leaves too few rows to choose. layer.pins must leave one row to choose at least. Only if
+ *    the prefix and the newest `protect` rows fill the budget, nothing is chosen; then no other row
+ *    can be pinned.
  *  - The queries must be those of the newest `window` tokens, all of them, after rotary embedding.
  *  - The buffer (rows beyond the budget) trades memory for fewer rounds, and at tight budgets it
  *    changes quality: a published port reports 65 % on GSM8K with budget 128 and buffer 16, 90 %
@@ -347,7 +348,8 @@ typedef struct rkv_layer {
 
     /* Advanced */
     uint8_t *pins;        /* in/out, optional [sets][row_stride]: a row whose byte is not 0 is kept
-                             (it counts towards the budget, and moves); move with the rows        */
+                             (it counts towards the budget, and moves); move with the rows. Select
+                             and compress refuse pins that leave no row of a set to choose        */
     int row_stride;       /* entries per set in positions and pins, and per plane of state and
                              bias; 0 means keys.tokens                                            */
     float scale;          /* of logits; 0 means 1 / sqrt(head_dim)                                */
@@ -740,7 +742,7 @@ struct rkv_backend {
 #define RKVI_RULE_KEY_BLOCKS     "layer.keys.block_table: a block is negative or occurs twice"
 #define RKVI_RULE_VALUE_BLOCKS   "layer.values.block_table: a block is negative or occurs twice"
 #define RKVI_RULE_QUERY_BLOCKS   "layer.queries.block_table: a block is negative or occurs twice"
-#define RKVI_RULE_PINS           "layer.pins: more rows are pinned than the budget has room for"
+#define RKVI_RULE_PINS           "layer.pins: so many rows are pinned that none is left to choose"
 #define RKVI_RULE_KEPT_RANGE     "layer.kept: a row is negative or not below n_tokens"
 #define RKVI_RULE_KEPT_ORDER     "layer.kept: rows must ascend, each listed once"
 #define RKVI_RULE_KEPT_PINNED    "layer.kept: the first `pinned` rows must stay in their places"
@@ -5016,7 +5018,7 @@ static const int *rkvi_sort_rows(const float *x, int n, rkvi_scratch *s)
 #define RKVI_PINNED_RANK 0xffffffffu
 
 /* Keeps the pinned tokens, the best candidates and the protected tokens. pins: NULL, or a byte per
- * row; no more candidates are pinned than can be kept. */
+ * row; fewer candidates are pinned than can be kept. */
 static void rkvi_choose(const rkv_config *config, const float *scores, const uint8_t *pins,
                         int n_tokens, rkvi_scratch *s, int32_t *kept)
 {
@@ -5370,11 +5372,14 @@ static rkv_status rkvi_check_blocks(const rkvi_job *job)
     return RKV_OK;
 }
 
-/* Refuses sets that pin more candidates than can be kept. */
+/* Refuses sets whose pins leave no candidate to choose. Where the config leaves none, no candidate
+ * can be pinned. */
 static rkv_status rkvi_check_pins(const rkvi_job *job)
 {
     const rkv_config *config = job->config;
-    int l, set, i, n_keep = config->budget - config->protect - config->pinned;
+    const int n_keep = config->budget - config->protect - config->pinned;
+    const int most = n_keep > 0 ? n_keep - 1 : 0;
+    int l, set, i;
     for (l = 0; l < job->n_layers; l++) {
         const rkvi_plan *plan = &job->plans[l];
         if (plan->n_tokens == plan->n_kept || !job->layers[l].pins) continue;
@@ -5383,7 +5388,7 @@ static rkv_status rkvi_check_pins(const rkvi_job *job)
             int n_pins = 0;
             for (i = config->pinned; i < plan->n_tokens - config->protect; i++)
                 n_pins += pins[i] != 0;
-            if (n_pins > n_keep)
+            if (n_pins > most)
                 return rkvi_refuse(config, RKV_ERROR_ARGUMENT, RKVI_RULE_PINS, l, set, -1);
         }
     }

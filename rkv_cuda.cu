@@ -3686,19 +3686,19 @@ static __device__ void rkvi_check_tables(const rkvi_args &args, const rkvi_job &
         rkvi_check_table(args, job, job_index, RKVI_BAD_QUERY_BLOCKS, job.queries, args.votes);
 }
 
-/* No set pins more candidates than there are places for. */
+/* The pins of every set leave a candidate to choose, if the config does. */
 static __device__ void rkvi_check_pins(const rkvi_args &args, const rkvi_job &job, int job_index,
                                        rkvi_head_memory &s)
 {
     const char *pins = job.moved[RKVI_PINS].rows.data;
     const int begin = args.config.pinned, protect = args.config.protect;
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = static_cast<int>(threadIdx.x), n_keep = args.config.budget - protect - begin;
     unsigned mine = 0, total;
     if (!pins) return;
     for (int j = begin + thread; j < job.n_tokens - protect; j += RKVI_HEAD_THREADS)
         mine += pins[j] != 0;
     (void)rkvi_prefix(mine, s, &total);
-    if (thread == 0 && total > static_cast<unsigned>(args.config.budget - protect - begin))
+    if (thread == 0 && total > static_cast<unsigned>(n_keep > 0 ? n_keep - 1 : 0))
         rkvi_fault_at(args.control, RKVI_BAD_PINS, job_index, RKVI_NO_ROW);
 }
 

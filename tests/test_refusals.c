@@ -1027,7 +1027,7 @@ static void test_data(scene *sc)
     case_begin("%s: pins", sc->backend->name);
     memset(sc->layers[1].pins + CAPACITY, 1, CAPACITY);
     refuse_data(sc, kept, RKV_ERROR_ARGUMENT,
-                "layer.pins: more rows are pinned than the budget has room for", 1, 1, -1);
+                "layer.pins: so many rows are pinned that none is left to choose", 1, 1, -1);
     memset(sc->layers[1].pins + CAPACITY, 0, CAPACITY);
 
     case_begin("%s: kept lists", sc->backend->name);

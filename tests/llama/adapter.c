@@ -637,9 +637,61 @@ static void test_pins(void)
     for (i = 0; i < 40; i++)
         if (decode(&b, 0, n + i, 1)) break;
     expect_true("refused in the end", i < 40);
-    expect_refusal("too many pins", &b, decode(&b, 0, n + i, 1), "do not fit into a budget of 64");
+    expect_refusal("too many pins", &b, decode(&b, 0, n + i, 1),
+                   "leave none to choose in a budget of 64");
     expect_int("unpin", 0, rkv_llama_unpin(b.r, 0, 0, -1), 0);
     expect_decode(&b, 0, n + i, 1);
+    bed_close(&b);
+    case_end();
+}
+
+/* Pins leave one token to choose, by hand and by pin_limit; a pin more is refused. Where
+ * config.pinned leaves none, the newest stay, and no other token may be pinned. */
+static void test_pins_leave_one(void)
+{
+    rkv_config config = rkv_config_default(64);
+    setup s = setup_of(TINY_LLAMA, 64, 200);
+    bed b;
+    int n_pins, i, n;
+    for (n_pins = 55; n_pins <= 57; n_pins++) {
+        case_begin("%d pins beside a window of 8 in a budget of 64", n_pins);
+        bed_open(&b, &s);
+        expect_int("pin", 0, rkv_llama_pin(b.r, 0, 0, n_pins), 0);
+        expect_decode(&b, 0, 0, 100);
+        if (n_pins > 55) {
+            expect_refusal("one too many", &b, rkv_llama_compress(b.r, 0), "leave none to choose");
+            expect_int("all stay", 0, rkv_llama_live(b.r, 0), 100);
+        } else {
+            expect_int("compress", 0, rkv_llama_compress(b.r, 0), 0);
+            expect_int("kept", 0, rkv_llama_live(b.r, 0), 64);
+            for (i = 0, n = 0; i < 55; i++) n += holds(&b, 0, i);
+            for (i = 92; i < 100; i++) n += holds(&b, 0, i);
+            expect_int("pinned and newest", 0, n, 63);
+        }
+        bed_close(&b);
+        case_end();
+    }
+    case_begin("the largest pin_limit leaves one token to choose");
+    s.options.pin_limit = 1000;
+    bed_open(&b, &s);
+    expect_decode(&b, 0, 0, 100);
+    expect_int("compress", 0, rkv_llama_compress(b.r, 0), 0);
+    for (i = 0; i < 55; i++) expect_true("pinned", holds(&b, 0, i));
+    bed_close(&b);
+    case_end();
+    case_begin("config.pinned and the window fill the budget");
+    config.pinned = 56;
+    s.options.pin_limit = -1;
+    s.options.config = &config;
+    bed_open(&b, &s);
+    expect_decode(&b, 0, 0, 100);
+    expect_int("compress", 0, rkv_llama_compress(b.r, 0), 0);
+    for (i = 0, n = 0; i < 56; i++) n += holds(&b, 0, i);
+    for (i = 92; i < 100; i++) n += holds(&b, 0, i);
+    expect_int("pinned and newest", 0, n, 64);
+    expect_int("pin", 0, rkv_llama_pin(b.r, 0, 100, 101), 0);
+    expect_decode(&b, 0, 100, 20);
+    expect_refusal("one more", &b, rkv_llama_compress(b.r, 0), "leave none to choose");
     bed_close(&b);
     case_end();
 }
@@ -801,6 +853,7 @@ int main(void)
     test_threads();
     test_policies();
     test_pins();
+    test_pins_leave_one();
     test_drafts();
     test_aborted();
     test_saved(TINY_LLAMA, GGML_TYPE_F16, IN_PLACE);
