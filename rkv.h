@@ -580,9 +580,9 @@ typedef struct rkv_cache_config {
 /* clang-format on */
 
 /* create takes all memory here, none later. The config is copied; its backend, thread pool, error
- * records and rope.frequencies must outlive the cache. RKV_ERROR_NULL, _ARGUMENT, _MEMORY or
- * _UNSUPPORTED (a backend without memory functions, or, with TRIATTENTION, without update_means);
- * *out is then NULL. destroy takes NULL.
+ * records and rope.frequencies must outlive the cache; rope.frequencies are read here, too, to
+ * check them. RKV_ERROR_NULL, _ARGUMENT, _MEMORY, _DEVICE or _UNSUPPORTED (a backend without memory
+ * functions, or, with TRIATTENTION, without update_means); *out is then NULL. destroy takes NULL.
  * fork makes an equal, independent cache, with memory of its own from the same allocators. It
  * shares the threads and the error records of compress, if these were given.
  * error: what the last call on this cache found wrong: *config.compress.error if that was given,
@@ -7112,6 +7112,38 @@ static void rkvi_cache_empty(rkv_cache *cache)
     cache->rounds = 0;
 }
 
+/* A frequency out of range would fail every round. */
+static rkv_status rkvi_cache_check_frequencies(const rkv_cache *cache)
+{
+    const rkv_cache_config *config = &cache->config;
+    const rkv_backend *backend = config->backend;
+    const int turned =
+        rkvi_needs_rope(&config->compress) && rkvi_is_scored(&config->compress, config->capacity);
+    const size_t pairs = turned ? (size_t)rkvi_pairs(&config->rope, config->head_dim) : 0;
+    rkv_rope rope = config->rope;
+    rkvi_turns turns;
+    rkvi_float_mode saved;
+    rkv_status status = RKV_OK;
+    uint32_t *words; /* [2][pairs], then the table */
+    int bad = -1;
+    if (pairs == 0) return RKV_OK;
+    words = (uint32_t *)(config->alloc)(config->user, 3 * pairs * sizeof *words);
+    if (words == NULL)
+        return rkvi_cache_refuse(cache, RKV_ERROR_MEMORY, "cache: no memory for frequencies", -1);
+    if (rope.frequencies) {
+        rope.frequencies = (const float *)(const void *)(words + 2 * pairs);
+        status = backend->copy(backend, words + 2 * pairs, config->rope.frequencies,
+                               pairs * sizeof *rope.frequencies);
+    }
+    saved = rkvi_enter_float_mode();
+    if (status == RKV_OK) bad = rkvi_fill_turns(&rope, config->head_dim, words, &turns);
+    rkvi_leave_float_mode(saved);
+    (config->free)(config->user, words);
+    if (bad >= 0)
+        return rkvi_refuse(&config->compress, RKV_ERROR_ARGUMENT, RKVI_RULE_FREQUENCY, -1, -1, bad);
+    return rkvi_cache_result(cache, status, "cache: the device refused a copy", -1);
+}
+
 /* Takes the backend's memory and describes it. On an error, what it took is in `cache`. */
 static rkv_status rkvi_cache_reserve(rkv_cache *cache)
 {
@@ -7198,6 +7230,7 @@ RKV_API rkv_status rkv_cache_create(rkv_cache **out, const rkv_cache_config *con
         return rkvi_refuse(&config->compress, RKV_ERROR_MEMORY, "cache: no memory for its records",
                            -1, -1, -1);
     status = rkvi_cache_reserve(cache);
+    if (status == RKV_OK) status = rkvi_cache_check_frequencies(cache);
     if (status != RKV_OK) {
         rkv_cache_destroy(cache);
         return status;

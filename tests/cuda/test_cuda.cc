@@ -1665,6 +1665,41 @@ static void test_cache()
     }
 }
 
+/* A table of frequencies lies in the device's memory; create reads it. */
+static void test_cache_frequencies()
+{
+    for (int bad = 0; bad < 2; bad++) {
+        std::vector<float> table(CACHE_DIM / 2, 0.5f);
+        rkv_cache *cache = NULL;
+        rkv_cache_config config;
+        rkv_error error;
+        mirror m;
+        case_begin("frequencies of a managed cache on the device, %s",
+                   bad ? "one too large" : "all right");
+        memset(&config, 0, sizeof config);
+        memset(&error, 0, sizeof error);
+        config.compress = rkv_config_triattention(40);
+        config.compress.error = &error;
+        config.n_layers = CACHE_LAYERS;
+        config.kv_heads = CACHE_HEADS;
+        config.query_heads = CACHE_HEADS * CACHE_GROUP;
+        config.head_dim = CACHE_DIM;
+        config.backend = cuda();
+        if (bad) table[3] = 4.5f;
+        config.rope.pairing = RKV_ROPE_HALVES;
+        config.rope.frequencies = m.add(table.data(), table.size() * 4, false);
+        expect_status("create", rkv_cache_create(&cache, &config),
+                      bad ? RKV_ERROR_ARGUMENT : RKV_OK);
+        expect_true("a cache", (cache != NULL) == (bad == 0));
+        if (bad) {
+            expect_true("rule", error.rule && strcmp(error.rule, RKVI_RULE_FREQUENCY) == 0);
+            expect_int("which", 0, error.token, 3);
+        }
+        case_end();
+        rkv_cache_destroy(cache);
+    }
+}
+
 /* A NaN in a key or a query: the round is refused and changes nothing; without that token the
  * cache goes on as one that has never seen it. */
 static void append_one(cache_pair pair, rng *r, int layer, float poison, int where)
@@ -1893,6 +1928,7 @@ static void test_chosen()
 #endif
     test_copy_rows();
     test_cache();
+    test_cache_frequencies();
     test_cache_fault();
     test_graph();
     test_two_streams();
