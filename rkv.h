@@ -564,7 +564,9 @@ typedef struct rkv_cache_config {
     int n_layers, kv_heads, query_heads, head_dim; /* required                                    */
     rkv_dtype dtype;            /* of keys, values and queries; not RKV_OPAQUE. fp8, q8_0: of keys
                                    and values, which append takes in that type; queries are f32   */
-    int buffer;                 /* rows beyond the budget = tokens between rounds; 0 means 128    */
+    int buffer;                 /* rows beyond the budget = tokens between rounds; 0 means 128.
+                                   RKV: at least votes - window, or votes - protect, so that the
+                                   tokens of all queries that vote have a row                     */
 
     /* Advanced */
     int capacity;               /* rows reserved, for prompts longer than budget + buffer;
@@ -612,9 +614,10 @@ RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
  * Layers with different numbers of rows: RKV_ERROR_ARGUMENT. A round needs the queries of the last
  * `votes` tokens (MEMORY, H2O: of those that came after the last round), and the cache holds no
  * older ones. After rkv_cache_truncate has taken back n tokens, n queries are missing (at most
- * `votes`) until as many tokens have been appended. Until then compress returns
- * RKV_ERROR_ARGUMENT, and step does nothing and returns RKV_OK. There is always room for these
- * tokens.
+ * `votes`) until as many tokens have been appended. With more votes than `protect`, RKV also needs
+ * the rows of these tokens: votes - protect tokens after the last round. Until then compress
+ * returns RKV_ERROR_ARGUMENT, and step does nothing and returns RKV_OK. There is always room for
+ * these tokens.
  * Other errors as rkv_compress; on an error the cache is as it was. A NaN in a key or query
  * (RKV_ERROR_NONFINITE) fails every round until its token is gone, and room runs out:
  *     rkv_cache_truncate(cache, rkv_cache_error_position(cache))
@@ -6854,11 +6857,16 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
  * Without state: votes <= budget. Let `most` be the largest number of rows since the last round, of
  * all tokens if there was none, and behind = most - rows. The updates keep n_queries >= min(votes,
  * most) - behind, for a round leaves n_queries == votes. So rows + missing <= max(most, votes).
+ * There the voter of n tokens ago is also row rows - n, which says what it has seen: by (1) that is
+ * so if n <= rows - fixed. So votes > rows - fixed are too many, too, and missing = votes - (rows -
+ * fixed) if that is more. It is not above buffer + protect - (rows - fixed) = budget + buffer -
+ * rows: rkv_cache_create makes sure that votes <= buffer + protect. (And before the first round
+ * rows - fixed is rows, at least n_queries.)
  * With state: let `most` be the largest number of rows since n_new was last 0. The updates keep
  * n_queries >= min(votes, most - settled) - behind. If votes >= most - settled, this is n_queries
  * >= n_new, and nothing is missing. Else missing <= behind, and rows + missing <= most.
  * Where capacity is budget + buffer, rkv_cache_step is due at the largest possible number of rows;
- * there behind is 0 and nothing is missing. Tokens can be missing only with a larger capacity, or
+ * there behind is 0, rows - fixed = buffer + protect, and nothing is missing. Tokens can be missing only with a larger capacity, or
  * when a round is forced. rkv_cache_load checks (2); nothing else can break it. */
 #ifndef RKV_NO_CACHE
 #define RKVI_CACHE_ALIGN  ((size_t)256) /* of each part: the alignment of cudaMalloc */
@@ -6958,6 +6966,10 @@ static const char *rkvi_cache_config_rule(rkv_cache_config *config)
     if (config->capacity == 0) config->capacity = compress->budget + config->buffer;
     if (config->capacity < compress->budget + config->buffer)
         return "cache.capacity: must be 0 or at least budget + buffer";
+    if (rkvi_is_scored(compress, config->capacity) && rkvi_reads_queries(compress) &&
+        !rkvi_has_state(compress) && compress->votes > config->buffer + compress->protect)
+        return "cache.buffer: must hold votes - window (RKV_POLICY_RKV), or votes - protect if "
+               "that is less";
     return NULL;
 }
 
@@ -7518,21 +7530,25 @@ static int rkvi_cache_layers_equal(const rkv_cache *cache)
     return 1;
 }
 
-/* Tokens that a layer lacks for a round, because the ring does not hold the queries that vote. */
-static int rkvi_cache_missing(const rkv_cache *cache, int n_queries, int n_new)
+/* Tokens that a layer lacks for a round, because the ring does not hold the queries that vote, or
+ * the token of a query that does has no row. n_whole: the newest rows that no round has thinned. */
+static int rkvi_cache_missing(const rkv_cache *cache, int n_queries, int n_new, int n_whole)
 {
+    const int votes = cache->config.compress.votes;
     if (cache->plan.query_bytes == 0) return 0;
-    if (rkvi_cache_carries_state(cache) && n_queries >= n_new) return 0;
-    return cache->config.compress.votes - n_queries;
+    if (rkvi_cache_carries_state(cache)) return n_queries >= n_new ? 0 : votes - n_queries;
+    return votes - rkvi_min(n_queries, n_whole);
 }
 
 static int rkvi_cache_votes_whole(const rkv_cache *cache)
 {
+    const int fixed = rkvi_cache_fixed_rows(&cache->config, cache->evicted);
     int l;
-    for (l = 0; l < cache->config.n_layers; l++)
-        if (rkvi_cache_missing(cache, cache->n_queries[l],
-                               cache->layers[l].n_tokens - cache->settled) > 0)
+    for (l = 0; l < cache->config.n_layers; l++) {
+        const int rows = cache->layers[l].n_tokens;
+        if (rkvi_cache_missing(cache, cache->n_queries[l], rows - cache->settled, rows - fixed) > 0)
             return 0;
+    }
     return 1;
 }
 
@@ -8139,8 +8155,8 @@ static const char *rkvi_image_layer_rule(const rkv_cache *cache, const unsigned 
         return "memory: a damaged snapshot, its counters are impossible";
     if (rows > (uint64_t)cache->config.capacity)
         return "memory: a snapshot of more rows than the cache's capacity";
-    if (rkvi_cache_missing(cache, (int)n_queries, (int)rows - counts->settled) >
-        cache->config.capacity - (int)rows)
+    if (rkvi_cache_missing(cache, (int)n_queries, (int)rows - counts->settled,
+                           (int)rows - counts->fixed_rows) > cache->config.capacity - (int)rows)
         return "memory: no room for the queries that the snapshot still lacks";
     return NULL;
 }

@@ -1150,6 +1150,9 @@ static rkv_status scarce_copy_rows(const rkv_backend *self, const rkv_tensor *ds
     return cpu->copy_rows(cpu, dst, dst_token, src, src_token, n_tokens);
 }
 
+static const char cache_votes_rule[] =
+    "cache.buffer: must hold votes - window (RKV_POLICY_RKV), or votes - protect if that is less";
+
 /* clang-format off */
 static const char *spoil_cache(int which, rkv_cache_config *c, rkv_status *want, int *layer)
 {
@@ -1206,6 +1209,9 @@ static const char *spoil_cache(int which, rkv_cache_config *c, rkv_status *want,
         c->compress.policy = RKV_POLICY_TRIATTENTION;
         *want = RKV_ERROR_UNSUPPORTED;
         return "cache.backend: has no update_means, which TRIATTENTION needs";
+    case 25: c->compress.votes = CACHE_WINDOW + CACHE_BUFFER + 1; return cache_votes_rule;
+    case 26: c->compress.protect = CACHE_WINDOW + 1; c->compress.votes = CACHE_BUDGET;
+             c->buffer = CACHE_BUDGET - CACHE_WINDOW - 2; return cache_votes_rule;
     default: return NULL;
     }
 }
@@ -1223,6 +1229,31 @@ static void test_create(void)
         if (!rule) break;
         case_begin("cache case %d: %s", which, rule);
         expect_not_created(rule, want, &config, layer, -1);
+    }
+}
+
+/* More votes than the window and the buffer hold: refused with R-KV alone, where queries vote. */
+static void test_create_votes(void)
+{
+    rkv_error error;
+    int which;
+    for (which = 0; which < 7; which++) {
+        rkv_cache_config config = cache_config(&error);
+        rkv_cache *cache = NULL;
+        case_begin("votes of a cache, case %d", which);
+        config.compress.votes = CACHE_WINDOW + CACHE_BUFFER + 1;
+        config.rope.pairing = RKV_ROPE_NONE;
+        switch (which) {
+        case 0: config.compress.votes--; break;
+        case 1: config.buffer++; break;
+        case 2: config.compress.protect = CACHE_WINDOW + 1; break;
+        case 3: config.compress.lambda = 0; break;
+        case 4: config.compress.protect = CACHE_BUDGET - 1; break; /* nothing is chosen */
+        case 5: config.compress.policy = RKV_POLICY_H2O; break;
+        default: config.compress.policy = RKV_POLICY_MEMORY_TRACES;
+        }
+        expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
+        rkv_cache_destroy(cache);
     }
 }
 
@@ -1981,6 +2012,7 @@ int main(int argc, char **argv)
     for (i = 0; i < n; i++) run_on_backend(backends[i]);
     test_means();
     test_create();
+    test_create_votes();
     test_create_frequencies();
     test_create_unread_table();
     test_append();
