@@ -1560,13 +1560,30 @@ static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &jo
     }
 }
 
+/* The dots of a tile's keys and up to 64 queries, dots[query][key], in place of the keys. */
+static __device__ __forceinline__ float *rkvi_store_dots(const float (*acc)[4], int n_blocks,
+                                                         rkvi_tiles &s)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    float *dots = reinterpret_cast<float *>(s.a);
+    __syncthreads();
+#pragma unroll
+    for (int block = 0; block < 8; block++)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (block < n_blocks)
+                dots[rkvi_acc_column(lane, block, k) * RKVI_DOTS_PITCH + 16 * warp +
+                     rkvi_acc_row(lane, k)] = acc[block][k];
+    __syncthreads();
+    return dots;
+}
+
 /* Logits of one tile of keys. *staged says which queries are in s.b, from tile to tile. */
 template <typename T>
 static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, int job_index,
                                    int n_queries, int tile, int *staged, rkvi_tiles &s)
 {
     const int n_chunks = rkvi_chunks<T>(job.head_dim);
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     for (int first = 0; first < n_queries; first += RKVI_TILE) {
         const int left = n_queries - first, n_blocks = left < RKVI_TILE ? (left + 7) / 8 : 8;
         float acc[8][4] = { { 0 } };
@@ -1582,17 +1599,8 @@ static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, i
             }
             rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), n_blocks, T{});
         }
-        float *dots = reinterpret_cast<float *>(s.a); /* the keys are no longer needed */
-        __syncthreads();
-#pragma unroll
-        for (int block = 0; block < 8; block++)
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-                if (block < n_blocks)
-                    dots[rkvi_acc_column(lane, block, k) * RKVI_DOTS_PITCH + 16 * warp +
-                         rkvi_acc_row(lane, k)] = acc[block][k];
-        __syncthreads();
-        rkvi_fold_group(args, job, job_index, n_queries, first, tile, dots);
+        rkvi_fold_group(args, job, job_index, n_queries, first, tile,
+                        rkvi_store_dots(acc, n_blocks, s));
     }
 }
 
@@ -2492,7 +2500,6 @@ template <typename T>
 static __device__ float *rkvi_query_dots(const rkvi_args &args, const rkvi_job &job, int n_queries,
                                          int first, rkvi_tiles &s)
 {
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const int left = n_queries - first, n_blocks = left < RKVI_TILE ? (left + 7) / 8 : 8;
     float acc[8][4] = { { 0 } };
     rkvi_query_rows(args, job, n_queries, first, s.b_rows);
@@ -2503,17 +2510,7 @@ static __device__ float *rkvi_query_dots(const rkvi_args &args, const rkvi_job &
         rkvi_stage_end();
         rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), n_blocks, T{});
     }
-    float *dots = reinterpret_cast<float *>(s.a); /* the keys are no longer needed */
-    __syncthreads();
-#pragma unroll
-    for (int block = 0; block < 8; block++)
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-            if (block < n_blocks)
-                dots[rkvi_acc_column(lane, block, k) * RKVI_DOTS_PITCH + 16 * warp +
-                     rkvi_acc_row(lane, k)] = acc[block][k];
-    __syncthreads();
-    return dots;
+    return rkvi_store_dots(acc, n_blocks, s);
 }
 
 static __device__ __forceinline__ float rkvi_logit(const rkvi_job &job, float dot)
