@@ -2984,6 +2984,7 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS) rkvi_expect(const rk
 /* ---- Scores: one block per head -------------------------------------------------------------- */
 
 enum { RKVI_RUN = 2048 }; /* rows that are sorted at a time */
+static_assert(RKVI_RUN % RKVI_HEAD_THREADS == 0, "rkvi_sort_places: a row's thread is the same");
 struct rkvi_rate_memory {
     rkvi_head_memory head; /* first: selection uses it */
     double sums[RKVI_HEAD_WARPS];
@@ -3017,7 +3018,8 @@ static __device__ void rkvi_sort_run(unsigned long long *run, int size)
     __syncthreads();
 }
 
-/* The places of x[n], sorted in runs of RKVI_RUN. */
+/* The places of x[n], sorted in runs of RKVI_RUN. A thread takes the rows, and the places in the
+ * run, whose number is its own modulo RKVI_HEAD_THREADS: what it has written needs no barrier. */
 static __device__ void rkvi_sort_places(const float *x, int n, long long *places,
                                         rkvi_rate_memory &s)
 {
@@ -3026,7 +3028,6 @@ static __device__ void rkvi_sort_places(const float *x, int n, long long *places
         const int count = n - begin < RKVI_RUN ? n - begin : +RKVI_RUN;
         int size = 1;
         while (size < count) size *= 2;
-        __syncthreads();
         for (int i = thread; i < size; i += RKVI_HEAD_THREADS)
             s.run[i] = i < count ? rkvi_place(x[begin + i], begin + i) : ~0ull;
         rkvi_sort_run(s.run, size);
@@ -3055,7 +3056,7 @@ static __device__ int rkvi_count_below(const long long *places, int n, unsigned 
 }
 
 /* What the round adds to the carried state, and the sum of both: to the caller and, for scores, to
- * the workspace. */
+ * the workspace. No barrier: the thread that writes a row's sum is the one that reads it. */
 static __device__ void rkvi_carry_on(const rkvi_args &args, const rkvi_job &job)
 {
     const bool remembers = args.config.policy != RKV_POLICY_H2O;
@@ -3071,7 +3072,6 @@ static __device__ void rkvi_carry_on(const rkvi_args &args, const rkvi_job &job)
         const float before = j < n_old ? *later : 0.0f;
         *later = similarity[j] = fmaxf(before, similarity[j]);
     }
-    __syncthreads();
 }
 
 /* MEMORY: ranks are mixed first and divided then, as on the CPU, so that equal sums stay equal. */
