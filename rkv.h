@@ -6866,8 +6866,9 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
  * n_queries >= min(votes, most - settled) - behind. If votes >= most - settled, this is n_queries
  * >= n_new, and nothing is missing. Else missing <= behind, and rows + missing <= most.
  * Where capacity is budget + buffer, rkv_cache_step is due at the largest possible number of rows;
- * there behind is 0, rows - fixed = buffer + protect, and nothing is missing. Tokens can be missing only with a larger capacity, or
- * when a round is forced. rkv_cache_load checks (2); nothing else can break it. */
+ * there behind is 0, rows - fixed = buffer + protect, and nothing is missing. Tokens can be missing
+ * only with a larger capacity, or when a round is forced. rkv_cache_load checks (2); nothing else
+ * can break it. */
 #ifndef RKV_NO_CACHE
 #define RKVI_CACHE_ALIGN  ((size_t)256) /* of each part: the alignment of cudaMalloc */
 #define RKVI_CACHE_BUFFER 128           /* published: a round every 128 new tokens */
