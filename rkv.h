@@ -85,8 +85,9 @@
  *    prefix), or the layer must not be compressed.
  *  - Pin the prompt where it holds facts that must last (rkv_config.pinned): evicted facts are
  *    gone. On real models that pays where the prompt is at most a quarter of the budget; a larger
- *    one leaves too few rows to choose. Pins of both kinds, prefix and rows, together with the
- *    newest `protect` rows may fill the budget, and no more: then nothing is chosen.
+ *    one leaves too few rows to choose. layer.pins must leave one row to choose at least. Only if
+ *    the prefix and the newest `protect` rows fill the budget, nothing is chosen; then no other row
+ *    can be pinned.
  *  - The queries must be those of the newest `window` tokens, all of them, after rotary embedding.
  *  - The buffer (rows beyond the budget) trades memory for fewer rounds, and at tight budgets it
  *    changes quality: a published port reports 65 % on GSM8K with budget 128 and buffer 16, 90 %
@@ -347,7 +348,8 @@ typedef struct rkv_layer {
 
     /* Advanced */
     uint8_t *pins;        /* in/out, optional [sets][row_stride]: a row whose byte is not 0 is kept
-                             (it counts towards the budget, and moves); move with the rows        */
+                             (it counts towards the budget, and moves); move with the rows. Select
+                             and compress refuse pins that leave no row of a set to choose        */
     int row_stride;       /* entries per set in positions and pins, and per plane of state and
                              bias; 0 means keys.tokens                                            */
     float scale;          /* of logits; 0 means 1 / sqrt(head_dim)                                */
@@ -562,7 +564,9 @@ typedef struct rkv_cache_config {
     int n_layers, kv_heads, query_heads, head_dim; /* required                                    */
     rkv_dtype dtype;            /* of keys, values and queries; not RKV_OPAQUE. fp8, q8_0: of keys
                                    and values, which append takes in that type; queries are f32   */
-    int buffer;                 /* rows beyond the budget = tokens between rounds; 0 means 128    */
+    int buffer;                 /* rows beyond the budget = tokens between rounds; 0 means 128.
+                                   RKV: at least votes - window, or votes - protect, so that the
+                                   tokens of all queries that vote have a row                     */
 
     /* Advanced */
     int capacity;               /* rows reserved, for prompts longer than budget + buffer;
@@ -578,9 +582,9 @@ typedef struct rkv_cache_config {
 /* clang-format on */
 
 /* create takes all memory here, none later. The config is copied; its backend, thread pool, error
- * records and rope.frequencies must outlive the cache. RKV_ERROR_NULL, _ARGUMENT, _MEMORY or
- * _UNSUPPORTED (a backend without memory functions, or, with TRIATTENTION, without update_means);
- * *out is then NULL. destroy takes NULL.
+ * records and rope.frequencies must outlive the cache; rope.frequencies are read here, too, to
+ * check them. RKV_ERROR_NULL, _ARGUMENT, _MEMORY, _DEVICE or _UNSUPPORTED (a backend without memory
+ * functions, or, with TRIATTENTION, without update_means); *out is then NULL. destroy takes NULL.
  * fork makes an equal, independent cache, with memory of its own from the same allocators. It
  * shares the threads and the error records of compress, if these were given.
  * error: what the last call on this cache found wrong: *config.compress.error if that was given,
@@ -610,9 +614,10 @@ RKV_API rkv_status rkv_cache_append(rkv_cache *cache, int layer, int n_tokens,
  * Layers with different numbers of rows: RKV_ERROR_ARGUMENT. A round needs the queries of the last
  * `votes` tokens (MEMORY, H2O: of those that came after the last round), and the cache holds no
  * older ones. After rkv_cache_truncate has taken back n tokens, n queries are missing (at most
- * `votes`) until as many tokens have been appended. Until then compress returns
- * RKV_ERROR_ARGUMENT, and step does nothing and returns RKV_OK. There is always room for these
- * tokens.
+ * `votes`) until as many tokens have been appended. With more votes than `protect`, RKV also needs
+ * the rows of these tokens: votes - protect tokens after the last round. Until then compress
+ * returns RKV_ERROR_ARGUMENT, and step does nothing and returns RKV_OK. There is always room for
+ * these tokens.
  * Other errors as rkv_compress; on an error the cache is as it was. A NaN in a key or query
  * (RKV_ERROR_NONFINITE) fails every round until its token is gone, and room runs out:
  *     rkv_cache_truncate(cache, rkv_cache_error_position(cache))
@@ -740,7 +745,7 @@ struct rkv_backend {
 #define RKVI_RULE_KEY_BLOCKS     "layer.keys.block_table: a block is negative or occurs twice"
 #define RKVI_RULE_VALUE_BLOCKS   "layer.values.block_table: a block is negative or occurs twice"
 #define RKVI_RULE_QUERY_BLOCKS   "layer.queries.block_table: a block is negative or occurs twice"
-#define RKVI_RULE_PINS           "layer.pins: more rows are pinned than the budget has room for"
+#define RKVI_RULE_PINS           "layer.pins: so many rows are pinned that none is left to choose"
 #define RKVI_RULE_KEPT_RANGE     "layer.kept: a row is negative or not below n_tokens"
 #define RKVI_RULE_KEPT_ORDER     "layer.kept: rows must ascend, each listed once"
 #define RKVI_RULE_KEPT_PINNED    "layer.kept: the first `pinned` rows must stay in their places"
@@ -5016,7 +5021,7 @@ static const int *rkvi_sort_rows(const float *x, int n, rkvi_scratch *s)
 #define RKVI_PINNED_RANK 0xffffffffu
 
 /* Keeps the pinned tokens, the best candidates and the protected tokens. pins: NULL, or a byte per
- * row; no more candidates are pinned than can be kept. */
+ * row; fewer candidates are pinned than can be kept. */
 static void rkvi_choose(const rkv_config *config, const float *scores, const uint8_t *pins,
                         int n_tokens, rkvi_scratch *s, int32_t *kept)
 {
@@ -5370,11 +5375,14 @@ static rkv_status rkvi_check_blocks(const rkvi_job *job)
     return RKV_OK;
 }
 
-/* Refuses sets that pin more candidates than can be kept. */
+/* Refuses sets whose pins leave no candidate to choose. Where the config leaves none, no candidate
+ * can be pinned. */
 static rkv_status rkvi_check_pins(const rkvi_job *job)
 {
     const rkv_config *config = job->config;
-    int l, set, i, n_keep = config->budget - config->protect - config->pinned;
+    const int n_keep = config->budget - config->protect - config->pinned;
+    const int most = n_keep > 0 ? n_keep - 1 : 0;
+    int l, set, i;
     for (l = 0; l < job->n_layers; l++) {
         const rkvi_plan *plan = &job->plans[l];
         if (plan->n_tokens == plan->n_kept || !job->layers[l].pins) continue;
@@ -5383,7 +5391,7 @@ static rkv_status rkvi_check_pins(const rkvi_job *job)
             int n_pins = 0;
             for (i = config->pinned; i < plan->n_tokens - config->protect; i++)
                 n_pins += pins[i] != 0;
-            if (n_pins > n_keep)
+            if (n_pins > most)
                 return rkvi_refuse(config, RKV_ERROR_ARGUMENT, RKVI_RULE_PINS, l, set, -1);
         }
     }
@@ -6849,12 +6857,18 @@ RKV_API int rkv_evicted_runs(const int32_t *kept, int n_kept, int n_tokens,
  * Without state: votes <= budget. Let `most` be the largest number of rows since the last round, of
  * all tokens if there was none, and behind = most - rows. The updates keep n_queries >= min(votes,
  * most) - behind, for a round leaves n_queries == votes. So rows + missing <= max(most, votes).
+ * There the voter of n tokens ago is also row rows - n, which says what it has seen: by (1) that is
+ * so if n <= rows - fixed. So votes > rows - fixed are too many, too, and missing = votes - (rows -
+ * fixed) if that is more. It is not above buffer + protect - (rows - fixed) = budget + buffer -
+ * rows: rkv_cache_create makes sure that votes <= buffer + protect. (And before the first round
+ * rows - fixed is rows, at least n_queries.)
  * With state: let `most` be the largest number of rows since n_new was last 0. The updates keep
  * n_queries >= min(votes, most - settled) - behind. If votes >= most - settled, this is n_queries
  * >= n_new, and nothing is missing. Else missing <= behind, and rows + missing <= most.
  * Where capacity is budget + buffer, rkv_cache_step is due at the largest possible number of rows;
- * there behind is 0 and nothing is missing. Tokens can be missing only with a larger capacity, or
- * when a round is forced. rkv_cache_load checks (2); nothing else can break it. */
+ * there behind is 0, rows - fixed = buffer + protect, and nothing is missing. Tokens can be missing
+ * only with a larger capacity, or when a round is forced. rkv_cache_load checks (2); nothing else
+ * can break it. */
 #ifndef RKV_NO_CACHE
 #define RKVI_CACHE_ALIGN  ((size_t)256) /* of each part: the alignment of cudaMalloc */
 #define RKVI_CACHE_BUFFER 128           /* published: a round every 128 new tokens */
@@ -6953,6 +6967,10 @@ static const char *rkvi_cache_config_rule(rkv_cache_config *config)
     if (config->capacity == 0) config->capacity = compress->budget + config->buffer;
     if (config->capacity < compress->budget + config->buffer)
         return "cache.capacity: must be 0 or at least budget + buffer";
+    if (rkvi_is_scored(compress, config->capacity) && rkvi_reads_queries(compress) &&
+        !rkvi_has_state(compress) && compress->votes > config->buffer + compress->protect)
+        return "cache.buffer: must hold votes - window (RKV_POLICY_RKV), or votes - protect if "
+               "that is less";
     return NULL;
 }
 
@@ -7107,6 +7125,38 @@ static void rkvi_cache_empty(rkv_cache *cache)
     cache->rounds = 0;
 }
 
+/* A frequency out of range would fail every round. */
+static rkv_status rkvi_cache_check_frequencies(const rkv_cache *cache)
+{
+    const rkv_cache_config *config = &cache->config;
+    const rkv_backend *backend = config->backend;
+    const int turned =
+        rkvi_needs_rope(&config->compress) && rkvi_is_scored(&config->compress, config->capacity);
+    const size_t pairs = turned ? (size_t)rkvi_pairs(&config->rope, config->head_dim) : 0;
+    rkv_rope rope = config->rope;
+    rkvi_turns turns;
+    rkvi_float_mode saved;
+    rkv_status status = RKV_OK;
+    uint32_t *words; /* [2][pairs], then the table */
+    int bad = -1;
+    if (pairs == 0) return RKV_OK;
+    words = (uint32_t *)(config->alloc)(config->user, 3 * pairs * sizeof *words);
+    if (words == NULL)
+        return rkvi_cache_refuse(cache, RKV_ERROR_MEMORY, "cache: no memory for frequencies", -1);
+    if (rope.frequencies) {
+        rope.frequencies = (const float *)(const void *)(words + 2 * pairs);
+        status = backend->copy(backend, words + 2 * pairs, config->rope.frequencies,
+                               pairs * sizeof *rope.frequencies);
+    }
+    saved = rkvi_enter_float_mode();
+    if (status == RKV_OK) bad = rkvi_fill_turns(&rope, config->head_dim, words, &turns);
+    rkvi_leave_float_mode(saved);
+    (config->free)(config->user, words);
+    if (bad >= 0)
+        return rkvi_refuse(&config->compress, RKV_ERROR_ARGUMENT, RKVI_RULE_FREQUENCY, -1, -1, bad);
+    return rkvi_cache_result(cache, status, "cache: the device refused a copy", -1);
+}
+
 /* Takes the backend's memory and describes it. On an error, what it took is in `cache`. */
 static rkv_status rkvi_cache_reserve(rkv_cache *cache)
 {
@@ -7193,6 +7243,7 @@ RKV_API rkv_status rkv_cache_create(rkv_cache **out, const rkv_cache_config *con
         return rkvi_refuse(&config->compress, RKV_ERROR_MEMORY, "cache: no memory for its records",
                            -1, -1, -1);
     status = rkvi_cache_reserve(cache);
+    if (status == RKV_OK) status = rkvi_cache_check_frequencies(cache);
     if (status != RKV_OK) {
         rkv_cache_destroy(cache);
         return status;
@@ -7480,21 +7531,25 @@ static int rkvi_cache_layers_equal(const rkv_cache *cache)
     return 1;
 }
 
-/* Tokens that a layer lacks for a round, because the ring does not hold the queries that vote. */
-static int rkvi_cache_missing(const rkv_cache *cache, int n_queries, int n_new)
+/* Tokens that a layer lacks for a round, because the ring does not hold the queries that vote, or
+ * the token of a query that does has no row. n_whole: the newest rows that no round has thinned. */
+static int rkvi_cache_missing(const rkv_cache *cache, int n_queries, int n_new, int n_whole)
 {
+    const int votes = cache->config.compress.votes;
     if (cache->plan.query_bytes == 0) return 0;
-    if (rkvi_cache_carries_state(cache) && n_queries >= n_new) return 0;
-    return cache->config.compress.votes - n_queries;
+    if (rkvi_cache_carries_state(cache)) return n_queries >= n_new ? 0 : votes - n_queries;
+    return votes - rkvi_min(n_queries, n_whole);
 }
 
 static int rkvi_cache_votes_whole(const rkv_cache *cache)
 {
+    const int fixed = rkvi_cache_fixed_rows(&cache->config, cache->evicted);
     int l;
-    for (l = 0; l < cache->config.n_layers; l++)
-        if (rkvi_cache_missing(cache, cache->n_queries[l],
-                               cache->layers[l].n_tokens - cache->settled) > 0)
+    for (l = 0; l < cache->config.n_layers; l++) {
+        const int rows = cache->layers[l].n_tokens;
+        if (rkvi_cache_missing(cache, cache->n_queries[l], rows - cache->settled, rows - fixed) > 0)
             return 0;
+    }
     return 1;
 }
 
@@ -8101,8 +8156,8 @@ static const char *rkvi_image_layer_rule(const rkv_cache *cache, const unsigned 
         return "memory: a damaged snapshot, its counters are impossible";
     if (rows > (uint64_t)cache->config.capacity)
         return "memory: a snapshot of more rows than the cache's capacity";
-    if (rkvi_cache_missing(cache, (int)n_queries, (int)rows - counts->settled) >
-        cache->config.capacity - (int)rows)
+    if (rkvi_cache_missing(cache, (int)n_queries, (int)rows - counts->settled,
+                           (int)rows - counts->fixed_rows) > cache->config.capacity - (int)rows)
         return "memory: no room for the queries that the snapshot still lacks";
     return NULL;
 }

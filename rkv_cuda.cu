@@ -1560,13 +1560,30 @@ static __device__ void rkvi_fold_group(const rkvi_args &args, const rkvi_job &jo
     }
 }
 
+/* The dots of a tile's keys and up to 64 queries, dots[query][key], in place of the keys. */
+static __device__ __forceinline__ float *rkvi_store_dots(const float (*acc)[4], int n_blocks,
+                                                         rkvi_tiles &s)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    float *dots = reinterpret_cast<float *>(s.a);
+    __syncthreads();
+#pragma unroll
+    for (int block = 0; block < 8; block++)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (block < n_blocks)
+                dots[rkvi_acc_column(lane, block, k) * RKVI_DOTS_PITCH + 16 * warp +
+                     rkvi_acc_row(lane, k)] = acc[block][k];
+    __syncthreads();
+    return dots;
+}
+
 /* Logits of one tile of keys. *staged says which queries are in s.b, from tile to tile. */
 template <typename T>
 static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, int job_index,
                                    int n_queries, int tile, int *staged, rkvi_tiles &s)
 {
     const int n_chunks = rkvi_chunks<T>(job.head_dim);
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     for (int first = 0; first < n_queries; first += RKVI_TILE) {
         const int left = n_queries - first, n_blocks = left < RKVI_TILE ? (left + 7) / 8 : 8;
         float acc[8][4] = { { 0 } };
@@ -1582,17 +1599,8 @@ static __device__ void rkvi_logits(const rkvi_args &args, const rkvi_job &job, i
             }
             rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), n_blocks, T{});
         }
-        float *dots = reinterpret_cast<float *>(s.a); /* the keys are no longer needed */
-        __syncthreads();
-#pragma unroll
-        for (int block = 0; block < 8; block++)
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-                if (block < n_blocks)
-                    dots[rkvi_acc_column(lane, block, k) * RKVI_DOTS_PITCH + 16 * warp +
-                         rkvi_acc_row(lane, k)] = acc[block][k];
-        __syncthreads();
-        rkvi_fold_group(args, job, job_index, n_queries, first, tile, dots);
+        rkvi_fold_group(args, job, job_index, n_queries, first, tile,
+                        rkvi_store_dots(acc, n_blocks, s));
     }
 }
 
@@ -2492,7 +2500,6 @@ template <typename T>
 static __device__ float *rkvi_query_dots(const rkvi_args &args, const rkvi_job &job, int n_queries,
                                          int first, rkvi_tiles &s)
 {
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const int left = n_queries - first, n_blocks = left < RKVI_TILE ? (left + 7) / 8 : 8;
     float acc[8][4] = { { 0 } };
     rkvi_query_rows(args, job, n_queries, first, s.b_rows);
@@ -2503,17 +2510,7 @@ static __device__ float *rkvi_query_dots(const rkvi_args &args, const rkvi_job &
         rkvi_stage_end();
         rkvi_dots(acc, s.a, s.b, rkvi_padded(rkvi_dims<T>(job.head_dim, chunk)), n_blocks, T{});
     }
-    float *dots = reinterpret_cast<float *>(s.a); /* the keys are no longer needed */
-    __syncthreads();
-#pragma unroll
-    for (int block = 0; block < 8; block++)
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-            if (block < n_blocks)
-                dots[rkvi_acc_column(lane, block, k) * RKVI_DOTS_PITCH + 16 * warp +
-                     rkvi_acc_row(lane, k)] = acc[block][k];
-    __syncthreads();
-    return dots;
+    return rkvi_store_dots(acc, n_blocks, s);
 }
 
 static __device__ __forceinline__ float rkvi_logit(const rkvi_job &job, float dot)
@@ -2987,6 +2984,7 @@ static __global__ void __launch_bounds__(RKVI_TILE_THREADS) rkvi_expect(const rk
 /* ---- Scores: one block per head -------------------------------------------------------------- */
 
 enum { RKVI_RUN = 2048 }; /* rows that are sorted at a time */
+static_assert(RKVI_RUN % RKVI_HEAD_THREADS == 0, "rkvi_sort_places: a row's thread is the same");
 struct rkvi_rate_memory {
     rkvi_head_memory head; /* first: selection uses it */
     double sums[RKVI_HEAD_WARPS];
@@ -3020,7 +3018,8 @@ static __device__ void rkvi_sort_run(unsigned long long *run, int size)
     __syncthreads();
 }
 
-/* The places of x[n], sorted in runs of RKVI_RUN. */
+/* The places of x[n], sorted in runs of RKVI_RUN. A thread takes the rows, and the places in the
+ * run, whose number is its own modulo RKVI_HEAD_THREADS: what it has written needs no barrier. */
 static __device__ void rkvi_sort_places(const float *x, int n, long long *places,
                                         rkvi_rate_memory &s)
 {
@@ -3029,7 +3028,6 @@ static __device__ void rkvi_sort_places(const float *x, int n, long long *places
         const int count = n - begin < RKVI_RUN ? n - begin : +RKVI_RUN;
         int size = 1;
         while (size < count) size *= 2;
-        __syncthreads();
         for (int i = thread; i < size; i += RKVI_HEAD_THREADS)
             s.run[i] = i < count ? rkvi_place(x[begin + i], begin + i) : ~0ull;
         rkvi_sort_run(s.run, size);
@@ -3058,7 +3056,7 @@ static __device__ int rkvi_count_below(const long long *places, int n, unsigned 
 }
 
 /* What the round adds to the carried state, and the sum of both: to the caller and, for scores, to
- * the workspace. */
+ * the workspace. No barrier: the thread that writes a row's sum is the one that reads it. */
 static __device__ void rkvi_carry_on(const rkvi_args &args, const rkvi_job &job)
 {
     const bool remembers = args.config.policy != RKV_POLICY_H2O;
@@ -3074,7 +3072,6 @@ static __device__ void rkvi_carry_on(const rkvi_args &args, const rkvi_job &job)
         const float before = j < n_old ? *later : 0.0f;
         *later = similarity[j] = fmaxf(before, similarity[j]);
     }
-    __syncthreads();
 }
 
 /* MEMORY: ranks are mixed first and divided then, as on the CPU, so that equal sums stay equal. */
@@ -3686,19 +3683,19 @@ static __device__ void rkvi_check_tables(const rkvi_args &args, const rkvi_job &
         rkvi_check_table(args, job, job_index, RKVI_BAD_QUERY_BLOCKS, job.queries, args.votes);
 }
 
-/* No set pins more candidates than there are places for. */
+/* The pins of every set leave a candidate to choose, if the config does. */
 static __device__ void rkvi_check_pins(const rkvi_args &args, const rkvi_job &job, int job_index,
                                        rkvi_head_memory &s)
 {
     const char *pins = job.moved[RKVI_PINS].rows.data;
     const int begin = args.config.pinned, protect = args.config.protect;
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = static_cast<int>(threadIdx.x), n_keep = args.config.budget - protect - begin;
     unsigned mine = 0, total;
     if (!pins) return;
     for (int j = begin + thread; j < job.n_tokens - protect; j += RKVI_HEAD_THREADS)
         mine += pins[j] != 0;
     (void)rkvi_prefix(mine, s, &total);
-    if (thread == 0 && total > static_cast<unsigned>(args.config.budget - protect - begin))
+    if (thread == 0 && total > static_cast<unsigned>(n_keep > 0 ? n_keep - 1 : 0))
         rkvi_fault_at(args.control, RKVI_BAD_PINS, job_index, RKVI_NO_ROW);
 }
 

@@ -170,6 +170,13 @@ static rkv_config policy_of(input *in, int budget)
     return config;
 }
 
+/* The tokens of all queries that vote must have a row in every round. */
+static int least_buffer(const rkv_config *config)
+{
+    const int tail = config->protect > config->window ? config->protect : config->window;
+    return config->policy == RKV_POLICY_RKV && config->votes > tail ? config->votes - tail : 1;
+}
+
 static rkv_rope rope_of(input *in)
 {
     static const float frequencies[] = { 0.5f };
@@ -192,7 +199,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     config.kv_heads = KV_HEADS;
     config.query_heads = QUERY_HEADS;
     config.head_dim = config.dtype == RKV_Q8_0 ? 32 : 3;
-    config.buffer = number(&in, 1, 4);
+    config.buffer = number(&in, least_buffer(&config.compress), 4);
     config.capacity = config.compress.budget + config.buffer + number(&in, 0, 6);
     rkv_cache *from = new_cache(&config);
     config.capacity = config.compress.budget + config.buffer + number(&in, 0, 6);

@@ -966,14 +966,14 @@ int config_protect(const rkv_config *config)
     return config->protect > config_window(config) ? config->protect : config_window(config);
 }
 
-/* As many rows as asked for, and no more among the candidates than can be kept. */
+/* As many rows as asked for, and so many among the candidates that one is left to choose. */
 static void make_pins(job *j, rng *r, const rkv_config *config, int stride)
 {
     int first = config->pinned, end = j->shape.n_tokens - config_protect(config), set, row;
     block_make(&j->pins, (size_t)j->sets * (size_t)stride, 0, rng_below(r, 2));
     j->layer.pins = j->pins.data;
     for (set = 0; set < j->sets; set++) {
-        int left = config->budget - config_protect(config) - first;
+        int left = config->budget - config_protect(config) - first - 1;
         for (row = 0; row < stride; row++) {
             int is_candidate = row >= first && row < end;
             int pin = rng_below(r, 100) < j->shape.pins && (!is_candidate || left-- > 0);

@@ -66,12 +66,12 @@ static rkv_config newest_query(int budget)
     return config;
 }
 
-/* R-KV with more votes than the window. */
+/* R-KV with more votes than the window: as many as tokens that no round has thinned. */
 static rkv_config wide(int budget)
 {
     rkv_config config = rkv_config_wide(budget);
     config.window = 4;
-    config.votes = 20;
+    config.votes = 16;
     return config;
 }
 
@@ -1027,6 +1027,67 @@ static void test_missing_votes(void)
     feed(s, cache, 3, 4);
     expect_status("four new rows", rkv_cache_compress(cache, &n_evicted), RKV_OK);
     expect_int("evicted", 2, n_evicted, 2);
+    rkv_cache_destroy(cache);
+}
+
+/* The least buffer with which the tokens of all queries that vote have a row in every round. */
+static int least_buffer(const setup *s)
+{
+    const rkv_config options = setup_options(s);
+    const int least = setup_votes(s) - config_protect(&options);
+    return setup_planes(s) == 0 && setup_orders_queries(s) && least > 1 ? least : 1;
+}
+
+/* The queries that vote are those of the last rows, in every head: row and position agree. */
+static void expect_voters_have_rows(const setup *s, const rkv_cache *cache)
+{
+    const int rows = rkv_cache_rows(cache, 0), votes = setup_votes(s);
+    const int next = rkv_cache_position(cache, 0);
+    int l, h, i;
+    for (l = 0; l < s->n_layers; l++)
+        for (h = 0; h < s->kv_heads; h++)
+            for (i = 1; i <= votes; i++)
+                expect_int("position of a voter", i, rkv_cache_positions(cache, l, h)[rows - i],
+                           next - i);
+}
+
+/* R-KV with more votes than are protected: a round that is forced waits until enough tokens have
+ * come after the last one, or after truncation; one that is due never does. */
+static void test_votes_of_evicted_tokens(void)
+{
+    const setup *s = setup_named("wide, f32, per head");
+    const int votes = setup_votes(s);
+    const rkv_config options = setup_options(s);
+    const int protect = config_protect(&options);
+    rkv_cache *cache = cache_of(s, NULL);
+    int back, n, n_evicted = -1;
+    expect_int("no buffer to spare", 0, s->buffer, least_buffer(s));
+    feed(s, cache, 1, s->budget + 1);
+    expect_status("the first round", rkv_cache_compress(cache, &n_evicted), RKV_OK);
+    for (back = 0; back < 3; back++) {
+        const int missing = votes - protect + back;
+        expect_status("back", rkv_cache_truncate(cache, rkv_cache_position(cache, 0) - back),
+                      RKV_OK);
+        for (n = 1; n <= missing; n++) {
+            const int is_late = n < missing && rkv_cache_rows(cache, 0) + 1 > s->budget;
+            image before;
+            feed(s, cache, 1, 1);
+            if (!is_late) continue;
+            before = image_of(cache);
+            expect_status("forced", rkv_cache_compress(cache, NULL), RKV_ERROR_ARGUMENT);
+            expect_true("why", says(rkv_cache_error(cache), "cache: queries"));
+            expect_status("not due", rkv_cache_step(cache, &n_evicted), RKV_OK);
+            expect_int("evicted", n, n_evicted, 0);
+            expect_image("as it was", cache, &before);
+            free(before.bytes);
+        }
+        expect_voters_have_rows(s, cache);
+        if (back % 2) /* at that very length, it is due */
+            expect_status("due", rkv_cache_step(cache, &n_evicted), RKV_OK);
+        else
+            expect_status("forced", rkv_cache_compress(cache, &n_evicted), RKV_OK);
+        expect_int("evicted", back, n_evicted, s->buffer);
+    }
     rkv_cache_destroy(cache);
 }
 
@@ -2248,7 +2309,7 @@ static void test_never_stuck(const setup *base, int extra_capacity, uint64_t see
     int calls;
     s.capacity = s.budget + s.buffer + extra_capacity;
     t = s;
-    t.buffer = 1 + rng_below(&r, s.buffer + 8);
+    t.buffer = least_buffer(&t) + rng_below(&r, s.buffer + 8);
     t.capacity = t.budget + t.buffer + rng_below(&r, 30);
     config = scarce_config(&s, &backend);
     expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
@@ -3100,6 +3161,8 @@ int main(void)
     test_partial_window(&setups[12]);
     case_begin("votes that are missing");
     test_missing_votes();
+    case_begin("votes of tokens that were evicted");
+    test_votes_of_evicted_tokens();
     case_begin("a copy into the ring that fails");
     test_failing_ring(&setups[0]);
     case_begin("an infinite key");

@@ -282,80 +282,127 @@ static void test_rounds(const rkv_backend *backend, rkv_scope scope)
     job_free(&j);
 }
 
-/* ---- more than there are places for ---- */
+/* ---- pins that leave nothing to choose ---- */
 
-/* pins of set `set`: n of the candidates, and all rows that stay anyway. */
-static void pin_candidates(job *j, const rkv_config *config, int set, int n)
-{
-    const int stride = j->shape.row_stride ? j->shape.row_stride : j->shape.capacity;
-    uint8_t *pins = j->layer.pins + (ptrdiff_t)set * stride;
-    int row;
-    memset(pins, 1, (size_t)stride);
-    for (row = config->pinned; row < j->shape.n_tokens - config_protect(config); row++)
-        pins[row] = (uint8_t)(row - config->pinned < n);
-    block_remember(&j->pins);
-}
+enum { LIMIT_PINNED = 2, LIMIT_PROTECT = 5, LIMIT_TOKENS = 30 };
 
-/* One pin too many is refused by select and compress, with set and layer; as many as there are
- * places for are kept. Pinned and protected rows, and rows behind the last, do not count. */
-static void test_limit(const rkv_backend *backend, rkv_scope scope, int budget)
+/* The set that is pinned in a case below, and its layer; other sets pin no candidate. */
+typedef struct limit {
+    const rkv_backend *backend;
+    rkv_error error;
+    scene scene;
+    int layer, set;
+} limit;
+
+/* H2O carries a state, which a refusal must leave as it was. */
+static void limit_make(limit *t, const rkv_backend *backend, rkv_policy policy, rkv_scope scope,
+                       int budget)
 {
-    static const stage_function calls[] = { rkv_select, rkv_compress };
     rng r = rng_seed(97);
     rkv_config config = rkv_config_default(budget);
-    rkv_error error;
     shape s;
-    scene sc;
-    int places, over, i, row, bad = scope == RKV_PER_HEAD;
+    t->backend = backend;
+    t->layer = scope != RKV_PER_SEQUENCE;
+    t->set = scope == RKV_PER_HEAD;
+    config.policy = policy;
     config.scope = scope;
     config.window = 3;
-    config.protect = 5;
-    config.pinned = 2;
-    config.error = &error;
-    places = budget - 7;
+    config.protect = LIMIT_PROTECT;
+    config.pinned = LIMIT_PINNED;
+    config.error = &t->error;
     memset(&s, 0, sizeof s);
     s.kv_heads = 2;
     s.group = 1;
     s.head_dim = 4;
-    s.n_tokens = 30;
-    s.capacity = 33;
+    s.n_tokens = LIMIT_TOKENS;
+    s.capacity = LIMIT_TOKENS + 3;
+    s.n_new = 7;
     s.pins = 1;
-    scene_make(&sc, &r, &config, &s, 2);
-    for (over = 0; over < 2; over++) {
-        const int layer = scope == RKV_PER_SEQUENCE ? 0 : 1;
-        job *j = &sc.jobs[layer];
-        case_begin("%s, scope %d, %d places: %s", backend->name, (int)scope, places,
-                   over ? "a pin too many" : "all of them pinned");
-        for (i = 0; i < j->sets; i++) pin_candidates(j, &config, i, i == bad ? places + over : 0);
-        expect_status("score", call_stage(rkv_score, backend, &config, sc.jobs, 2), RKV_OK);
-        block_remember(&sc.jobs[0].scores);
-        block_remember(&sc.jobs[1].scores);
-        for (i = 0; i < 2; i++)
-            if (sc.jobs[i].shared.base) block_remember(&sc.jobs[i].shared);
-        for (i = 0; i < 2 && over; i++) {
-            memset(&error, 0x55, sizeof error);
-            expect_status("refused", call_stage(calls[i], backend, &config, sc.jobs, 2),
-                          RKV_ERROR_ARGUMENT);
-            expect_true("rule", error.rule && !strcmp(error.rule, RKVI_RULE_PINS));
-            expect_int("layer", i, error.layer, layer);
-            expect_int("set", i, error.head, bad);
-            expect_int("token", i, error.token, -1);
-            job_unchanged("nothing written", &sc.jobs[0]);
-            job_unchanged("nothing written", &sc.jobs[1]);
-        }
-        if (over) continue;
-        expect_status("select", call_stage(rkv_select, backend, &config, sc.jobs, 2), RKV_OK);
-        for (row = 0; row < 2 + places; row++)
-            expect_int("the pinned ones", row, j->layer.kept[bad * budget + row], row);
-        for (; row < budget; row++)
-            expect_int("the protected ones", row, j->layer.kept[bad * budget + row],
-                       j->shape.n_tokens - budget + row);
-        block_restore(&sc.jobs[0].kept);
-        if (sc.jobs[1].kept.base) block_restore(&sc.jobs[1].kept);
-        sc.jobs[0].layer = sc.jobs[0].remembered;
-        sc.jobs[1].layer = sc.jobs[1].remembered;
+    scene_make(&t->scene, &r, &config, &s, 2);
+}
+
+/* Pins n candidates of the set, and of every set all rows that stay anyway. */
+static void limit_pin(limit *t, int n)
+{
+    job *j = &t->scene.jobs[t->layer];
+    const int stride = j->shape.row_stride ? j->shape.row_stride : j->shape.capacity;
+    const int end = j->shape.n_tokens - LIMIT_PROTECT;
+    int set, row;
+    for (set = 0; set < j->sets; set++) {
+        uint8_t *pins = j->layer.pins + (ptrdiff_t)set * stride;
+        memset(pins, 1, (size_t)stride);
+        for (row = LIMIT_PINNED; row < end; row++)
+            pins[row] = (uint8_t)(set == t->set && row < LIMIT_PINNED + n);
     }
-    scene_free(&sc);
+    block_remember(&j->pins);
+}
+
+/* What rkv_score has written is what a later refusal must leave. */
+static void limit_score(limit *t)
+{
+    int l;
+    expect_status("score", call_stage(rkv_score, t->backend, &t->scene.config, t->scene.jobs, 2),
+                  RKV_OK);
+    for (l = 0; l < 2; l++) {
+        job *j = &t->scene.jobs[l];
+        if (j->scores.base) block_remember(&j->scores);
+        if (j->shared.base) block_remember(&j->shared);
+        if (j->state.base) block_remember(&j->state);
+        j->remembered = j->layer;
+    }
+}
+
+static void limit_refuses(limit *t, const char *name, stage_function call)
+{
+    int l;
+    memset(&t->error, 0x55, sizeof t->error);
+    expect_status(name, call_stage(call, t->backend, &t->scene.config, t->scene.jobs, 2),
+                  RKV_ERROR_ARGUMENT);
+    expect_true("rule", t->error.rule && !strcmp(t->error.rule, RKVI_RULE_PINS));
+    expect_int("layer", 0, t->error.layer, t->layer);
+    expect_int("set", 0, t->error.head, t->set);
+    expect_int("token", 0, t->error.token, -1);
+    for (l = 0; l < 2; l++) job_unchanged(name, &t->scene.jobs[l]);
+}
+
+/* The prefix, the pinned rows, the one that is chosen, if there is a place for it, the newest. */
+static void limit_keeps(limit *t, int n_pins)
+{
+    const job *j = &t->scene.jobs[t->layer];
+    const int budget = t->scene.config.budget;
+    int32_t lists[2 * 32];
+    const int32_t *list = lists + t->set * budget;
+    int row;
+    expect_status("select", call_stage(rkv_select, t->backend, &t->scene.config, t->scene.jobs, 2),
+                  RKV_OK);
+    expect_int("n_kept", 0, lists_by_hand(&t->scene, t->layer, lists), budget);
+    for (row = 0; row < LIMIT_PINNED + n_pins; row++) expect_int("pinned", row, list[row], row);
+    for (row = budget - LIMIT_PROTECT; row < budget; row++)
+        expect_int("protected", row, list[row], j->shape.n_tokens - budget + row);
+    expect_lists("kept", &t->scene, t->layer, lists, budget);
+}
+
+/* Pins may take all places but one. Without a place there is nothing to leave: none may be pinned.
+ * Pinned and protected rows, and rows behind the last, do not count. */
+static void test_limit(const rkv_backend *backend, rkv_policy policy, rkv_scope scope, int budget)
+{
+    const int places = budget - LIMIT_PINNED - LIMIT_PROTECT;
+    int n;
+    for (n = places > 1 ? places - 2 : 0; n < places + 2; n++) {
+        const int is_refused = n > 0 && n >= places;
+        limit t;
+        case_begin("%s, policy %d, scope %d: %d pins in %d places", backend->name, (int)policy,
+                   (int)scope, n, places);
+        limit_make(&t, backend, policy, scope, budget);
+        limit_pin(&t, n);
+        if (is_refused) limit_refuses(&t, "compress", rkv_compress);
+        limit_score(&t);
+        if (is_refused)
+            limit_refuses(&t, "select", rkv_select);
+        else
+            limit_keeps(&t, n);
+        scene_free(&t.scene);
+    }
 }
 
 /* A layer within its budget keeps every row and moves none: it may have any pins. */
@@ -438,8 +485,10 @@ int main(void)
             test_random(backends[i], scope, (int)wanted_cases(200));
             test_rounds(backends[i], (rkv_scope)scope);
             test_keep_all(backends[i], (rkv_scope)scope);
-            test_limit(backends[i], (rkv_scope)scope, 12);
-            test_limit(backends[i], (rkv_scope)scope, 7); /* no place at all */
+            test_limit(backends[i], RKV_POLICY_RKV, (rkv_scope)scope, 12);
+            test_limit(backends[i], RKV_POLICY_H2O, (rkv_scope)scope, 12);
+            test_limit(backends[i], RKV_POLICY_RKV, (rkv_scope)scope, 8); /* one place */
+            test_limit(backends[i], RKV_POLICY_RKV, (rkv_scope)scope, 7); /* none */
         }
     }
     return close_tests();

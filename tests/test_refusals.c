@@ -435,7 +435,7 @@ static const char *spoil_config(int which, rkv_config *c)
 static rkv_cache_config cache_config(rkv_error *error);
 
 static void expect_not_created(const char *rule, rkv_status want, const rkv_cache_config *config,
-                               int layer)
+                               int layer, int token)
 {
     rkv_cache_config before;
     rkv_cache *cache = (rkv_cache *)(void *)&before;
@@ -443,7 +443,7 @@ static void expect_not_created(const char *rule, rkv_status want, const rkv_cach
     memcpy(&before, config, sizeof before);
     *config->compress.error = poison;
     status = rkv_cache_create(&cache, config);
-    expect_refusal(rule, status, want, config->compress.error, layer, -1, -1);
+    expect_refusal(rule, status, want, config->compress.error, layer, -1, token);
     expect_true("no cache", cache == NULL);
     expect_same_config("config.compress", &config->compress, &before.compress);
     expect_bytes("config", &config->n_layers, &before.n_layers,
@@ -461,7 +461,7 @@ static void test_config(scene *sc)
         refuse(sc, ALL, rule, -1);
         config.compress = sc->config;
         config.compress.error = &sc->error;
-        expect_not_created(rule, RKV_ERROR_ARGUMENT, &config, -1);
+        expect_not_created(rule, RKV_ERROR_ARGUMENT, &config, -1, -1);
         scene_mend(sc, &good);
     }
     case_begin("%s: layers", sc->backend->name);
@@ -1027,7 +1027,7 @@ static void test_data(scene *sc)
     case_begin("%s: pins", sc->backend->name);
     memset(sc->layers[1].pins + CAPACITY, 1, CAPACITY);
     refuse_data(sc, kept, RKV_ERROR_ARGUMENT,
-                "layer.pins: more rows are pinned than the budget has room for", 1, 1, -1);
+                "layer.pins: so many rows are pinned that none is left to choose", 1, 1, -1);
     memset(sc->layers[1].pins + CAPACITY, 0, CAPACITY);
 
     case_begin("%s: kept lists", sc->backend->name);
@@ -1150,6 +1150,9 @@ static rkv_status scarce_copy_rows(const rkv_backend *self, const rkv_tensor *ds
     return cpu->copy_rows(cpu, dst, dst_token, src, src_token, n_tokens);
 }
 
+static const char cache_votes_rule[] =
+    "cache.buffer: must hold votes - window (RKV_POLICY_RKV), or votes - protect if that is less";
+
 /* clang-format off */
 static const char *spoil_cache(int which, rkv_cache_config *c, rkv_status *want, int *layer)
 {
@@ -1206,6 +1209,9 @@ static const char *spoil_cache(int which, rkv_cache_config *c, rkv_status *want,
         c->compress.policy = RKV_POLICY_TRIATTENTION;
         *want = RKV_ERROR_UNSUPPORTED;
         return "cache.backend: has no update_means, which TRIATTENTION needs";
+    case 25: c->compress.votes = CACHE_WINDOW + CACHE_BUFFER + 1; return cache_votes_rule;
+    case 26: c->compress.protect = CACHE_WINDOW + 1; c->compress.votes = CACHE_BUDGET;
+             c->buffer = CACHE_BUDGET - CACHE_WINDOW - 2; return cache_votes_rule;
     default: return NULL;
     }
 }
@@ -1222,7 +1228,104 @@ static void test_create(void)
         const char *rule = spoil_cache(which, &config, &want, &layer);
         if (!rule) break;
         case_begin("cache case %d: %s", which, rule);
-        expect_not_created(rule, want, &config, layer);
+        expect_not_created(rule, want, &config, layer, -1);
+    }
+}
+
+/* More votes than the window and the buffer hold: refused with R-KV alone, where queries vote. */
+static void test_create_votes(void)
+{
+    rkv_error error;
+    int which;
+    for (which = 0; which < 7; which++) {
+        rkv_cache_config config = cache_config(&error);
+        rkv_cache *cache = NULL;
+        case_begin("votes of a cache, case %d", which);
+        config.compress.votes = CACHE_WINDOW + CACHE_BUFFER + 1;
+        config.rope.pairing = RKV_ROPE_NONE;
+        switch (which) {
+        case 0: config.compress.votes--; break;
+        case 1: config.buffer++; break;
+        case 2: config.compress.protect = CACHE_WINDOW + 1; break;
+        case 3: config.compress.lambda = 0; break;
+        case 4: config.compress.protect = CACHE_BUDGET - 1; break; /* nothing is chosen */
+        case 5: config.compress.policy = RKV_POLICY_H2O; break;
+        default: config.compress.policy = RKV_POLICY_MEMORY_TRACES;
+        }
+        expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
+        rkv_cache_destroy(cache);
+    }
+}
+
+/* Frequencies, or a base that gives them, in two pairs: the first that is out of range is named.
+ * What no round looks at is not looked at here. */
+static void test_create_frequencies(void)
+{
+    static const struct {
+        rkv_policy policy;
+        rkv_pairing pairing;
+        int dims, protect, is_table;
+        float base, table[2];
+        int bad; /* -1: none */
+    } cases[] = {
+        { RKV_POLICY_MEMORY_TRACES, RKV_ROPE_HALVES, 0, 0, 1, 0, { 1, 4.5f }, 1 },
+        { RKV_POLICY_MEMORY_PROSE, RKV_ROPE_ADJACENT, 0, 0, 1, 0, { NAN, -1 }, 0 },
+        { RKV_POLICY_TRIATTENTION, RKV_ROPE_HALVES, 0, 0, 1, 0, { 0.5f, -0.25f }, 1 },
+        { RKV_POLICY_TRIATTENTION, RKV_ROPE_HALVES, 0, 0, 0, 0.01f, { 0, 0 }, 1 },
+        { RKV_POLICY_MEMORY_TRACES, RKV_ROPE_HALVES, 0, 0, 1, 0, { 4, 0 }, -1 },
+        { RKV_POLICY_MEMORY_TRACES, RKV_ROPE_HALVES, 2, 0, 1, 0, { 1, 4.5f }, -1 },
+        { RKV_POLICY_MEMORY_TRACES, RKV_ROPE_NONE, 0, 0, 1, 0, { 1, 4.5f }, -1 },
+        { RKV_POLICY_MEMORY_TRACES, RKV_ROPE_HALVES, 0, CACHE_BUDGET - 1, 1, 0, { 1, 4.5f }, -1 },
+        { RKV_POLICY_H2O, RKV_ROPE_HALVES, 0, 0, 1, 0, { 1, 4.5f }, -1 },
+        { RKV_POLICY_RKV, RKV_ROPE_HALVES, 0, 0, 1, 0, { 1, 4.5f }, -1 },
+    };
+    size_t i;
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        rkv_error error;
+        rkv_cache_config config = cache_config(&error);
+        rkv_cache *cache = NULL;
+        case_begin("frequencies of a cache, case %d", (int)i);
+        config.compress.policy = cases[i].policy;
+        config.compress.protect = cases[i].protect;
+        config.rope.pairing = cases[i].pairing;
+        config.rope.dims = cases[i].dims;
+        config.rope.base = cases[i].base;
+        if (cases[i].is_table) config.rope.frequencies = cases[i].table;
+        if (cases[i].bad >= 0)
+            expect_not_created("rope.frequencies: one is not in [0, 4]", RKV_ERROR_ARGUMENT,
+                               &config, -1, cases[i].bad);
+        else
+            expect_status("create", rkv_cache_create(&cache, &config), RKV_OK);
+        rkv_cache_destroy(cache);
+    }
+}
+
+/* The table cannot be read, or there is no memory to read it into. */
+static void test_create_unread_table(void)
+{
+    static const float table[] = { 1, 0.5f };
+    int copies, left;
+    for (copies = 0; copies < 2; copies++) {
+        rkv_backend backend = *rkv_backend_find(NULL);
+        rkv_error error;
+        rkv_cache_config config = cache_config(&error);
+        case_begin("a table of frequencies, %s", copies ? "no memory" : "a copy is refused");
+        config.compress.policy = RKV_POLICY_TRIATTENTION;
+        config.rope.pairing = RKV_ROPE_HALVES;
+        config.rope.frequencies = table;
+        config.alloc = scarce_alloc;
+        config.free = scarce_free;
+        config.user = &left;
+        left = copies ? 1 : 2; /* the records, then the table */
+        backend.copy = scarce_copy;
+        config.backend = &backend;
+        backend_copies = 1; /* the device's record */
+        if (copies)
+            expect_not_created("cache: no memory for frequencies", RKV_ERROR_MEMORY, &config, -1,
+                               -1);
+        else
+            expect_not_created("cache: the device refused a copy", RKV_ERROR_DEVICE, &config, -1,
+                               -1);
     }
 }
 
@@ -1909,6 +2012,9 @@ int main(int argc, char **argv)
     for (i = 0; i < n; i++) run_on_backend(backends[i]);
     test_means();
     test_create();
+    test_create_votes();
+    test_create_frequencies();
+    test_create_unread_table();
     test_append();
     test_rounds();
     test_refused_copies();

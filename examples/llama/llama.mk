@@ -105,7 +105,8 @@ $(BUILD)/tests/llama_real: $(patsubst %,$(BUILD)/obj/examples/%.o,llama/tokens l
         ponder/options)
 $(patsubst %,$(BUILD)/tests/llama_%,adapter policies refusals real): $(BUILD)/tests/llama_%: \
         $(BUILD)/obj/tests/llama/%.o $(patsubst %,$(BUILD)/obj/%.o,tests/llama/bed \
-        tests/llama/tiny tests/llama/snapshot examples/ponder/gguf) $(TEST_SHARED)
+        tests/llama/tiny tests/llama/snapshot tests/llama/witness examples/ponder/gguf) \
+        $(TEST_SHARED)
 	$(link)
 $(BUILD)/tests/llama_ponder: $(patsubst %,$(BUILD)/obj/tests/llama/%.o,ponder mind) \
         $(patsubst %,$(BUILD)/obj/examples/ponder/%.o,model gguf task kernels own_cache \

@@ -108,7 +108,8 @@ typedef struct rkv_llama_options {
                       buffer cells                                                               */
     int pin_limit; /* the most tokens of a prompt that are pinned by themselves, from its start;
                       0 means half of what the window, or a sliding window, leaves of the
-                      budget; -1 pins none. Never more than fit beside the window                */
+                      budget; -1 pins none. Never so many that beside the window none is left
+                      to choose                                                                  */
     int n_threads; /* of a round; 0 means config->n_threads if that is above 1, else as many as
                       the context has at attach. More than one need RKV_PTHREADS, or
                       config->parallel_for; without them 0 means 1                               */
@@ -192,7 +193,8 @@ int rkv_llama_compress(rkv_llama *r, llama_seq_id seq);
 
 /* rkv_llama_pin: tokens at positions [p0, p1) of a sequence are never evicted, those that are still
  * to be decoded included; p1 < 0: to the end of time. Pinned tokens count towards the budget and
- * must leave room in it for the window: the round that finds them too many is refused.
+ * must leave room in it for the window and, where the config leaves tokens to choose, for one of
+ * them: the round that finds them too many is refused.
  *     rkv_llama_pin(r, 0, 0, n_prompt);      before a prompt that comes in several batches
  * The first decode of a sequence does this by itself for its tokens, up to pin_limit, unless
  * rkv_llama_pin or rkv_llama_unpin was called for the sequence before. 0, or RKV_LLAMA_REFUSED.
@@ -1238,12 +1240,13 @@ static int rkvli_check_sizes(rkv_llama *r)
     return RKV_LLAMA_OK;
 }
 
-/* How much of a prompt is pinned: no more than fits beside the tokens that must stay. */
+/* How much of a prompt is pinned: one token is left to choose beside it and what must stay. */
 static int rkvli_pin_limit(const rkv_llama *r)
 {
     const int tail = r->config.window > r->n_swa ? r->config.window : r->n_swa;
-    const int most = r->budget - tail, wanted = r->options.pin_limit;
-    if (wanted == 0) return most / 2;
+    const int left = r->budget - tail, most = left > 0 ? left - 1 : 0;
+    const int wanted = r->options.pin_limit;
+    if (wanted == 0) return left / 2;
     return wanted < most ? wanted : most;
 }
 
@@ -1651,12 +1654,13 @@ static int rkvli_least_tail(const rkv_llama *r)
     return window > r->n_swa ? window : r->n_swa;
 }
 
-/* The config of one round: pins take the place of config.pinned; a tail that does not fit beside
- * them shrinks, down to what must stay. */
+/* The config of one round: pins take the place of config.pinned; a tail beside which they leave no
+ * token to choose shrinks, down to what must stay. If that and config.pinned fill the budget, no
+ * other token can be pinned, and nothing is chosen. */
 static int rkvli_round_config(rkv_llama *r, llama_seq_id seq, rkv_config *config, int *tail)
 {
     const rkvli_sequence *s = &r->sequences[seq];
-    int i, n_pins = 0, n_before, votes = rkvli_count_votes(r, s);
+    int i, n_pins = 0, n_before, n_left, votes = rkvli_count_votes(r, s);
     int least = rkvli_least_tail(r);
     *config = r->config;
     *tail = config->protect > config->window ? config->protect : config->window;
@@ -1668,14 +1672,15 @@ static int rkvli_round_config(rkv_llama *r, llama_seq_id seq, rkv_config *config
     }
     for (;; --*tail) { /* pins within the tail count once */
         for (n_before = 0, i = 0; i < s->n - *tail; i++) n_before += r->round_pins[i];
-        if (n_before + *tail <= r->budget) break;
+        n_left = r->budget - *tail - n_before;
+        if (n_left > 0 || (n_left == 0 && n_before == r->config.pinned)) break;
         if (*tail == least)
             return rkvli_say(r, RKV_LLAMA_REFUSED,
                              "a round of sequence %d: %d pinned or shared tokens and the newest %d "
-                             "do not fit into a budget of %d",
+                             "leave none to choose in a budget of %d",
                              (int)seq, n_pins, least, r->budget);
     }
-    config->pinned = 0;
+    config->pinned = n_left > 0 ? 0 : n_before;
     config->protect = *tail;
     if (config->window > *tail) config->window = *tail;
     if (r->method == RKVLI_SCORED && votes == 0 && config->policy == RKV_POLICY_RKV)
@@ -1739,7 +1744,7 @@ static int rkvli_score(rkv_llama *r, const rkv_config *config, llama_seq_id seq)
         r->options.score(r->options.score_user, seq, n, s->positions, r->sum);
         return RKV_LLAMA_OK;
     }
-    if (r->method == RKVLI_NEWEST || config->protect == r->budget) {
+    if (r->method == RKVLI_NEWEST || config->pinned + config->protect == r->budget) {
         memset(r->sum, 0, (size_t)n * sizeof *r->sum); /* of equals the newest stay */
         rkvli_clear_new_state(r, seq);
         return RKV_LLAMA_OK;

@@ -21,9 +21,10 @@ run() {
 
 # LINE FUNCTION.N of every barrier that is a statement.
 barriers() {
-    awk '/^[a-z].*rkvi_[a-z0-9_]+\(/ { match($0, /rkvi_[a-z0-9_]+\(/)
+    awk '/^[a-z].*rkvi_[a-z0-9_]+\(|^ +rkvi_[a-z0-9_]+\(const rkvi_args args\)$/ {
+             match($0, /rkvi_[a-z0-9_]+\(/)
              name = substr($0, RSTART, RLENGTH - 1); n = 0 }
-         /^ *__sync(threads|warp)\(\);/ { print FNR, name "." ++n }' rkv_cuda.cu
+         /^ *(if \(.*\) )?__sync(threads|warp)\(\);/ { print FNR, name "." ++n }' rkv_cuda.cu
 }
 
 fault() { # name, sed expression
@@ -37,6 +38,8 @@ fault() { # name, sed expression
         sed -n 1,5p "$dir/out"
     elif run; then
         echo "FAIL  $1: nothing notices"
+    elif ! grep -q '^FAIL' "$dir/out"; then
+        echo "FAIL  $1: no report, perhaps for want of time"
     else
         echo "ok    $1: $(sed -n '/^FAIL/ { s/^FAIL *//; p; q; }' "$dir/out")"
         passed=$((passed + 1))
@@ -56,7 +59,7 @@ if ! build || ! run; then
 fi
 barriers >"$dir/barriers"
 while read -r line name; do
-    fault "$name" "${line}s/__sync[a-z]*();//"
+    fault "$name" "${line}s/__sync[a-z]*();/(void)0;/"
 done <"$dir/barriers"
 
 fault never-written 's/head.args.open_count\[entry.first_job + h\] = 0;//'

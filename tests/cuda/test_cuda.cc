@@ -1059,7 +1059,7 @@ static void test_queued_stages()
         { "a NaN among the keys", 0, RKV_ERROR_NONFINITE, 3 },
         { "a query table with an entry twice", 0, RKV_ERROR_ARGUMENT, 5 },
         { "a NaN among the caller's scores", 1, RKV_ERROR_NONFINITE, 7 },
-        { "more pins than places", 1, RKV_ERROR_ARGUMENT, -1 },
+        { "a pin for every place", 1, RKV_ERROR_ARGUMENT, -1 },
     };
     for (int c = 0; c < 4; c++) {
         rkv_config config = rkv_config_default(50);
@@ -1083,8 +1083,8 @@ static void test_queued_stages()
         }
         if (c == 2) reinterpret_cast<float *>(j.scores.data)[7] = NAN;
         if (c == 3) {
-            memset(j.pins.data, 1, 43); /* of 92 candidates 42 can be kept */
-            memset(j.pins.data + 43, 0, 57);
+            memset(j.pins.data, 1, 42); /* of 92 candidates 42 can be kept */
+            memset(j.pins.data + 42, 0, 58);
             block_remember(&j.pins);
             for (int i = 0; i < 184; i++) reinterpret_cast<float *>(j.scores.data)[i] = 0;
         }
@@ -1169,7 +1169,7 @@ static void put_fault(rng *r, job *j)
         const int at = rng_below(r, entries);
         table[at] = rng_below(r, 2) ? -1 : table[rng_below(r, entries)];
         block_remember(&v->table);
-    } else if (kind == 5 && j->layer.pins) { /* more pins than places, or just a row */
+    } else if (kind == 5 && j->layer.pins) { /* as many pins as places, or just a row */
         const size_t row = static_cast<size_t>(rng_below(r, static_cast<int>(j->pins.bytes)));
         memset(j->pins.data + row, 1, rng_below(r, 2) ? 1 : j->pins.bytes - row);
         block_remember(&j->pins);
@@ -1237,19 +1237,23 @@ static void test_many_faults(uint64_t seed)
     case_end();
 }
 
-/* Pins: as many as there are places are all kept; one more is refused, in whatever stage. */
+/* Pins for all places but one are kept; one more is refused, in whatever stage. Where there is no
+ * place, one is. */
 static void test_pins()
 {
     for (int scope = RKV_PER_HEAD; scope <= RKV_PER_SEQUENCE; scope++)
-        for (int extra = 0; extra < 2; extra++)
+        for (int c = 0; c < 6; c++)
             for (int stage = 0; stage < 2; stage++) {
-                const int places = 50 - 20 - 3;
-                rkv_config config = rkv_config_default(50);
+                static const struct {
+                    int places, pins;
+                } cases[] = { { 27, 26 }, { 27, 27 }, { 1, 0 }, { 1, 1 }, { 0, 0 }, { 0, 1 } };
+                const int places = cases[c].places, pins = cases[c].pins;
+                rkv_config config = rkv_config_default(20 + 3 + places);
                 rng r = rng_seed(19);
                 shape s = plain_shape(2, 2, 32, 300, RKV_F16);
                 trial t;
-                case_begin("pins in %d of %d places, scope %d, stage %d", places + extra, places,
-                           scope, stage);
+                case_begin("pins in %d of %d places, scope %d, stage %d", pins, places, scope,
+                           stage);
                 memset(&t, 0, sizeof t);
                 config.pinned = 3;
                 config.protect = 20;
@@ -1262,13 +1266,13 @@ static void test_pins()
                     job *j = device ? &t.gpu[0] : &t.cpu[0];
                     const int set = j->sets - 1;
                     memset(j->pins.data, 0, j->pins.bytes);
-                    for (int i = 0; i < places + extra; i++)
+                    for (int i = 0; i < pins; i++)
                         j->pins.data[300 * set + 3 + 10 * i] = static_cast<uint8_t>(1 + 9 * i);
                     j->pins.data[300 * set] = 1;        /* pinned anyway */
                     j->pins.data[300 * set + 290] = 20; /* protected anyway */
                     block_remember(&j->pins);
                 }
-                if (extra) {
+                if (pins > 0 && pins >= places) {
                     float *scores = reinterpret_cast<float *>(t.cpu[0].scores.data);
                     float *shared = reinterpret_cast<float *>(t.cpu[0].shared.data);
                     for (int i = 0; i < 2 * 292; i++) scores[i] = NAN; /* found only after pins */
@@ -1661,6 +1665,41 @@ static void test_cache()
     }
 }
 
+/* A table of frequencies lies in the device's memory; create reads it. */
+static void test_cache_frequencies()
+{
+    for (int bad = 0; bad < 2; bad++) {
+        std::vector<float> table(CACHE_DIM / 2, 0.5f);
+        rkv_cache *cache = NULL;
+        rkv_cache_config config;
+        rkv_error error;
+        mirror m;
+        case_begin("frequencies of a managed cache on the device, %s",
+                   bad ? "one too large" : "all right");
+        memset(&config, 0, sizeof config);
+        memset(&error, 0, sizeof error);
+        config.compress = rkv_config_triattention(40);
+        config.compress.error = &error;
+        config.n_layers = CACHE_LAYERS;
+        config.kv_heads = CACHE_HEADS;
+        config.query_heads = CACHE_HEADS * CACHE_GROUP;
+        config.head_dim = CACHE_DIM;
+        config.backend = cuda();
+        if (bad) table[3] = 4.5f;
+        config.rope.pairing = RKV_ROPE_HALVES;
+        config.rope.frequencies = m.add(table.data(), table.size() * 4, false);
+        expect_status("create", rkv_cache_create(&cache, &config),
+                      bad ? RKV_ERROR_ARGUMENT : RKV_OK);
+        expect_true("a cache", (cache != NULL) == (bad == 0));
+        if (bad) {
+            expect_true("rule", error.rule && strcmp(error.rule, RKVI_RULE_FREQUENCY) == 0);
+            expect_int("which", 0, error.token, 3);
+        }
+        case_end();
+        rkv_cache_destroy(cache);
+    }
+}
+
 /* A NaN in a key or a query: the round is refused and changes nothing; without that token the
  * cache goes on as one that has never seen it. */
 static void append_one(cache_pair pair, rng *r, int layer, float poison, int where)
@@ -1889,6 +1928,7 @@ static void test_chosen()
 #endif
     test_copy_rows();
     test_cache();
+    test_cache_frequencies();
     test_cache_fault();
     test_graph();
     test_two_streams();

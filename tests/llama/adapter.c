@@ -1,20 +1,11 @@
 /* adapter.c - examples/llama/rkv_llama.h inside llama.cpp, on tiny models with random weights.
  * make test-llama        (needs llama.cpp: make llama-cpp) */
 #include "bed.h"
+
+#include "key_place.h"
 #include "oracle.h"
 #include "snapshot.h"
-
-/* Whether buffers are taken for those of a GPU: keys and queries then come by copies. */
-static int is_on_device;
-
-static bool is_host(ggml_backend_buffer_t buffer)
-{
-    return !is_on_device && ggml_backend_buffer_is_host(buffer);
-}
-#define ggml_backend_buffer_is_host is_host
-
-#define RKV_LLAMA_IMPLEMENTATION
-#include "rkv_llama.h"
+#include "witness.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -90,47 +81,16 @@ static void test_same_logits(void)
 /* ---- kept sets against the oracle --------------------------------------------------------------
  * Keys from llama.cpp's own state, queries from a callback of the test's own. */
 
-enum { LONGEST = 1024, MAX_LAYERS = 6 };
-
-typedef struct witness {
-    float queries[MAX_LAYERS][LONGEST][TINY_HEADS * TINY_DIM]; /* [layer][position] */
-    int n_layers, layer, begin, n; /* of the graph under way: its next layer, its tokens */
+typedef struct trial {
+    witness seen;
     struct llama_context **ctx;
     rkv_config config;
-    float scale;    /* of the logits */
-    int full_layer; /* the only layer that is scored; -1: all */
     int n_rounds, n_equal, n_last_kept;
     double worst;
-} witness;
-
-static int is_attention(const struct ggml_tensor *t)
-{
-    return t->op == GGML_OP_FLASH_ATTN_EXT || strncmp(t->name, "kq-", 3) == 0;
-}
-
-static bool watch(struct ggml_tensor *t, bool ask, void *user)
-{
-    witness *w = user;
-    const struct ggml_tensor *q;
-    int i, h;
-    if (!is_attention(t)) return !ask;
-    if (ask) return true;
-    q = t->src[t->op == GGML_OP_FLASH_ATTN_EXT ? 0 : 1];
-    for (i = 0; i < (int)q->ne[1]; i++)
-        for (h = 0; h < TINY_HEADS; h++)
-            memcpy(&w->queries[w->layer][w->begin + i][h * TINY_DIM],
-                   (const char *)q->data + (size_t)i * q->nb[1] + (size_t)h * q->nb[2],
-                   TINY_DIM * sizeof(float));
-    w->n = (int)q->ne[1];
-    if (++w->layer == w->n_layers) {
-        w->layer = 0;
-        w->begin += w->n;
-    }
-    return true;
-}
+} trial;
 
 /* One layer's scores in double, added to the sum. */
-static void oracle_layer(witness *w, const snapshot *s, const rkv_llama_round *round, int layer,
+static void oracle_layer(trial *t, const snapshot *s, const rkv_llama_round *round, int layer,
                          int row_layer, double *sum, double *tolerance)
 {
     const int n = round->n_tokens, window = 8, group = TINY_HEADS / TINY_KV_HEADS;
@@ -149,11 +109,12 @@ static void oracle_layer(witness *w, const snapshot *s, const rkv_llama_round *r
         for (g = 0; g < group; g++)
             for (i = 0; i < window; i++)
                 memcpy(votes + (g * window + i) * TINY_DIM,
-                       &w->queries[layer][round->positions[n - window + i]]
-                                  [(h * group + g) * TINY_DIM],
+                       &t->seen.queries[layer][round->positions[n - window + i]]
+                                       [(h * group + g) * TINY_DIM],
                        TINY_DIM * sizeof *votes);
-        oracle_score(&heads[h], &w->config, keys, votes, n, TINY_DIM, group, w->scale, 0);
-        *tolerance += oracle_tolerance(&heads[h], &w->config) / TINY_KV_HEADS;
+        oracle_score(&heads[h], &t->config, keys, votes, n, TINY_DIM, group, (float)t->seen.scale,
+                     0);
+        *tolerance += oracle_tolerance(&heads[h], &t->config) / TINY_KV_HEADS;
     }
     oracle_add_layer(sum, heads, TINY_KV_HEADS);
     for (h = 0; h < TINY_KV_HEADS; h++) oracle_free(&heads[h]);
@@ -164,29 +125,28 @@ static void oracle_layer(witness *w, const snapshot *s, const rkv_llama_round *r
 
 static void judge(void *user, const rkv_llama_round *round)
 {
-    witness *w = user;
+    trial *t = user;
     const int n = round->n_tokens;
     double *sum = alloc_checked((size_t)n * sizeof *sum), tolerance = 0, gap, scale = 0;
     int32_t *kept = alloc_checked((size_t)n * sizeof *kept);
     snapshot s;
-    int i, n_kept, n_layers;
-    snapshot_take(&s, *w->ctx, round->seq, n);
+    int i, n_kept;
+    snapshot_take(&s, *t->ctx, round->seq, n);
     memset(sum, 0, (size_t)n * sizeof *sum);
-    n_layers = w->full_layer < 0 ? w->n_layers : 1;
-    for (i = 0; i < n_layers && s.n > 0; i++)
-        oracle_layer(w, &s, round, w->full_layer < 0 ? i : w->full_layer, i, sum, &tolerance);
+    for (i = 0; i < witness_scored(&t->seen) && s.n > 0; i++)
+        oracle_layer(t, &s, round, witness_layer(&t->seen, i), i, sum, &tolerance);
     expect_int("scores", 0, round->n_scores, n - 8);
     for (i = 0; i < round->n_scores; i++) {
         const double error = fabs(round->scores[i] - sum[i]);
         if (fabs(sum[i]) > scale) scale = fabs(sum[i]);
-        if (error > w->worst) w->worst = error;
+        if (error > t->worst) t->worst = error;
         expect_near("score", i, round->scores[i], sum[i], tolerance);
     }
-    n_kept = oracle_select(&w->config, sum, round->pins, n, kept, &gap);
-    w->n_rounds++;
-    w->n_last_kept = round->n_kept;
+    n_kept = oracle_select(&t->config, sum, round->pins, n, kept, &gap);
+    t->n_rounds++;
+    t->n_last_kept = round->n_kept;
     if (n_kept == round->n_kept && memcmp(kept, round->kept, (size_t)n_kept * sizeof *kept) == 0)
-        w->n_equal++;
+        t->n_equal++;
     else if (gap > 2 * tolerance)
         case_fail("another set was kept, gap %g", gap);
     snapshot_free(&s);
@@ -194,36 +154,28 @@ static void judge(void *user, const rkv_llama_round *round)
     free(kept);
 }
 
-typedef enum key_place { IN_PLACE, COPIED, ON_DEVICE } key_place;
-static const char *const place_names[] = { "", ", copied", ", as in GPU memory" };
-
 static void run_judged(tiny_kind kind, enum ggml_type keys, int flash, key_place place,
                        int n_threads, int n_ctx)
 {
-    static witness w;
+    static trial t;
     setup s = setup_of(kind, 128, 64);
     bed b;
     int i;
-    memset(&w, 0, sizeof w);
+    memset(&t, 0, sizeof t);
+    witness_begin(&t.seen, kind);
     s.keys = keys;
     s.flash = flash;
-    s.other = watch;
-    s.other_user = &w;
+    s.other = witness_watch;
+    s.other_user = &t.seen;
     s.options.copy_keys = place == COPIED;
     s.options.n_threads = n_threads;
     s.options.pin_limit = 20;
     s.options.observe = judge;
-    s.options.observe_user = &w;
+    s.options.observe_user = &t;
     s.n_ctx = n_ctx;
-    w.ctx = &b.ctx;
-    w.config = rkv_config_default(128);
-    w.full_layer = kind == TINY_GEMMA3 ? 5 : -1;
-    w.n_layers = kind == TINY_GEMMA3 ? 6 : kind == TINY_LLAMA ? 3 : 2;
-    w.scale = 1.0f / sqrtf((float)TINY_DIM);
-    if (kind == TINY_GEMMA3) {
-        w.config.protect = TINY_WINDOW;
-        w.scale = 1; /* its queries come scaled */
-    }
+    t.ctx = &b.ctx;
+    t.config = rkv_config_default(128);
+    if (kind == TINY_GEMMA3) t.config.protect = TINY_WINDOW;
     case_begin("kept sets, %s, keys %s, flash attention %d%s, %d threads, n_ctx %d",
                tiny_name(kind), ggml_type_name(keys), flash, place_names[place], n_threads, n_ctx);
     is_on_device = place == ON_DEVICE;
@@ -232,9 +184,9 @@ static void run_judged(tiny_kind kind, enum ggml_type keys, int flash, key_place
     expect_decode(&b, 0, 0, 150);
     for (i = 150; i < 600; i++)
         if (!expect_decode(&b, 0, i, 1)) break;
-    expect_true("rounds", w.n_rounds >= 6);
-    expect_int("equal sets", 0, w.n_equal, w.n_rounds);
-    expect_int("tokens kept", 0, w.n_last_kept, 128);
+    expect_true("rounds", t.n_rounds >= 6);
+    expect_int("equal sets", 0, t.n_equal, t.n_rounds);
+    expect_int("tokens kept", 0, t.n_last_kept, 128);
     for (i = 0; i < 20; i++) expect_true("the prompt stays", holds(&b, 0, i));
     expect_same_tokens(&b, 0);
     is_on_device = 0;
@@ -637,9 +589,61 @@ static void test_pins(void)
     for (i = 0; i < 40; i++)
         if (decode(&b, 0, n + i, 1)) break;
     expect_true("refused in the end", i < 40);
-    expect_refusal("too many pins", &b, decode(&b, 0, n + i, 1), "do not fit into a budget of 64");
+    expect_refusal("too many pins", &b, decode(&b, 0, n + i, 1),
+                   "leave none to choose in a budget of 64");
     expect_int("unpin", 0, rkv_llama_unpin(b.r, 0, 0, -1), 0);
     expect_decode(&b, 0, n + i, 1);
+    bed_close(&b);
+    case_end();
+}
+
+/* Pins leave one token to choose, by hand and by pin_limit; a pin more is refused. Where
+ * config.pinned leaves none, the newest stay, and no other token may be pinned. */
+static void test_pins_leave_one(void)
+{
+    rkv_config config = rkv_config_default(64);
+    setup s = setup_of(TINY_LLAMA, 64, 200);
+    bed b;
+    int n_pins, i, n;
+    for (n_pins = 55; n_pins <= 57; n_pins++) {
+        case_begin("%d pins beside a window of 8 in a budget of 64", n_pins);
+        bed_open(&b, &s);
+        expect_int("pin", 0, rkv_llama_pin(b.r, 0, 0, n_pins), 0);
+        expect_decode(&b, 0, 0, 100);
+        if (n_pins > 55) {
+            expect_refusal("one too many", &b, rkv_llama_compress(b.r, 0), "leave none to choose");
+            expect_int("all stay", 0, rkv_llama_live(b.r, 0), 100);
+        } else {
+            expect_int("compress", 0, rkv_llama_compress(b.r, 0), 0);
+            expect_int("kept", 0, rkv_llama_live(b.r, 0), 64);
+            for (i = 0, n = 0; i < 55; i++) n += holds(&b, 0, i);
+            for (i = 92; i < 100; i++) n += holds(&b, 0, i);
+            expect_int("pinned and newest", 0, n, 63);
+        }
+        bed_close(&b);
+        case_end();
+    }
+    case_begin("the largest pin_limit leaves one token to choose");
+    s.options.pin_limit = 1000;
+    bed_open(&b, &s);
+    expect_decode(&b, 0, 0, 100);
+    expect_int("compress", 0, rkv_llama_compress(b.r, 0), 0);
+    for (i = 0; i < 55; i++) expect_true("pinned", holds(&b, 0, i));
+    bed_close(&b);
+    case_end();
+    case_begin("config.pinned and the window fill the budget");
+    config.pinned = 56;
+    s.options.pin_limit = -1;
+    s.options.config = &config;
+    bed_open(&b, &s);
+    expect_decode(&b, 0, 0, 100);
+    expect_int("compress", 0, rkv_llama_compress(b.r, 0), 0);
+    for (i = 0, n = 0; i < 56; i++) n += holds(&b, 0, i);
+    for (i = 92; i < 100; i++) n += holds(&b, 0, i);
+    expect_int("pinned and newest", 0, n, 64);
+    expect_int("pin", 0, rkv_llama_pin(b.r, 0, 100, 101), 0);
+    expect_decode(&b, 0, 100, 20);
+    expect_refusal("one more", &b, rkv_llama_compress(b.r, 0), "leave none to choose");
     bed_close(&b);
     case_end();
 }
@@ -801,6 +805,7 @@ int main(void)
     test_threads();
     test_policies();
     test_pins();
+    test_pins_leave_one();
     test_drafts();
     test_aborted();
     test_saved(TINY_LLAMA, GGML_TYPE_F16, IN_PLACE);

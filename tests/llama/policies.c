@@ -3,33 +3,17 @@
  * round to round when drafts are taken back, a sequence is copied or saved; rotary embeddings.
  * make test-llama        (needs llama.cpp: make llama-cpp) */
 #include "bed.h"
+
+#include "key_place.h"
 #include "snapshot.h"
-
-/* Whether buffers are taken for those of a GPU: keys and queries then come by copies. */
-static int is_on_device;
-
-static bool is_host(ggml_backend_buffer_t buffer)
-{
-    return !is_on_device && ggml_backend_buffer_is_host(buffer);
-}
-#define ggml_backend_buffer_is_host is_host
-
-#define RKV_LLAMA_IMPLEMENTATION
-#include "rkv_llama.h"
+#include "witness.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum {
-    LONGEST = 1024,
-    MAX_LAYERS = 6,
-    DIM = TINY_DIM,
-    PAIRS = TINY_DIM / 2,
-    GROUP = TINY_HEADS / TINY_KV_HEADS,
-    OFFSETS = 10
-};
+enum { DIM = TINY_DIM, PAIRS = TINY_DIM / 2, GROUP = TINY_HEADS / TINY_KV_HEADS, OFFSETS = 10 };
 
 /* ---- rotary embedding, as the models are written --------------------------------------------- */
 
@@ -77,24 +61,21 @@ static double dot(const double *x, const double *y)
     return sum;
 }
 
-/* ---- the witness: every query of llama.cpp, and what a policy remembers by position ---- */
+/* ---- every query of llama.cpp, and what a policy remembers by position ---- */
 
 typedef struct memory {
-    double importance[LONGEST], similarity[LONGEST];
+    double importance[WITNESS_TOKENS], similarity[WITNESS_TOKENS];
 } memory;
 
-static struct witness {
+static struct trial {
     tiny_kind kind;
     rkv_config config;
-    double scale;
-    float queries[MAX_LAYERS][LONGEST][TINY_HEADS * DIM];
-    memory memory[MAX_LAYERS][TINY_KV_HEADS];
-    int n_layers, full_layer; /* the only layer that is scored; -1: all */
-    int layer, begin;         /* of the graph under way: its next layer, its tokens */
-    int newest;               /* the newest position that a round has seen, -1 at first */
+    witness seen;
+    memory memory[WITNESS_LAYERS][TINY_KV_HEADS];
+    int newest; /* the newest position that a round has seen, -1 at first */
     struct llama_context **ctx;
     int n_rounds, n_equal;
-} w;
+} trial;
 
 /* One KV head in one round. */
 typedef struct head {
@@ -104,28 +85,9 @@ typedef struct head {
     double *score; /* [n_candidates] */
 } head;
 
-static bool watch(struct ggml_tensor *t, bool ask, void *user)
-{
-    const struct ggml_tensor *q;
-    int i, h;
-    (void)user;
-    if (t->op != GGML_OP_FLASH_ATTN_EXT && strncmp(t->name, "kq-", 3) != 0) return !ask;
-    if (ask) return true;
-    q = t->src[t->op == GGML_OP_FLASH_ATTN_EXT ? 0 : 1];
-    for (i = 0; i < (int)q->ne[1] && w.begin + i < LONGEST; i++)
-        for (h = 0; h < TINY_HEADS; h++)
-            memcpy(&w.queries[w.layer][w.begin + i][h * DIM],
-                   (const char *)q->data + (size_t)i * q->nb[1] + (size_t)h * q->nb[2],
-                   DIM * sizeof(float));
-    if (++w.layer < w.n_layers) return true;
-    w.layer = 0;
-    w.begin += (int)q->ne[1];
-    return true;
-}
-
 static void query_of(const head *h, int group, int position, double *out)
 {
-    const float *q = &w.queries[h->layer][position][(h->index * GROUP + group) * DIM];
+    const float *q = &trial.seen.queries[h->layer][position][(h->index * GROUP + group) * DIM];
     int i;
     for (i = 0; i < DIM; i++) out[i] = (double)q[i];
 }
@@ -139,7 +101,7 @@ static void attend(const head *h, int group, int t, double *p)
     int i;
     query_of(h, group, h->positions[t], q);
     for (i = 0; i <= t; i++) {
-        p[i] = w.scale * dot(q, h->keys[i]);
+        p[i] = trial.seen.scale * dot(q, h->keys[i]);
         if (p[i] > largest) largest = p[i];
     }
     for (i = 0; i <= t; i++) sum += p[i] = exp(p[i] - largest);
@@ -148,12 +110,12 @@ static void attend(const head *h, int group, int t, double *p)
 
 static void remember_attention(const head *h)
 {
-    memory *m = &w.memory[h->layer][h->index];
+    memory *m = &trial.memory[h->layer][h->index];
     double *p = alloc_checked((size_t)h->n * sizeof *p);
-    const int adds = w.config.policy == RKV_POLICY_H2O;
+    const int adds = trial.config.policy == RKV_POLICY_H2O;
     int i, t, g;
     for (i = 0; i < h->n && !adds; i++)
-        m->importance[h->positions[i]] *= pow((double)w.config.decay, h->n_new);
+        m->importance[h->positions[i]] *= pow((double)trial.config.decay, h->n_new);
     for (g = 0; g < GROUP; g++)
         for (t = h->first_vote; t < h->n; t++) {
             attend(h, g, t, p);
@@ -170,12 +132,12 @@ static void remember_attention(const head *h)
 
 static void remember_similarity(const head *h)
 {
-    memory *m = &w.memory[h->layer][h->index];
+    memory *m = &trial.memory[h->layer][h->index];
     double(*plain)[DIM] = alloc_checked((size_t)h->n * sizeof *plain);
     int i, j, k;
     for (i = 0; i < h->n; i++) {
         double length;
-        turn(w.kind, -(double)h->positions[i], h->keys[i], plain[i]);
+        turn(trial.kind, -(double)h->positions[i], h->keys[i], plain[i]);
         length = sqrt(dot(plain[i], plain[i])) + 1e-8;
         for (k = 0; k < DIM; k++) plain[i][k] /= length;
     }
@@ -201,13 +163,13 @@ static double rank_of(const head *h, const double *by_position, int i)
 
 static void score_memory(const head *h)
 {
-    const memory *m = &w.memory[h->layer][h->index];
-    const double lambda = (double)w.config.lambda, share = 1.0 / h->n_candidates;
+    const memory *m = &trial.memory[h->layer][h->index];
+    const double lambda = (double)trial.config.lambda, share = 1.0 / h->n_candidates;
     int i;
     remember_attention(h);
     remember_similarity(h);
     for (i = 0; i < h->n_candidates; i++) {
-        const double similar = w.config.policy == RKV_POLICY_MEMORY_TRACES
+        const double similar = trial.config.policy == RKV_POLICY_MEMORY_TRACES
                                    ? share * rank_of(h, m->similarity, i)
                                    : m->similarity[h->positions[i]];
         h->score[i] = lambda * share * rank_of(h, m->importance, i) - (1 - lambda) * similar;
@@ -224,9 +186,9 @@ static void expect_query(const head *h, int group, double *mean, double *lengths
     memset(lengths, 0, PAIRS * sizeof *lengths);
     for (t = 4; t <= last; t++) {
         query_of(h, group, t, q);
-        turn(w.kind, -(double)t, q, plain);
+        turn(trial.kind, -(double)t, q, plain);
         for (i = 0; i < DIM; i++) mean[i] += plain[i] / (last - 3);
-        for (f = 0; f < PAIRS; f++) lengths[f] += pair_length(w.kind, f, plain) / (last - 3);
+        for (f = 0; f < PAIRS; f++) lengths[f] += pair_length(trial.kind, f, plain) / (last - 3);
     }
 }
 
@@ -241,14 +203,14 @@ static void score_triattention(const head *h)
         expect_query(h, g, mean, lengths);
         memset(u, 0, sizeof u);
         for (k = 0; k < OFFSETS; k++) {
-            turn(w.kind, h->positions[h->n - 1] + (double)(1 << k), mean, turned);
+            turn(trial.kind, h->positions[h->n - 1] + (double)(1 << k), mean, turned);
             for (i = 0; i < DIM; i++) u[i] += turned[i] / OFFSETS;
         }
         for (i = 0; i < h->n_candidates; i++) {
             s[i] = dot(u, h->keys[i]);
             for (f = 0; f < PAIRS; f++)
-                s[i] += (lengths[f] - pair_length(w.kind, f, mean)) *
-                        pair_length(w.kind, f, h->keys[i]);
+                s[i] += (lengths[f] - pair_length(trial.kind, f, mean)) *
+                        pair_length(trial.kind, f, h->keys[i]);
             average += s[i] / h->n_candidates;
         }
         for (i = 0; i < h->n_candidates; i++)
@@ -263,7 +225,7 @@ static void score_random(const head *h, int nth_layer)
 {
     int i;
     for (i = 0; i < h->n_candidates; i++) {
-        uint64_t z = (uint64_t)w.config.seed * 0x9e3779b97f4a7c15u;
+        uint64_t z = (uint64_t)trial.config.seed * 0x9e3779b97f4a7c15u;
         z += (uint64_t)nth_layer << 40 ^ (uint64_t)h->index << 32;
         z ^= (uint64_t)h->positions[i];
         z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -275,9 +237,9 @@ static void score_random(const head *h, int nth_layer)
 
 static void score(const head *h, int nth_layer)
 {
-    const memory *m = &w.memory[h->layer][h->index];
+    const memory *m = &trial.memory[h->layer][h->index];
     int i;
-    switch ((int)w.config.policy) {
+    switch ((int)trial.config.policy) {
     case RKV_POLICY_H2O:
         remember_attention(h);
         for (i = 0; i < h->n_candidates; i++) h->score[i] = m->importance[h->positions[i]];
@@ -303,8 +265,8 @@ static void judge_layer(const snapshot *s, const rkv_llama_round *round, int lay
     h.n = n;
     h.n_candidates = round->n_scores;
     h.positions = round->positions;
-    for (i = 0; i < n; i++) h.n_new += round->positions[i] > w.newest;
-    h.first_vote = n - (w.config.votes < h.n_new ? w.config.votes : h.n_new);
+    for (i = 0; i < n; i++) h.n_new += round->positions[i] > trial.newest;
+    h.first_vote = n - (trial.config.votes < h.n_new ? trial.config.votes : h.n_new);
     h.keys = alloc_checked((size_t)n * sizeof *h.keys);
     h.score = alloc_checked((size_t)n * sizeof *h.score);
     for (h.index = 0; h.index < TINY_KV_HEADS; h.index++) {
@@ -331,7 +293,7 @@ static double choose(const rkv_llama_round *round, const double *sum, int tail, 
         stays[i] = round->pins[i] || i >= round->n_tokens - tail;
         n_kept += stays[i];
     }
-    for (; n_kept < w.config.budget; n_kept++) {
+    for (; n_kept < trial.config.budget; n_kept++) {
         for (best = -1, i = 0; i < round->n_scores; i++)
             if (!stays[i] && (best < 0 || sum[i] >= sum[best])) best = i;
         stays[best] = 1;
@@ -343,16 +305,17 @@ static double choose(const rkv_llama_round *round, const double *sum, int tail, 
  * rounding: by one or two places in each head. */
 static double tolerance(const rkv_llama_round *round, double score_size)
 {
-    const int n_layers = w.full_layer < 0 ? w.n_layers : 1;
-    const int is_ranked =
-        w.config.policy == RKV_POLICY_MEMORY_TRACES || w.config.policy == RKV_POLICY_MEMORY_PROSE;
+    const int n_layers = witness_scored(&trial.seen);
+    const int is_ranked = trial.config.policy == RKV_POLICY_MEMORY_TRACES ||
+                          trial.config.policy == RKV_POLICY_MEMORY_PROSE;
     return 2e-4 * (1 + score_size) + (is_ranked ? 1.0 * n_layers / round->n_scores : 0);
 }
 
 static void judge(void *user, const rkv_llama_round *round)
 {
     const int n = round->n_tokens;
-    const int tail = w.config.protect > w.config.window ? w.config.protect : w.config.window;
+    const int tail =
+        trial.config.protect > trial.config.window ? trial.config.protect : trial.config.window;
     double *sum = alloc_checked((size_t)n * sizeof *sum);
     uint8_t *stays = alloc_checked((size_t)n);
     snapshot s;
@@ -360,10 +323,10 @@ static void judge(void *user, const rkv_llama_round *round)
     int i, n_equal = 0;
     (void)user;
     memset(sum, 0, (size_t)n * sizeof *sum);
-    snapshot_take(&s, *w.ctx, round->seq, n);
-    expect_int("scores", 0, round->n_scores, n - w.config.window);
-    for (i = 0; i < (w.full_layer < 0 ? w.n_layers : 1) && s.n > 0; i++)
-        judge_layer(&s, round, w.full_layer < 0 ? i : w.full_layer, i, sum);
+    snapshot_take(&s, *trial.ctx, round->seq, n);
+    expect_int("scores", 0, round->n_scores, n - trial.config.window);
+    for (i = 0; i < witness_scored(&trial.seen) && s.n > 0; i++)
+        judge_layer(&s, round, witness_layer(&trial.seen, i), i, sum);
     lowest = choose(round, sum, tail, stays);
     for (i = 0; i < round->n_scores; i++)
         expect_near("score", i, (double)round->scores[i], sum[i], tolerance(round, fabs(sum[i])));
@@ -372,17 +335,14 @@ static void judge(void *user, const rkv_llama_round *round)
         n_equal += stays[k];
         if (!stays[k]) expect_near("kept", k, sum[k], lowest, 2 * tolerance(round, fabs(lowest)));
     }
-    w.n_rounds++;
-    w.n_equal += n_equal;
-    expect_int("kept", 0, round->n_kept, w.config.budget);
-    w.newest = round->positions[n - 1];
+    trial.n_rounds++;
+    trial.n_equal += n_equal;
+    expect_int("kept", 0, round->n_kept, trial.config.budget);
+    trial.newest = round->positions[n - 1];
     snapshot_free(&s);
     free(sum);
     free(stays);
 }
-
-typedef enum key_place { IN_PLACE, COPIED, ON_DEVICE } key_place;
-static const char *const place_names[] = { "", ", copied", ", as in GPU memory" };
 
 static rkv_config random_7(int budget)
 {
@@ -429,30 +389,29 @@ static void run_judged(int preset, tiny_kind kind, enum ggml_type keys, int flas
     int i;
     case_begin("%s, %s, keys %s, flash attention %d%s", presets[preset].name, tiny_name(kind),
                ggml_type_name(keys), flash, place_names[place]);
-    memset(&w, 0, sizeof w);
+    memset(&trial, 0, sizeof trial);
+    witness_begin(&trial.seen, kind);
     s.keys = keys;
     s.flash = flash;
-    s.other = watch;
+    s.other = witness_watch;
+    s.other_user = &trial.seen;
     s.options.config = &config;
     s.options.copy_keys = place == COPIED;
     s.options.pin_limit = 20;
     s.options.observe = judge;
-    w.ctx = &b.ctx;
-    w.kind = kind;
-    w.config = config;
-    w.full_layer = kind == TINY_GEMMA3 ? 5 : -1;
-    w.n_layers = kind == TINY_GEMMA3 ? 6 : kind == TINY_QWEN3 ? 2 : 3;
-    w.scale = kind == TINY_GEMMA3 ? 1 : 1 / sqrt((double)DIM); /* Gemma's queries come scaled */
-    if (kind == TINY_GEMMA3) w.config.protect = TINY_WINDOW;
-    w.newest = -1;
+    trial.ctx = &b.ctx;
+    trial.kind = kind;
+    trial.config = config;
+    if (kind == TINY_GEMMA3) trial.config.protect = TINY_WINDOW;
+    trial.newest = -1;
     is_on_device = place == ON_DEVICE;
     bed_open(&b, &s);
     expect_int("attach", 0, b.attached, 0);
     decode_vectors(&b, 0, 150);
     for (i = 150; i < 600; i++)
         if (!decode_vectors(&b, i, 1)) break;
-    expect_true("rounds", w.n_rounds >= 6);
-    expect_true("equal sets, but for a few ranks", w.n_equal >= w.n_rounds * 126);
+    expect_true("rounds", trial.n_rounds >= 6);
+    expect_true("equal sets, but for a few ranks", trial.n_equal >= trial.n_rounds * 126);
     is_on_device = 0;
     bed_close(&b);
     case_end();

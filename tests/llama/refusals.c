@@ -441,7 +441,8 @@ static void test_rounds(void)
     expect_int("nothing is evicted", 0, rkv_llama_live(b.r, 0), 80);
     b.r->method = RKVLI_SCORED;
     expect_int("pins", 0, rkv_llama_pin(b.r, 0, 0, 70), 0);
-    refuses("too many pins", &b, rkv_llama_compress(b.r, 0), "do not fit into a budget of 64");
+    refuses("too many pins", &b, rkv_llama_compress(b.r, 0),
+            "leave none to choose in a budget of 64");
     expect_int("unpin", 0, rkv_llama_unpin(b.r, 0, 0, -1), 0);
     b.r->is_undecided = 1;
     refuses("two caches", &b, rkv_llama_compress(b.r, 0), "cannot be told apart");
