@@ -1,6 +1,5 @@
 /* minimal.c - text without end from a llama.cpp context of fixed size.
  * make llama && build/llama-minimal model.gguf "Tell me a story." 1024 */
-#define RKV_PTHREADS /* rounds use the threads that the context has */
 #define RKV_IMPLEMENTATION
 #define RKV_LLAMA_IMPLEMENTATION
 #include "rkv_llama.h"

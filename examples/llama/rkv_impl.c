@@ -1,5 +1,4 @@
 /* rkv_impl.c - the code of rkv.h and rkv_llama.h for rkv-llama. Build: part of `make llama`. */
-#define RKV_PTHREADS /* rounds use the threads that the context has */
 #define RKV_IMPLEMENTATION
 #define RKV_LLAMA_IMPLEMENTATION
 #include "rkv_llama.h"

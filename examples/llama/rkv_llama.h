@@ -46,7 +46,7 @@
  *            own (set kv_unified), and a llama.cpp in whose graph keys and queries are not found
  *            where they are looked for: the first decode makes sure.
  * Threads    One rkv_llama belongs to one context, and to the thread that uses it. A round runs on
- *            as many threads as the context has if RKV_PTHREADS is defined, else on one.
+ *            llama.cpp's own threads, as many as the context has.
  * Versions   The tests pass with llama-cpp-python 0.3.20 (llama.cpp f49e91787, April 2026) and
  *            0.3.36 (0c1e57098, October 2026). Older ones were not tried.
  * Memory     The adapter allocates: lists of cells; the newest queries of every sequence, in floats
@@ -111,8 +111,8 @@ typedef struct rkv_llama_options {
                       budget; -1 pins none. Never so many that beside the window none is left
                       to choose                                                                  */
     int n_threads; /* of a round; 0 means config->n_threads if that is above 1, else as many as
-                      the context has at attach. More than one need RKV_PTHREADS, or
-                      config->parallel_for; without them 0 means 1                               */
+                      the context has at attach. They are llama.cpp's own, or those that
+                      config->parallel_for lends                                                 */
     const rkv_config *config; /* method: lambda, window, pool, ...; copied. NULL means
                       rkv_config_default. Its budget, scope and error are the adapter's; not
                       RKV_POLICY_OWN_SCORE, whose place `score` takes. pinned
@@ -384,9 +384,13 @@ struct rkv_llama {
     size_t workspace_bytes;
     unsigned char *raw;
     size_t raw_bytes;
-#ifdef RKV_PTHREADS
-    rkv_threads *threads;
-#endif
+    /* Threads of rounds: a graph of one node, and the tasks that it does. */
+    ggml_backend_t cpu;
+    struct ggml_context *graph_memory;
+    struct ggml_cgraph *graph;
+    void (*task)(void *arg, int index);
+    void *task_arg;
+    int n_tasks;
     rkv_llama_counters counters;
 };
 
@@ -1041,10 +1045,6 @@ static const char *rkvli_check_options(const rkv_llama_options *o)
         return "options: budget and buffer must be below 2^28";
     if (o->pin_limit < -1) return "options.pin_limit: must be at least -1";
     if (o->n_threads < 0) return "options.n_threads: must not be negative";
-#ifndef RKV_PTHREADS
-    if (o->n_threads > 1 && !(o->config && o->config->parallel_for))
-        return "options.n_threads: more than one needs RKV_PTHREADS or config.parallel_for";
-#endif
     return NULL;
 }
 
@@ -1172,9 +1172,8 @@ void rkv_llama_destroy(rkv_llama *r)
     free(r->runs);
     free(r->workspace);
     free(r->raw);
-#ifdef RKV_PTHREADS
-    rkv_threads_destroy(r->threads);
-#endif
+    ggml_backend_free(r->cpu);
+    ggml_free(r->graph_memory);
     free(r);
 }
 
@@ -1250,7 +1249,58 @@ static int rkvli_pin_limit(const rkv_llama *r)
     return wanted < most ? wanted : most;
 }
 
-/* Threads of rounds: those of the options, else of the caller's config, else of the context. */
+/* ---- Threads of rounds: llama.cpp's own, as a node of a graph. Behind a decode they wait in a loop
+ * for their next graph, with OpenMP for longer than a round lasts: threads beside them would get
+ * half of their processors. ---- */
+
+static void rkvli_run_tasks(struct ggml_tensor *node, int thread, int n_threads, void *user)
+{
+    const rkv_llama *r = (const rkv_llama *)user;
+    int i;
+    (void)node;
+    for (i = thread; i < r->n_tasks; i += n_threads) r->task(r->task_arg, i);
+}
+
+/* An rkv_parallel_for. */
+static void rkvli_parallel_for(void *pool, int n_tasks, void (*task)(void *arg, int index),
+                               void *arg)
+{
+    rkv_llama *r = (rkv_llama *)pool;
+    int i;
+    r->task = task;
+    r->task_arg = arg;
+    r->n_tasks = n_tasks;
+    if (ggml_backend_graph_compute(r->cpu, r->graph) == GGML_STATUS_SUCCESS) return;
+    for (i = 0; i < n_tasks; i++) task(arg, i); /* it was out of memory before the first task */
+}
+
+static int rkvli_set_threads(ggml_backend_t cpu, int n)
+{
+    const ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
+    void *address = ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+    ggml_backend_set_n_threads_t set;
+    if (!address) return 0;
+    memcpy(&set, &address, sizeof set); /* ISO C has no cast from void * to a function */
+    set(cpu, n);
+    return 1;
+}
+
+static int rkvli_make_graph(rkv_llama *r, int n_threads)
+{
+    enum { NODES = 8, DATA = 256 }; /* more than one of each needs */
+    struct ggml_init_params params;
+    memset(&params, 0, sizeof params);
+    params.mem_size = ggml_tensor_overhead() + ggml_graph_overhead_custom(NODES, false) + DATA;
+    r->cpu = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, NULL);
+    r->graph_memory = ggml_init(params);
+    if (!r->cpu || !r->graph_memory || !rkvli_set_threads(r->cpu, n_threads)) return 0;
+    r->graph = ggml_new_graph_custom(r->graph_memory, NODES, false);
+    ggml_build_forward_expand(r->graph, ggml_custom_4d(r->graph_memory, GGML_TYPE_F32, 1, 1, 1, 1,
+                                                       NULL, 0, rkvli_run_tasks, n_threads, r));
+    return 1;
+}
+
+/* How many: as the options say, else the caller's config, else the context. */
 static int rkvli_make_threads(rkv_llama *r, struct llama_context *ctx)
 {
     if (r->options.n_threads)
@@ -1258,12 +1308,9 @@ static int rkvli_make_threads(rkv_llama *r, struct llama_context *ctx)
     else if (r->config.n_threads < 2)
         r->config.n_threads = (int)llama_n_threads(ctx);
     if (r->config.parallel_for || r->config.n_threads < 2) return 1;
-#ifdef RKV_PTHREADS
-    if (rkv_threads_create(&r->threads, r->config.n_threads) != RKV_OK) return 0;
-    rkv_threads_use(r->threads, &r->config);
-#else
-    r->config.n_threads = 1;
-#endif
+    if (!rkvli_make_graph(r, r->config.n_threads)) return 0;
+    r->config.parallel_for = rkvli_parallel_for;
+    r->config.pool_handle = r;
     return 1;
 }
 

@@ -2,6 +2,10 @@
  * make test-llama        (needs llama.cpp: make llama-cpp) */
 #include "bed.h"
 
+static int no_graphs; /* whether graphs of the adapter's own fail */
+#define ggml_backend_graph_compute(b, g) \
+    (no_graphs ? GGML_STATUS_ALLOC_FAILED : (ggml_backend_graph_compute)(b, g))
+
 #include "key_place.h"
 #include "oracle.h"
 #include "snapshot.h"
@@ -489,6 +493,24 @@ static void test_shortage(void)
     case_end();
 }
 
+static void count_task(void *arg, int index)
+{
+    ((int *)arg)[index]++; /* no other thread has this index */
+}
+
+/* Every task is done once: on fewer threads than tasks or more, and where the graph fails. */
+static void expect_tasks(const bed *b)
+{
+    int n, i;
+    for (n = 1; n < 9; n++) {
+        int counts[9] = { 0 };
+        no_graphs = n == 8;
+        b->r->config.parallel_for(b->r->config.pool_handle, n, count_task, counts);
+        for (i = 0; i < 9; i++) expect_int("tasks", n, counts[i], i < n);
+    }
+    no_graphs = 0;
+}
+
 static void test_threads(void)
 {
     static const struct {
@@ -510,6 +532,7 @@ static void test_threads(void)
         bed_open(&b, &s);
         expect_int("threads", (int)i, b.r->config.n_threads, cases[i].want);
         expect_true("a pool", (b.r->config.parallel_for != NULL) == (cases[i].want > 1));
+        if (b.r->config.parallel_for) expect_tasks(&b);
         expect_decode(&b, 0, 0, 150);
         expect_true("rounds", rkv_llama_get_counters(b.r).n_rounds > 1);
         bed_close(&b);

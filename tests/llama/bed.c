@@ -142,3 +142,12 @@ void expect_refusal(const char *at, bed *b, int status, const char *words)
     if (!strstr(rkv_llama_error(b->r), words))
         case_fail("%s: said \"%s\", not \"%s\"", at, rkv_llama_error(b->r), words);
 }
+
+void read_row(const struct ggml_tensor *rows, int row, float *out)
+{
+    const char *data = (const char *)rows->data + (size_t)row * rows->nb[1];
+    if (rows->type == GGML_TYPE_F32)
+        memcpy(out, data, (size_t)rows->ne[0] * sizeof *out);
+    else
+        ggml_get_type_traits(rows->type)->to_float(data, out, rows->ne[0]);
+}

@@ -43,5 +43,8 @@ int decode_tokens(bed *b, llama_seq_id seq, int begin, const llama_token *tokens
 int expect_decode(bed *b, llama_seq_id seq, int begin, int n);
 void expect_same_logits(const char *at, bed *a, bed *b); /* of the last token, to the bit */
 void expect_refusal(const char *at, bed *b, int status, const char *words);
+/* A row of a tensor in host memory as floats. A layer's cached keys say their own type: llama.cpp
+ * may keep those of sliding windows in f16 whatever the context was asked for. */
+void read_row(const struct ggml_tensor *rows, int row, float *out);
 
 #endif

@@ -42,15 +42,15 @@ static size_t state_set(struct llama_context *ctx, const uint8_t *from, size_t n
     return fault.state_set ? 0 : llama_state_seq_set_data(ctx, from, n, seq);
 }
 
-#define llama_memory_seq_rm      seq_rm
-#define llama_memory_seq_pos_max last_position
-#define llama_state_seq_get_data state_get
-#define llama_state_seq_set_data state_set
-#define llama_n_ctx(c)           (fault.no_cells ? 0 : (llama_n_ctx)(c))
-#define rkv_threads_create(o, n) (fault.threads ? RKV_ERROR_MEMORY : (rkv_threads_create)(o, n))
-#define malloc(n)                (allocation_fails() ? NULL : (malloc)(n))
-#define calloc(n, s)             (allocation_fails() ? NULL : (calloc)(n, s))
-#define realloc(p, n)            (allocation_fails() ? NULL : (realloc)(p, n))
+#define llama_memory_seq_rm             seq_rm
+#define llama_memory_seq_pos_max        last_position
+#define llama_state_seq_get_data        state_get
+#define llama_state_seq_set_data        state_set
+#define llama_n_ctx(c)                  (fault.no_cells ? 0 : (llama_n_ctx)(c))
+#define ggml_backend_init_by_type(t, p) (fault.threads ? NULL : (ggml_backend_init_by_type)(t, p))
+#define malloc(n)                       (allocation_fails() ? NULL : (malloc)(n))
+#define calloc(n, s)                    (allocation_fails() ? NULL : (calloc)(n, s))
+#define realloc(p, n)                   (allocation_fails() ? NULL : (realloc)(p, n))
 
 #define RKV_LLAMA_IMPLEMENTATION
 #include "rkv_llama.h"
@@ -715,8 +715,6 @@ static void test_memory(void)
 static const struct {
     const char *sentence, *reason;
 } not_provoked[] = {
-    { "options.n_threads: more than one needs RKV_PTHREADS or config.parallel_for",
-      "the tests are built with RKV_PTHREADS" },
     { "options.config: not valid", "every rule of rkv.h has a text of its own" },
 };
 
