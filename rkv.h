@@ -270,7 +270,9 @@ typedef struct rkv_config {
     rkv_variant variant;
     rkv_policy policy;
     int votes;         /* newest queries that vote: queries.tokens; 0 means `window`. More than
-                          `window`: in RKV each looks at the candidates up to its own token       */
+                          `window`: in RKV each looks at the candidates up to its own token, so
+                          that the newest `votes` rows must be consecutive tokens: votes at most
+                          protect + the tokens since the last round                               */
     float decay;       /* MEMORY: of importance, per token, in (0, 1]; 0 means 0.995              */
     uint32_t seed;     /* RANDOM                                                                  */
     rkv_error *device_error; /* out, optional, device backends only: device memory (rkv_cuda.cu) */

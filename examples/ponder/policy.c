@@ -57,8 +57,11 @@ int policy_make(policy *out, const char *name, int budget, int buffer)
         if (strcmp(policies[i].name, name) == 0) {
             out->name = policies[i].name;
             out->keeps_all = i == 0;
-            out->config = policies[i].config(budget);
-            if (out->config.policy == RKV_POLICY_H2O) out->config.votes = budget + buffer;
+            rkv_config *const c = &out->config;
+            *c = policies[i].config(budget);
+            if (c->policy == RKV_POLICY_H2O) c->votes = budget + buffer;
+            if (c->policy == RKV_POLICY_RKV && c->votes > buffer + c->window)
+                c->votes = buffer + c->window; /* older tokens may have lost their rows */
             out->buffer = buffer;
             out->keeps_prompt = policies[i].keeps_prompt;
             return 1;
