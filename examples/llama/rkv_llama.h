@@ -1249,9 +1249,9 @@ static int rkvli_pin_limit(const rkv_llama *r)
     return wanted < most ? wanted : most;
 }
 
-/* ---- Threads of rounds: llama.cpp's own, as a node of a graph. Behind a decode they wait in a loop
- * for their next graph, with OpenMP for longer than a round lasts: threads beside them would get
- * half of their processors. ---- */
+/* ---- Threads of rounds: llama.cpp's own, as a node of a graph. Behind a decode they wait in a
+ * loop for their next graph, with OpenMP for longer than a round lasts: threads beside them would
+ * get half of their processors. ---- */
 
 static void rkvli_run_tasks(struct ggml_tensor *node, int thread, int n_threads, void *user)
 {
