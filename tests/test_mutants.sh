@@ -31,7 +31,7 @@ link_tests() {
 first_failure() {
     for program in $programs; do
         # shellcheck disable=SC2086 # RUNNER is words: an emulator and its options
-        timeout 60 $runner "$dir/$program" >"$dir/out" 2>&1 || { echo "$program"; return; }
+        timeout 300 $runner "$dir/$program" >"$dir/out" 2>&1 || { echo "$program"; return; }
     done
 }
 
