@@ -137,8 +137,8 @@ test-llama-oldest:
 	        BUILD=$(BUILD)/llama-$(LLAMA_OLDEST); \
 	else echo 'skip  $@: no llama-cpp-python $(LLAMA_OLDEST)'; fi
 
-# Our own code and tests; llama.cpp's libraries are as they are. The chains of thought of llama_ponder
-# add no code of the adapter, and take minutes.
+# Our own code and tests; llama.cpp's libraries are as they are. llama_ponder would take minutes and
+# runs no code of the adapter that the others do not.
 test-llama-sanitize:
 	@$(MAKE) --no-print-directory test-llama BUILD=$(BUILD)/sanitize-llama OPT='$(SANITIZE)' \
 	    LLAMA_WITHOUT=ponder | \
