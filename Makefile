@@ -145,9 +145,10 @@ demo: $(BUILD)/examples/hello
 	$<
 endif
 
+# The longest first.
 .PHONY: test
 test: $(TESTS) $(EXAMPLE_TEST) $(PROGRAM_TEST) $(EXTRA_TESTS) $(EXTRA_CHECKS)
-	@sh tests/run.sh $(PROGRAM_TEST) $(EXTRA_TESTS) $(TESTS) $(EXAMPLE_TEST) # the longest first
+	@sh tests/run.sh $(PROGRAM_TEST) $(EXTRA_TESTS) $(TESTS) $(EXAMPLE_TEST)
 
 .PHONY: bench bench-decode bench-smoke
 bench: $(BUILD)/bench/bench $(BUILD)/bench/libpeer.so

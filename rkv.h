@@ -567,8 +567,8 @@ typedef struct rkv_cache_config {
     rkv_dtype dtype;            /* of keys, values and queries; not RKV_OPAQUE. fp8, q8_0: of keys
                                    and values, which append takes in that type; queries are f32   */
     int buffer;                 /* rows beyond the budget = tokens between rounds; 0 means 128.
-                                   RKV: at least votes - window, or votes - protect, so that the
-                                   tokens of all queries that vote have a row                     */
+                                   RKV: buffer + the larger of window and protect is at least
+                                   votes, so that the tokens of all that vote have a row          */
 
     /* Advanced */
     int capacity;               /* rows reserved, for prompts longer than budget + buffer;
@@ -6971,8 +6971,8 @@ static const char *rkvi_cache_config_rule(rkv_cache_config *config)
         return "cache.capacity: must be 0 or at least budget + buffer";
     if (rkvi_is_scored(compress, config->capacity) && rkvi_reads_queries(compress) &&
         !rkvi_has_state(compress) && compress->votes > config->buffer + compress->protect)
-        return "cache.buffer: must hold votes - window (RKV_POLICY_RKV), or votes - protect if "
-               "that is less";
+        return "cache.buffer: with RKV_POLICY_RKV, buffer + the larger of window and protect must "
+               "be at least votes";
     return NULL;
 }
 

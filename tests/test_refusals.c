@@ -1151,7 +1151,8 @@ static rkv_status scarce_copy_rows(const rkv_backend *self, const rkv_tensor *ds
 }
 
 static const char cache_votes_rule[] =
-    "cache.buffer: must hold votes - window (RKV_POLICY_RKV), or votes - protect if that is less";
+    "cache.buffer: with RKV_POLICY_RKV, buffer + the larger of window and protect must be at least "
+    "votes";
 
 /* clang-format off */
 static const char *spoil_cache(int which, rkv_cache_config *c, rkv_status *want, int *layer)

@@ -34,7 +34,7 @@ COLUMNS = KEY + ["prompt", "tokens", "nll_full", "nll", "kl"] + [
 def options():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--model", default="build/models/smollm2-135m.gguf")
-    p.add_argument("--library", default="build/study/librkv.so")
+    p.add_argument("--library", dest="rkv", default="build/study/librkv.so")
     p.add_argument("--texts", default="build/study/texts", help="where packages are unpacked")
     p.add_argument("--csv", default="build/study.csv")
     p.add_argument("--set", default="report", choices=["choose", "report"])
@@ -308,7 +308,7 @@ def main():
     torch.set_num_threads(1)
     if not pathlib.Path(args.model).exists():
         raise SystemExit(f"no {args.model}: run make llama-models, or give --model FILE.gguf")
-    lib = library.Library(args.library)
+    lib = library.Library(args.rkv)
     model = models.Model(args.model, args.precision)
     if args.quick:
         args.documents, args.sizes = 1, "128/128"
