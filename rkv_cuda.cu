@@ -3187,7 +3187,6 @@ static __global__ void __launch_bounds__(RKVI_HEAD_THREADS, RKVI_SM_THREADS / RK
                 rkvi_rate_expected(args, job, s);
             else
                 rkvi_rate_rows(args, job);
-            __syncthreads();
         }
         if (args.select_too) rkvi_select_set(args, job, s.head);
     }
@@ -3442,7 +3441,7 @@ static __device__ unsigned rkvi_cut(const BY &by, int begin, int end, int wanted
         shift -= bits;
         for (int i = static_cast<int>(threadIdx.x); i < RKVI_BINS; i += RKVI_HEAD_THREADS)
             s.bins[i] = 0;
-        __syncthreads();
+        __syncthreads(); /* for scores of the same kernel, too */
         for (int base = begin; base < end; base += RKVI_AT_ONCE * RKVI_HEAD_THREADS) {
             const int first = base + static_cast<int>(threadIdx.x);
             float score[RKVI_AT_ONCE];

@@ -12,8 +12,8 @@ import texts
 
 KINDS = ["prose", "code", "traces"]
 NAMES = {"rkv": "R-KV", "wide": "R-KV, wide", "snapkv": "SnapKV", "memory_traces": "memory, traces",
-         "memory_prose": "memory, prose", "h2o": "H2O", "triattention": "TriAttention",
-         "streaming": "StreamingLLM", "random": "random"}
+         "memory_prose": "memory, prose", "memory_wide": "memory, wide", "h2o": "H2O",
+         "triattention": "TriAttention", "streaming": "StreamingLLM", "random": "random"}
 PIN = ["-", "pinned"]
 BEGIN, END = "<!-- tables: made by report.py -->", "<!-- end of tables -->"
 RESAMPLES = 10000

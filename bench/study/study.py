@@ -23,9 +23,9 @@ import library
 import model as models
 import texts
 
-POLICIES = ["rkv", "wide", "snapkv", "memory_traces", "memory_prose", "h2o", "triattention",
-            "streaming", "random"]
-PRESETS = {"rkv": "default"}  # rkv_config_<name> where the names differ
+POLICIES = ["rkv", "wide", "snapkv", "memory_traces", "memory_prose", "memory_wide", "h2o",
+            "triattention", "streaming", "random"]
+PRESETS = {"rkv": "default", "memory_wide": "memory_prose"}  # rkv_config_<name>
 KEY = ["model", "precision", "set", "kind", "document", "budget", "buffer", "policy", "pinned"]
 COLUMNS = KEY + ["prompt", "tokens", "nll_full", "nll", "kl"] + [
     f"{what}_{c}" for c in texts.CLASSES for what in ("asked", "full", "kept")]
@@ -130,11 +130,14 @@ def allocate_bytes(n):
 
 
 def configure(lib, policy, is_pinned, document, budget, buffer):
-    """The preset as it is; only the pin and, for H2O, the buffer are told."""
+    """The preset as it is; only the pin and, for H2O, the buffer are told. memory_wide: the prose
+    preset with all new queries voting and a quarter of the budget for the newest rows."""
     seed = zlib.crc32(document.name.encode())
     config = lib.preset(PRESETS.get(policy, policy), budget, seed)
-    if policy == "h2o":
+    if policy in ("h2o", "memory_wide"):
         config.votes = buffer
+    if policy == "memory_wide":
+        config.protect = budget // 4
     if is_pinned:
         config.pinned = max(config.pinned, prompt_rows(document, budget))
     if policy == "streaming":

@@ -7,8 +7,9 @@
 #include <stdint.h>
 #include <string.h>
 
-/* A tile of c is ROWS x COLS; 8 x 32 floats are 16 registers of 512 bits, or 32 of 256. */
-enum { ROWS = 8, COLS = 32, LANES = 16 };
+/* A tile of c is ROWS x COLS; 8 x 32 floats are 16 registers of 512 bits, or 32 of 256. DEPTH
+ * products of a panel of b are taken at a time, from a copy where m is PACK_ROWS or more. */
+enum { ROWS = 8, COLS = 32, LANES = 16, DEPTH = 128, PACK_ROWS = 32 };
 
 /* `rows` is a constant wherever this is called, so that the loops unroll. */
 static inline void tile_rows(const int rows, int k, matrix a, const float *b, ptrdiff_t b_stride,
@@ -60,15 +61,33 @@ static int panel_rows(int m, int k, matrix a, const float *b, ptrdiff_t b_stride
     return m >= 8 ? 8 : m >= 4 ? 4 : m >= 2 ? 2 : 1;
 }
 
+/* COLS columns of b in one piece: rows that are 512 bytes apart share few places of a cache. */
+static void pack(const float *b, ptrdiff_t b_stride, int depth, float *packed)
+{
+    for (int i = 0; i < depth; i++) memcpy(packed + i * COLS, b + i * b_stride, COLS * sizeof *b);
+}
+
 void matmul(int m, int n, int k, matrix a, const float *b, ptrdiff_t b_stride, float *c,
             ptrdiff_t c_stride, int accumulate)
 {
+    float packed[DEPTH * COLS];
     int col = 0;
-    for (; col + COLS <= n; col += COLS) /* b's panel stays in cache while a streams by */
-        for (int row = 0; row < m;) {
-            const matrix at = { a.data + row * a.row_stride, a.row_stride, a.col_stride };
-            row += panel_rows(m - row, k, at, b + col, b_stride, c + row * c_stride + col, c_stride,
-                              accumulate);
+    for (; col + COLS <= n; col += COLS)
+        for (int first = 0; first < k; first += DEPTH) {
+            const int depth = k - first < DEPTH ? k - first : DEPTH;
+            const float *part = b + first * b_stride + col;
+            ptrdiff_t stride = b_stride;
+            if (m >= PACK_ROWS) {
+                pack(part, b_stride, depth, packed);
+                part = packed;
+                stride = COLS;
+            }
+            for (int row = 0; row < m;) {
+                const matrix at = { a.data + row * a.row_stride + first * a.col_stride,
+                                    a.row_stride, a.col_stride };
+                row += panel_rows(m - row, depth, at, part, stride, c + row * c_stride + col,
+                                  c_stride, accumulate || first > 0);
+            }
         }
     if (col < n) tile_edge(m, n - col, k, a, b + col, b_stride, c + col, c_stride, accumulate);
 }

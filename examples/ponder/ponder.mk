@@ -11,6 +11,7 @@ ENGINE    = $(patsubst %,$(BUILD)/obj/examples/ponder/%.o, \
               study solve own_cache policy model gguf task kernels seconds options rkv_impl)
 
 $(BUILD)/obj/examples/ponder/kernels.o: C_FLAGS += -O3 -ffp-contract=fast $(NATIVE)
+$(BUILD)/obj/examples/ponder/backprop.o: C_FLAGS += -O3 $(NATIVE)
 
 $(BUILD)/demo: $(patsubst %,$(BUILD)/obj/examples/ponder/%.o,demo page plot managed_cache) $(ENGINE)
 	$(link)
