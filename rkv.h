@@ -404,6 +404,8 @@ RKV_API const char *rkv_status_string(rkv_status status);
  *   memory_traces  MEMORY_TRACES: lambda 0.5, 32 votes. 32 G + C; 2 floats per row and KV head.
  *                  For long chains of thought
  *   memory_prose   MEMORY_PROSE: lambda 0.3, otherwise the same
+ *   memory_wide    memory_prose with 128 votes (give the buffer), and the newest quarter of the
+ *                  budget kept. 128 G + C. For all other text, at two to three times the cost
  *   h2o            H2O: half of the budget for the newest, 128 votes (give the buffer). 128 G; 1
  *   triattention   TRIATTENTION: the first 4 tokens pinned, window 8. G and half a dot product;
  *                  running means of the queries
@@ -416,6 +418,7 @@ RKV_API rkv_config rkv_config_wide(int budget);
 RKV_API rkv_config rkv_config_snapkv(int budget);
 RKV_API rkv_config rkv_config_memory_traces(int budget);
 RKV_API rkv_config rkv_config_memory_prose(int budget);
+RKV_API rkv_config rkv_config_memory_wide(int budget);
 RKV_API rkv_config rkv_config_h2o(int budget);
 RKV_API rkv_config rkv_config_triattention(int budget);
 RKV_API rkv_config rkv_config_streaming(int budget);
@@ -6540,6 +6543,14 @@ RKV_API rkv_config rkv_config_memory_prose(int budget)
     rkv_config config = rkvi_preset(RKV_POLICY_MEMORY_PROSE, budget);
     config.lambda = 0.3f;
     config.votes = 32;
+    return config;
+}
+
+RKV_API rkv_config rkv_config_memory_wide(int budget)
+{
+    rkv_config config = rkv_config_memory_prose(budget);
+    config.votes = 128;
+    config.protect = budget / 4;
     return config;
 }
 

@@ -155,9 +155,9 @@ static void use(rkv_cache *cache, const rkv_cache_config *config, input *in)
 static rkv_config policy_of(input *in, int budget)
 {
     static rkv_config (*const presets[])(
-        int budget) = { rkv_config_default,       rkv_config_memory_traces, rkv_config_memory_prose,
-                        rkv_config_h2o,           rkv_config_triattention,  rkv_config_wide,
-                        rkv_config_memory_traces, rkv_config_triattention };
+        int budget) = { rkv_config_default,     rkv_config_memory_traces, rkv_config_memory_prose,
+                        rkv_config_h2o,         rkv_config_triattention,  rkv_config_wide,
+                        rkv_config_memory_wide, rkv_config_triattention };
     const unsigned which = pick(in, 10);
     rkv_config config = which < 8 ? presets[which](budget) : rkv_config_random(budget, which);
     if (which == 9) config.policy = RKV_POLICY_OWN_SCORE;

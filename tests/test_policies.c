@@ -1694,6 +1694,11 @@ static void test_presets(void)
     expect_int("prose votes", 0, config_votes(&c), 32);
     expect_near("prose lambda", 0, (double)c.lambda, 0.3, 1e-7);
     expect_int("prose state", 0, rkv_state_floats(&c), 2);
+    c = rkv_config_memory_wide(300);
+    expect_int("wide memory", 0, c.policy, RKV_POLICY_MEMORY_PROSE);
+    expect_int("wide memory votes", 0, config_votes(&c), 128);
+    expect_int("wide memory newest", 0, config_protect(&c), 75);
+    expect_near("wide memory lambda", 0, (double)c.lambda, 0.3, 1e-7);
     c = rkv_config_h2o(300);
     expect_int("h2o", 0, c.policy, RKV_POLICY_H2O);
     expect_int("h2o votes", 0, config_votes(&c), 128);

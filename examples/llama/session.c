@@ -29,6 +29,7 @@ const policy policies[N_POLICIES] = {
     { "snapkv", "SnapKV", rkv_config_snapkv },
     { "memory_traces", "memory, traces", rkv_config_memory_traces },
     { "memory_prose", "memory, prose", rkv_config_memory_prose },
+    { "memory_wide", "memory, wide", rkv_config_memory_wide },
     { "h2o", "H2O", rkv_config_h2o },
     { "triattention", "TriAttention", rkv_config_triattention },
     { "streaming", "StreamingLLM", rkv_config_streaming },

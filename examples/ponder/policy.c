@@ -36,6 +36,7 @@ static const struct {
     { "snapkv", "SnapKV, rkv_config_snapkv", rkv_config_snapkv, 0 },
     { "memory-traces", "rkv_config_memory_traces", rkv_config_memory_traces, 0 },
     { "memory-prose", "rkv_config_memory_prose", rkv_config_memory_prose, 0 },
+    { "memory-wide", "rkv_config_memory_wide", rkv_config_memory_wide, 0 },
     { "h2o", "H2O, rkv_config_h2o: all queries vote", rkv_config_h2o, 0 },
     { "triattention", "TriAttention, rkv_config_triattention", rkv_config_triattention, 0 },
     { "streaming", "StreamingLLM, rkv_config_streaming", rkv_config_streaming, 0 },
@@ -44,6 +45,7 @@ static const struct {
     { "snapkv+prompt", "SnapKV, prompt pinned", rkv_config_snapkv, 1 },
     { "memory-traces+prompt", "memory_traces, prompt pinned", rkv_config_memory_traces, 1 },
     { "memory-prose+prompt", "memory_prose, prompt pinned", rkv_config_memory_prose, 1 },
+    { "memory-wide+prompt", "memory_wide, prompt pinned", rkv_config_memory_wide, 1 },
     { "h2o+prompt", "H2O, prompt pinned", rkv_config_h2o, 1 },
     { "triattention+prompt", "TriAttention, prompt pinned", rkv_config_triattention, 1 },
     { "streaming+prompt", "StreamingLLM, prompt pinned", rkv_config_streaming, 1 },
@@ -60,6 +62,7 @@ int policy_make(policy *out, const char *name, int budget, int buffer)
             rkv_config *const c = &out->config;
             *c = policies[i].config(budget);
             if (c->policy == RKV_POLICY_H2O) c->votes = budget + buffer;
+            if (c->policy == RKV_POLICY_MEMORY_PROSE && c->votes > buffer) c->votes = buffer;
             if (c->policy == RKV_POLICY_RKV && c->votes > buffer + c->window)
                 c->votes = buffer + c->window; /* older tokens may have lost their rows */
             out->buffer = buffer;
