@@ -405,7 +405,7 @@ RKV_API const char *rkv_status_string(rkv_status status);
  *                  For long chains of thought
  *   memory_prose   MEMORY_PROSE: lambda 0.3, otherwise the same
  *   memory_wide    memory_prose with 128 votes (give the buffer), and the newest quarter of the
- *                  budget kept. 128 G + C. For all other text, at two to three times the cost
+ *                  budget kept. 128 G + C. For prose and code
  *   h2o            H2O: half of the budget for the newest, 128 votes (give the buffer). 128 G; 1
  *   triattention   TRIATTENTION: the first 4 tokens pinned, window 8. G and half a dot product;
  *                  running means of the queries

@@ -25,7 +25,7 @@ import texts
 
 POLICIES = ["rkv", "wide", "snapkv", "memory_traces", "memory_prose", "memory_wide", "h2o",
             "triattention", "streaming", "random"]
-PRESETS = {"rkv": "default", "memory_wide": "memory_prose"}  # rkv_config_<name>
+PRESETS = {"rkv": "default"}  # rkv_config_<name> where the names differ
 KEY = ["model", "precision", "set", "kind", "document", "budget", "buffer", "policy", "pinned"]
 COLUMNS = KEY + ["prompt", "tokens", "nll_full", "nll", "kl"] + [
     f"{what}_{c}" for c in texts.CLASSES for what in ("asked", "full", "kept")]
@@ -42,7 +42,8 @@ def options():
                    help="budget/buffer, in the order in which they are run")
     p.add_argument("--documents", type=int, default=texts.DOCUMENTS, help="of each kind")
     p.add_argument("--kinds", default=",".join(texts.KINDS))
-    p.add_argument("--policies", default=",".join(POLICIES))
+    p.add_argument("--policies", default=",".join(POLICIES),
+                   help="also with other settings: memory_prose+votes=128+protect=64")
     p.add_argument("--precision", default="f32", choices=["f32", "bf16"],
                    help="of the products with weights; bf16 is fast where the CPU has it (AMX)")
     p.add_argument("--jobs", type=int, default=os.cpu_count(),
@@ -130,18 +131,20 @@ def allocate_bytes(n):
 
 
 def configure(lib, policy, is_pinned, document, budget, buffer):
-    """The preset as it is; only the pin and, for H2O, the buffer are told. memory_wide: the prose
-    preset with all new queries voting and a quarter of the budget for the newest rows."""
+    """The preset as it is; only the pin and, where the preset's comment asks for it, the buffer are
+    told."""
     seed = zlib.crc32(document.name.encode())
+    policy, *changes = policy.split("+")
     config = lib.preset(PRESETS.get(policy, policy), budget, seed)
     if policy in ("h2o", "memory_wide"):
         config.votes = buffer
-    if policy == "memory_wide":
-        config.protect = budget // 4
     if is_pinned:
         config.pinned = max(config.pinned, prompt_rows(document, budget))
     if policy == "streaming":
         config.window = budget - config.pinned  # the sinks and the newest: nothing is chosen
+    for change in changes:
+        field, value = change.split("=")
+        setattr(config, field, type(getattr(config, field))(float(value)))
     return config
 
 
@@ -262,7 +265,8 @@ def append(path, lines):
 
 
 def available(lib, names):
-    missing = [n for n in names if not hasattr(lib.c, f"rkv_config_{PRESETS.get(n, n)}")]
+    bases = {n.split("+")[0] for n in names}
+    missing = [n for n in bases if not hasattr(lib.c, f"rkv_config_{PRESETS.get(n, n)}")]
     if missing:
         raise SystemExit(f"rkv.h has no preset for: {', '.join(missing)}")
     return names

@@ -286,8 +286,10 @@ static void print_table(const options *o, const plan *p, int first, int last)
 
 static void draw_picture(const options *o, const plan *p)
 {
-    static const char *const drawn[] = { "full",   "rkv", "rkv-pool7", "rkv-paper",
-                                         "snapkv", "h2o", "streaming", "random" };
+    static const char *const drawn[] = { "full",          "rkv",         "rkv-pool7",
+                                         "memory-traces", "memory-wide", "snapkv",
+                                         "h2o",           "streaming",   "random",
+                                         "random+prompt" };
     enum { N_DRAWN = sizeof drawn / sizeof *drawn };
     static plot_series series[N_DRAWN];
     char title[128];

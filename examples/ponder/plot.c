@@ -7,11 +7,12 @@ enum { WIDTH = 720, HEIGHT = 400, LEFT = 64, RIGHT = 160, TOP = 44, BOTTOM = 52 
 
 static const struct {
     const char *name, *color;
-} colors[] = { { "full", "#444444" },      { "rkv", "#0060b0" },
-               { "rkv-pool7", "#4aa3e0" }, { "rkv-pool1", "#4aa3e0" },
-               { "rkv-paper", "#6a51a3" }, { "rkv-paper-pool1", "#a78bda" },
-               { "snapkv", "#d55e00" },    { "h2o", "#009e73" },
-               { "streaming", "#cc79a7" }, { "random", "#999999" } };
+} colors[] = { { "full", "#444444" },          { "rkv", "#0060b0" },
+               { "rkv-pool7", "#4aa3e0" },     { "rkv-pool1", "#4aa3e0" },
+               { "rkv-paper", "#6a51a3" },     { "rkv-paper-pool1", "#a78bda" },
+               { "memory-traces", "#e69f00" }, { "memory-wide", "#8c510a" },
+               { "snapkv", "#d55e00" },        { "h2o", "#009e73" },
+               { "streaming", "#cc79a7" },     { "random", "#999999" } };
 
 static const char *color_of(const char *name)
 {
