@@ -402,7 +402,7 @@ RKV_API const char *rkv_status_string(rkv_status status);
  *                  study level with the published one. 64 G; no state
  *   snapkv         attention alone (lambda 1), window and pooling as default
  *   memory_traces  MEMORY_TRACES: lambda 0.5, 32 votes. 32 G + C; 2 floats per row and KV head.
- *                  For long chains of thought
+ *                  For long chains of thought; with 128 votes better yet, at 128 G + C
  *   memory_prose   MEMORY_PROSE: lambda 0.3, otherwise the same
  *   memory_wide    memory_prose with 128 votes (give the buffer), and the newest quarter of the
  *                  budget kept. 128 G + C. For prose and code
