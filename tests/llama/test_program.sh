@@ -121,8 +121,8 @@ works 'eval' eval -m "$model" --text "$dir/text.txt" --documents 2 --tokens 300 
     --budget 96,64 --buffer 32 -j 2 --csv "$dir/e.csv" --svg "$dir/e"
 says "$dir/out" '^| StreamingLLM | pinned |'
 says "$dir/out" 'Budget 96'
-[ "$(wc -l <"$dir/e.csv")" -eq 309 ]
-check 'eval: 2 budgets, 22 runs, 7 measures' $?
+[ "$(wc -l <"$dir/e.csv")" -eq 337 ]
+check 'eval: 2 budgets, 24 runs, 7 measures' $?
 works 'eval, one policy' eval -m "$model" --text "$dir/text.txt" --documents 2 --tokens 300 \
     --facts 1 --budget 64 --buffer 32 --policy h2o,random --pins on --csv "$dir/e1.csv"
 [ "$(wc -l <"$dir/e1.csv")" -eq 22 ]
