@@ -143,8 +143,11 @@ def configure(lib, policy, is_pinned, document, budget, buffer):
     if policy == "streaming":
         config.window = budget - config.pinned  # the sinks and the newest: nothing is chosen
     for change in changes:
-        field, value = change.split("=")
-        setattr(config, field, type(getattr(config, field))(float(value)))
+        field, _, value = change.partition("=")
+        try:
+            setattr(config, field, type(getattr(config, field))(float(value)))
+        except (AttributeError, TypeError, ValueError):
+            raise SystemExit(f"{policy}+{change}: not a field of rkv_config and a number")
     return config
 
 

@@ -87,8 +87,8 @@ cp "$dir/out" "$dir/first"
 works 'run, again' run -m "$model" -p hello -n 500 --ignore-end --budget 64 --buffer 32
 cmp -s "$dir/out" "$dir/first"
 check 'run: the same seed, the same text' $?
-for policy in rkv-pool1 paper wide snapkv memory_traces memory_prose memory_wide h2o triattention streaming \
-    random full; do
+for policy in rkv-pool1 paper wide snapkv memory_traces memory_prose memory_wide h2o \
+    triattention streaming random full; do
     works "run, $policy" run -m "$model" -p hello -n 200 --ignore-end --temp 0 --budget 64 \
         --buffer 32 --policy $policy --no-pin
 done
